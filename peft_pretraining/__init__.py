@@ -1,0 +1,1 @@
+"""Pre-training of LLaMA models: configuration, data, model, evaluation and reporting."""

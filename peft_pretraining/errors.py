@@ -1,0 +1,9 @@
+"""The one exception that speaks to the user."""
+
+
+class UserError(ValueError):
+    """Something the user gave cannot be used.
+
+    The message is the whole report: one line that says what was wrong and what to do about it. The main script prints
+    it after ``error: `` and exits with status 2, without a traceback.
+    """

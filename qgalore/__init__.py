@@ -1,0 +1,1 @@
+"""Memory-efficient optimizers for large models: quantization, projection, low-rank updates. Needs torch alone."""
