@@ -1,0 +1,121 @@
+"""The command line, parsed, checked and completed. What needs neither data nor model is checked here."""
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from peft_pretraining.errors import UserError
+from peft_pretraining.flags import FLAGS, NOT_YET, add_flags, defaults
+from peft_pretraining.schedules import check_schedule
+from qgalore.factory import find_recipe
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}. See --help.")
+
+
+def parse_args(argv: list[str] | None = None, *, world_size: int = 1) -> argparse.Namespace:
+    """The arguments, checked and completed: gradient_accumulation, total_batch_size, num_training_steps, warmup_steps,
+    tokenizer and name are filled in; `ignored` lists given flags that have no effect.
+
+    argv: the command line without the program, None for sys.argv.  world_size: processes of this run.
+    Raises UserError for anything that cannot be meant.
+    """
+    parser = _Parser(
+        prog="torchrun_main.py",
+        description="Pre-trains a LLaMA model from scratch with a memory-efficient optimizer.",
+        allow_abbrev=False,
+    )
+    add_flags(parser)
+    given = parser.parse_args(argv)
+    for flag in NOT_YET:
+        if hasattr(given, flag.name):
+            raise UserError(f"--{flag.name} ({flag.help}) is not available in this version yet. Leave it out.")
+    args = argparse.Namespace(**defaults() | vars(given))
+    _check_ranges(args)
+    _complete_optimizer(args, given)
+    _complete_batch(args, world_size)
+    _complete_length(args)
+    if args.tokenizer is None:
+        args.tokenizer = "pydocs" if args.dataset == "pydocs" else "t5-base"
+    if args.unset_wandb:
+        args.wandb_mode = "disabled"
+    if args.name is None:
+        args.name = f"{Path(args.model_config).stem}-{args.optimizer}"
+    return args
+
+
+def schedule_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What schedules.lr_ratio wants to know besides the update."""
+    names = "scheduler num_training_steps warmup_steps min_lr_ratio cycle_length restart_warmup_steps".split()
+    return {name: getattr(args, name) for name in names}
+
+
+def _check_ranges(args: argparse.Namespace) -> None:
+    at_least_one = (
+        "batch_size gradient_accumulation total_batch_size max_length num_training_steps max_train_tokens rank "
+        "update_proj_gap save_every eval_every eval_tokens num_threads cycle_length"
+    )
+    at_least_zero = "workers grad_clipping weight_decay warmup_steps restart_warmup_steps seed"
+    _require(args, at_least_one, lambda value: value >= 1, "must be at least 1")
+    _require(args, at_least_zero, lambda value: 0 <= value < math.inf, "must be 0 or more")
+    _require(args, "lr galore_scale", lambda value: 0 < value < math.inf, "must be above 0")
+    _require(args, "beta1 beta2", lambda value: 0 <= value < 1, "must lie in [0, 1)")
+
+
+def _require(args: argparse.Namespace, names: str, fits: Callable[[Any], bool], message: str) -> None:
+    for name in names.split():
+        value = getattr(args, name)
+        if value is not None and not fits(value):
+            raise UserError(f"--{name} {value}: {message}.")
+
+
+def _complete_optimizer(args: argparse.Namespace, given: argparse.Namespace) -> None:
+    args.optimizer = args.optimizer.lower()
+    try:
+        recipe = find_recipe(args.optimizer)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    low_rank = next(flags for title, flags in FLAGS.items() if title.startswith("low-rank"))
+    unused = [] if recipe.low_rank else [flag.name for flag in low_rank]
+    unused += [beta for beta in ("beta1", "beta2") if beta not in recipe.betas]
+    args.ignored = [f"--{name}" for name in unused if hasattr(given, name)]
+
+
+def _complete_batch(args: argparse.Namespace, world_size: int) -> None:
+    """gradient_accumulation and total_batch_size, each from the other; where both are given they must agree."""
+    if args.single_gpu and world_size > 1:
+        raise UserError(f"--single_gpu with {world_size} processes: start it with --nproc_per_node 1.")
+    together = args.batch_size * world_size
+    processes = f"{world_size} process" + ("es" if world_size > 1 else "")
+    if args.total_batch_size is None:
+        args.total_batch_size = together * (args.gradient_accumulation or 1)
+    micro_batches, rest = divmod(args.total_batch_size, together)
+    if rest or micro_batches == 0:
+        tries = " or ".join(str(n * together) for n in (micro_batches, micro_batches + 1) if n)
+        raise UserError(
+            f"--total_batch_size {args.total_batch_size} is not a multiple of --batch_size {args.batch_size} x "
+            f"{processes}. Try {tries}."
+        )
+    if args.gradient_accumulation not in (None, micro_batches):
+        raise UserError(
+            f"--gradient_accumulation {args.gradient_accumulation} contradicts --total_batch_size "
+            f"{args.total_batch_size}: at --batch_size {args.batch_size} x {processes} it is {micro_batches}. "
+            "Leave one of them out."
+        )
+    args.gradient_accumulation = micro_batches
+
+
+def _complete_length(args: argparse.Namespace) -> None:
+    """num_training_steps from the tokens, where they are given, and the schedule's warm-up."""
+    per_update = args.total_batch_size * args.max_length
+    if args.max_train_tokens is not None:
+        args.num_training_steps = args.max_train_tokens // per_update
+        if args.num_training_steps == 0:
+            raise UserError(f"--max_train_tokens {args.max_train_tokens}: one update alone takes {per_update} tokens.")
+    if args.warmup_steps is None:
+        args.warmup_steps = min(1000, args.num_training_steps // 10)
+    check_schedule(**schedule_of(args))

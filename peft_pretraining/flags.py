@@ -1,0 +1,154 @@
+"""Every flag of torchrun_main.py: group, type, default, unit and meaning, as one table."""
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from qgalore.low_rank_optimizer import MOMENT_POLICIES
+from qgalore.projectors import PROJ_TYPES, SUBSPACE_METHODS
+
+_SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9}
+
+
+def parse_count(text: str) -> int:
+    """A count with an optional suffix: 100K is 100,000, 1.5M is 1,500,000, 2B is 2,000,000,000."""
+    factor = _SUFFIXES.get(text[-1:].upper(), 1)
+    try:
+        count = float(text[:-1] if factor > 1 else text) * factor
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a count such as 5000, 100K, 1.5M or 2B") from None
+    if not math.isfinite(count) or count != round(count):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number")
+    return round(count)
+
+
+class Flag(NamedTuple):
+    """One flag. type: `bool` for a switch.  unit: what its value counts, or what it is.
+
+    shown: the default in words, where `default` is None because it depends on something.
+    """
+
+    name: str
+    type: Callable[[str], Any]
+    default: Any
+    unit: str
+    help: str
+    choices: tuple[str, ...] | None = None
+    shown: str | None = None
+    required: bool = False
+
+
+FLAGS: dict[str, tuple[Flag, ...]] = {
+    "model": (
+        Flag("model_config", str, None, "JSON", "shape of the model, such as configs/llama_60m.json", required=True),
+        Flag("dtype", str, None, "TYPE", "of weights and activations: bfloat16 or float32",
+             shown="bfloat16 where the device multiplies it natively"),
+        Flag("activation_checkpointing", bool, False, "", "recompute activations in backward: less memory, more time"),
+        Flag("use_hf_model", bool, False, "", "no effect: the model always is transformers' LLaMA"),
+    ),
+    "data": (
+        Flag("dataset", str, "c4", "NAME|PATH", "c4: streamed from the hub; pydocs: documentation of the installed "
+             "Python packages, nothing is downloaded; else a folder in C4's layout, a file or a quoted glob of "
+             ".json.gz, .jsonl, .parquet or .txt"),
+        Flag("validation", str, None, "PATH", "validation data of its own",
+             shown="the dataset's validation files, else one document in a hundred"),
+        Flag("tokenizer", str, None, "NAME|PATH", "a sentencepiece .model, a transformers tokenizer folder or a hub "
+             "name", shown="t5-base; for pydocs its own"),
+        Flag("max_length", int, 256, "TOKENS", "length of a sequence"),
+        Flag("packing", str, "concat", "", "concat: documents joined by EOS, no padding, nothing thrown away; "
+             "truncate: a document a sequence, cut or padded, as in the reference", choices=("concat", "truncate")),
+        Flag("workers", int, 1, "PROCESSES", "that read and tokenize, per rank; 0: the training process itself"),
+    ),
+    "training": (
+        Flag("batch_size", int, None, "SEQUENCES", "per process and micro-batch", required=True),
+        Flag("gradient_accumulation", int, None, "MICRO-BATCHES", "per update and process",
+             shown="as --total_batch_size implies, else 1"),
+        Flag("total_batch_size", int, None, "SEQUENCES", "per update, over all processes",
+             shown="batch_size x gradient_accumulation x processes"),
+        Flag("num_training_steps", int, 10_000, "UPDATES", "to train for"),
+        Flag("max_train_tokens", parse_count, None, "TOKENS", "to train for, with K, M or B",
+             shown="as many as --num_training_steps take"),
+        Flag("grad_clipping", float, 0.0, "NORM", "largest global norm of the gradients; 0: no clipping"),
+        Flag("seed", int, 0, "INTEGER", "of initial weights, order of the data, random bases and rounding"),
+        Flag("num_threads", int, None, "THREADS", "per process on a CPU", shown="cores / processes of this machine"),
+        Flag("single_gpu", bool, False, "", "one process and no more: an error under several"),
+    ),
+    "optimizer": (
+        Flag("optimizer", str, "adamw", "NAME", "adam, adamw, sgd, adafactor or galore_adamw"),
+        Flag("lr", float, 1e-4, "RATE", "peak learning rate"),
+        Flag("weight_decay", float, 0.0, "RATE", "decoupled; with adam and sgd added to the gradient"),
+        Flag("beta1", float, None, "RATE", "decay of the first moment; sgd's momentum", shown="0.9; 0 for sgd"),
+        Flag("beta2", float, None, "RATE", "decay of Adam's second moment", shown="0.999"),
+        Flag("scheduler", str, "cosine", "", "of the learning rate, after the warm-up",
+             choices=("linear", "cosine", "cosine_restarts")),
+        Flag("warmup_steps", int, None, "UPDATES", "of linear warm-up", shown="a tenth of the run, at most 1000"),
+        Flag("min_lr_ratio", float, 0.1, "RATIO", "last learning rate over the peak"),
+        Flag("cycle_length", int, None, "UPDATES", "between restarts; cosine_restarts needs it", shown="none"),
+        Flag("restart_warmup_steps", int, 0, "UPDATES", "of warm-up after each restart"),
+    ),
+    "low-rank projection, for optimizers with galore in their name": (
+        Flag("rank", int, 128, "COLUMNS", "of each basis; clamped to the shorter side of a matrix"),
+        Flag("update_proj_gap", int, 50, "UPDATES", "between refreshes of a basis"),
+        Flag("galore_scale", float, 1.0, "FACTOR", "on the update of the projected matrices"),
+        Flag("proj_type", str, "std", "", "side that is projected: the shorter (std), the longer, a fixed one, or both",
+             choices=PROJ_TYPES),
+        Flag("subspace", str, "iterate", "", "iterate: warm orthogonal iteration; svd: exact, every time",
+             choices=SUBSPACE_METHODS),
+        Flag("moments_on_refresh", str, "project", "", "the first moment is carried into the new basis, kept as it is "
+             "(the reference), or both are reset", choices=MOMENT_POLICIES),
+    ),
+    "run, evaluation and record": (
+        Flag("save_dir", str, None, "DIR", "for metrics.jsonl and models", shown="checkpoints/CONFIG-DATE"),
+        Flag("save_every", int, 10_000, "UPDATES", "between saves of the model; the last is always saved"),
+        Flag("eval_every", int, 5_000, "UPDATES", "between evaluations; one always ends the run"),
+        Flag("eval_tokens", parse_count, 10_000_000, "TOKENS", "of validation, with K, M or B; always the same ones"),
+        Flag("wandb_mode", str, "online", "", "online falls back to offline where there is no account",
+             choices=("online", "offline", "disabled")),
+        Flag("unset_wandb", bool, False, "", "the reference's name for --wandb_mode disabled"),
+        Flag("project", str, "qgalore", "NAME", "wandb project"),
+        Flag("name", str, None, "NAME", "of the run in wandb", shown="CONFIG-OPTIMIZER"),
+        Flag("tags", str, None, "A,B", "for wandb", shown="none"),
+        Flag("dry_run", bool, False, "", "check the arguments, say who is trained how, and stop"),
+    ),
+}  # fmt: skip
+
+# Flags of the reference repositories whose features are still to come. They are refused, never ignored.
+NOT_YET: tuple[Flag, ...] = (
+    Flag("continue_from", str, None, "DIR", "resuming a run"),
+    Flag("proj_quant", bool, False, "", "INT4 bases"),
+    Flag("proj_bits", int, None, "BITS", "INT4 bases"),
+    Flag("proj_group_size", int, None, "ELEMENTS", "INT4 bases"),
+    Flag("weight_quant", bool, False, "", "INT8 weights"),
+    Flag("weight_bits", int, None, "BITS", "INT8 weights"),
+    Flag("weight_group_size", int, None, "ELEMENTS", "INT8 weights"),
+    Flag("stochastic_round", bool, False, "", "INT8 weights"),
+    Flag("simulation", bool, False, "", "INT8 weights"),
+    Flag("cos_threshold", float, None, "RATIO", "the lazy refresh"),
+    Flag("gamma_proj", float, None, "FACTOR", "the lazy refresh"),
+    Flag("queue_size", int, None, "REFRESHES", "the lazy refresh"),
+    Flag("log_details", bool, False, "", "the log of the subspaces"),
+)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds every flag to the parser, under its group. A flag that is not given leaves no attribute behind."""
+    for title, flags in (*FLAGS.items(), ("not available in this version yet", NOT_YET)):
+        group = parser.add_argument_group(title)
+        for flag in flags:
+            group.add_argument(f"--{flag.name}", **_options(flag))
+
+
+def _options(flag: Flag) -> dict[str, Any]:
+    """What argparse wants to know of a flag."""
+    shown = flag.shown or flag.default
+    text = flag.help if flag.type is bool or flag.required or shown is None else f"{flag.help} (default: {shown})"
+    options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%"), "required": flag.required}
+    if flag.type is bool:
+        return options | {"action": "store_true"}
+    return options | {"type": flag.type, "choices": flag.choices, "metavar": None if flag.choices else flag.unit}
+
+
+def defaults() -> dict[str, Any]:
+    """The default of every flag that has an effect."""
+    return {flag.name: flag.default for flags in FLAGS.values() for flag in flags}

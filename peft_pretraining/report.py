@@ -1,0 +1,90 @@
+"""What a person reads at the start and at the end of a run, and what the record keeps of its circumstances."""
+
+import argparse
+import platform
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peft_pretraining.distributed import World
+from qgalore.factory import Recipe, Settings
+from qgalore.grad_sync import GradSync
+from qgalore.param_groups import ParameterGroup
+
+PACKAGES = ("torch", "transformers", "datasets", "sentencepiece", "safetensors", "wandb")
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that figures depend on; null where one is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of this code, marked `-dirty` where files differ from it; None outside a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's and its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def describe_groups(groups: Sequence[ParameterGroup], *, recipe: Recipe, settings: Settings) -> list[dict[str, Any]]:
+    """One record a parameter group: name, tensors, elements, trained_by."""
+    return [
+        {
+            "name": group.name,
+            "tensors": len(group.parameters),
+            "elements": group.elements,
+            "trained_by": recipe.describe(group, settings),
+        }
+        for group in groups
+    ]
+
+
+def circumstances(
+    args: argparse.Namespace, *, world: World, threads: int, groups: list[dict[str, Any]], sync: GradSync
+) -> dict[str, Any]:
+    """What the record's first line says: everything that the figures after it depend on."""
+    return {
+        "args": vars(args),
+        "versions": versions(),
+        "commit": git_commit(),
+        "device": device_name(world.device),
+        "processes": world.size,
+        "threads": threads,
+        "parameters": {"total": sum(g["elements"] for g in groups), **{g["name"]: g["elements"] for g in groups}},
+        "groups": groups,
+        "grad_norm": "of the projected gradients" if sync.at_rank_size else "global",
+    }
+
+
+def format_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of like keys as aligned text, numbers to the right, the keys as heads."""
+    heads = list(rows[0])
+    cells = [[f"{row[key]:,}" if isinstance(row[key], int) else str(row[key]) for key in heads] for row in rows]
+    widths = [max(len(line[i]) for line in [heads, *cells]) for i in range(len(heads))]
+    right = [isinstance(rows[0][key], (int, float)) for key in heads]
+
+    def align(line: list[str]) -> str:
+        padded = [f"{cell:>{w}}" if r else f"{cell:<{w}}" for cell, w, r in zip(line, widths, right, strict=True)]
+        return "  ".join(padded).rstrip()
+
+    names = [head.replace("_", " ") for head in heads]
+    return "\n".join([align(names), *(align(line) for line in cells)])

@@ -1,0 +1,188 @@
+"""The one optimizer: gradients enter a subspace, a rule makes them directions, directions come back to the weights.
+
+One parameter, one update (Zhao et al. 2024, GaLore, algorithm 2):
+
+    G = the gradient                 (m, n)      averaged over the ranks where the whole of it is needed
+    P refreshed from G, if due       (m, r) and/or (n, r)
+    R = P^T G Q                      in the subspace; averaged over the ranks there, where r numbers travel instead of n
+    D = rule(R, moments)             the moments, too, have R's shape
+    U = scale * P D Q^T              (m, n)
+    w = w * (1 - lr * weight_decay) - lr * U, in float32; bfloat16 weights are rounded stochastically
+
+A parameter of a group without `rank` takes the same road with the identity for a projector.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qgalore.grad_sync import GradSync
+from qgalore.projectors import PROJ_TYPES, SUBSPACE_METHODS, Projector, Refresh, projection_sides
+from qgalore.quantize import mix_seed, store_weight
+from qgalore.subspace_schedule import RefreshSchedule, staggered_offset
+from qgalore.update_rules import adam_direction
+
+MOMENT_POLICIES = ("project", "keep", "reset")
+
+
+class LowRankOptimizer(torch.optim.Optimizer):
+    """AdamW whose moments and directions live in a low-rank subspace of each matrix.
+
+    params: parameters, or groups as for any torch optimizer. A group with a `rank` is projected; its matrices (m, n)
+        may also set `update_proj_gap` (updates between refreshes), `scale` (of the update), `proj_type` (see
+        projectors.projection_sides), `subspace` (iterate | svd) and `moments_on_refresh`:
+        project: the first moment is carried over by P_new^T P_old; keep: left as it is (the reference); reset: zeroed.
+        A rank beyond a matrix's shorter side is clamped to it.
+    lr: step size.  betas, eps: Adam's.  weight_decay: decoupled, as in torch.optim.AdamW.
+    seed: of the randomized bases and of the stochastic rounding.  sync: sums gradients over data-parallel ranks.
+    Raises ValueError for settings out of range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+        sync: GradSync | None = None,
+    ) -> None:
+        defaults = dict(
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            rank=None,
+            update_proj_gap=200,
+            scale=1.0,
+            proj_type="std",
+            subspace="iterate",
+            moments_on_refresh="project",
+        )
+        super().__init__(params, defaults)
+        self.seed = seed
+        self.sync = sync or GradSync()
+        for group in self.param_groups:
+            check_group(group)
+        self._index = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        self._projectors = self._build_projectors()
+
+    def _build_projectors(self) -> dict[Tensor, Projector]:
+        """One projector a parameter; refreshes are staggered over all the projected matrices."""
+        projected = [(p, group) for group in self.param_groups if group["rank"] for p in group["params"]]
+        projectors = {p: Projector() for p in self._index}
+        for index, (p, group) in enumerate(projected):
+            gap = group["update_proj_gap"]
+            projectors[p] = Projector(
+                sides=projection_sides((p.shape[0], p.shape[1]), proj_type=group["proj_type"]),
+                rank=min(group["rank"], *p.shape),
+                method=group["subspace"],
+                schedule=RefreshSchedule(gap=gap, offset=staggered_offset(index, count=len(projected), gap=gap)),
+                seed=mix_seed(self.seed, self._index[p]),
+            )
+        return projectors
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch.optim, but tensors keep the dtype that they were saved in: moments stay float32 where weights
+        are bfloat16."""
+        super().load_state_dict(state_dict)
+        for index, p in enumerate(self._index):
+            saved = state_dict["state"].get(index, {})
+            tensors = {key: value.to(p.device, copy=True) for key, value in saved.items() if torch.is_tensor(value)}
+            self.state[p].update(tensors)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.update_parameter(p, group)
+        return loss
+
+    @torch.no_grad()
+    def update_parameter(self, p: Tensor, group: dict[str, Any]) -> None:
+        """One update of one parameter from p.grad: the road drawn at the top of this file."""
+        assert p.grad is not None
+        state, projector = self.state[p], self._projectors[p]
+        step = state["step"] = state.get("step", 0) + 1
+        whole = not projector.sides or projector.due(state, step=step)
+        G = self.sync.sum(p.grad) if whole else p.grad
+        refresh = projector.prepare(G, state, step=step)
+        R = projector.project(G, state)
+        R = R if whole else self.sync.sum(R)
+        D = self._direction(R, state, group, refresh)
+        U = projector.back(D, state).mul_(group["scale"]) if projector.sides else D
+        w = p.to(U.dtype) * (1 - group["lr"] * group["weight_decay"])
+        w.sub_(U, alpha=group["lr"])
+        store_weight(p, w, seed=mix_seed(self.seed, step, self._index[p]))
+
+    def _direction(self, R: Tensor, state: dict[str, Any], group: dict[str, Any], refresh: Refresh | None) -> Tensor:
+        """Adam's direction in the subspace; the moments follow the basis first, where it changed. (R's shape)"""
+        if "exp_avg" not in state:
+            state.update(exp_avg=torch.zeros_like(R), exp_avg_sq=torch.zeros_like(R), mass=0.0, mass_sq=0.0)
+        if refresh is not None:
+            follow_basis(state, refresh, policy=group["moments_on_refresh"])
+        beta1, beta2 = group["betas"]
+        state["mass"] = beta1 * state["mass"] + 1 - beta1
+        state["mass_sq"] = beta2 * state["mass_sq"] + 1 - beta2
+        return adam_direction(
+            R,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            mass=state["mass"],
+            mass_sq=state["mass_sq"],
+        )
+
+
+def follow_basis(state: dict[str, Any], refresh: Refresh, *, policy: str) -> None:
+    if policy == "project":
+        state["exp_avg"] = refresh.carry(state["exp_avg"])
+    elif policy == "reset":
+        state["exp_avg"].zero_()
+        state["exp_avg_sq"].zero_()
+        state["mass"] = state["mass_sq"] = 0.0
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Refuses settings out of range, and warns of a rank that some matrices are too small for."""
+    rules = {
+        "lr": group["lr"] >= 0,
+        "weight_decay": group["weight_decay"] >= 0,
+        "eps": group["eps"] >= 0,
+        "betas": all(0 <= beta < 1 for beta in group["betas"]),
+        "rank": group["rank"] is None or group["rank"] >= 1,
+        "update_proj_gap": group["update_proj_gap"] >= 1,
+        "scale": math.isfinite(group["scale"]),
+        "proj_type": group["proj_type"] in PROJ_TYPES,
+        "subspace": group["subspace"] in SUBSPACE_METHODS,
+        "moments_on_refresh": group["moments_on_refresh"] in MOMENT_POLICIES,
+    }
+    for name, fits in rules.items():
+        if not fits:
+            raise ValueError(f"{name} = {group[name]} is out of range")
+    if group["rank"] is None:
+        return
+    if any(p.ndim != 2 for p in group["params"]):
+        raise ValueError("a group with a rank may hold matrices only")
+    small = [p for p in group["params"] if min(p.shape) < group["rank"]]
+    if small:
+        shortest = min(min(p.shape) for p in small)
+        warnings.warn(
+            f"rank {group['rank']} is larger than the shorter side of {len(small)} of {len(group['params'])} matrices "
+            f"(the shortest: {shortest}): it is clamped there",
+            stacklevel=3,
+        )

@@ -1,0 +1,64 @@
+"""Who is trained how: every trainable parameter of a model in exactly one group."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+PROJECTED_MODULES = ("attn", "mlp")
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters of one kind. `projected` where a low-rank optimizer projects their gradients."""
+
+    name: str
+    projected: bool
+    names: tuple[str, ...]
+    parameters: tuple[nn.Parameter, ...]
+
+    @property
+    def elements(self) -> int:
+        return sum(p.numel() for p in self.parameters)
+
+
+def split_parameters(
+    model: nn.Module, *, projected_modules: Sequence[str] = PROJECTED_MODULES
+) -> tuple[ParameterGroup, ...]:
+    """Groups the trainable parameters by kind: attention and MLP linears, embeddings, head, norms and the rest.
+
+    projected_modules: a linear layer is projected where its name contains one of these, as in the reference.
+    Tied parameters are owned once, by the first kind that holds them. Empty groups are left out.
+    Raises ValueError where nothing is trainable.
+    """
+    kinds: dict[str, list[tuple[str, nn.Parameter]]] = {
+        "attention and MLP": [],
+        "embedding": [],
+        "head": [],
+        "norms and others": [],
+    }
+    owners = {id(parameter): module for module in model.modules() for parameter in module.parameters(recurse=False)}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kinds[_kind(name, owners[id(parameter)], parameter, projected_modules)].append((name, parameter))
+    groups = tuple(
+        ParameterGroup(
+            name=kind,
+            projected=kind == "attention and MLP",
+            names=tuple(name for name, _ in members),
+            parameters=tuple(parameter for _, parameter in members),
+        )
+        for kind, members in kinds.items()
+        if members
+    )
+    if not groups:
+        raise ValueError("the model has no trainable parameter")
+    return groups
+
+
+def _kind(name: str, owner: nn.Module, parameter: nn.Parameter, projected_modules: Sequence[str]) -> str:
+    if isinstance(owner, nn.Embedding):
+        return "embedding"
+    if isinstance(owner, nn.Linear) and parameter.ndim == 2:
+        return "attention and MLP" if any(key in name for key in projected_modules) else "head"
+    return "norms and others"

@@ -1,0 +1,143 @@
+"""How a gradient enters a low-rank subspace and how a direction comes back out of it.
+
+A projector holds settings only. Its tensors, the bases, live in the optimizer's state of the parameter under the keys
+`left` (m, r) and `right` (n, r), so that they are saved and loaded like every other state; which of the two are there
+is the projection's side, decided once from the shape and `proj_type`. With none, the projector is the identity.
+"""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qgalore.quantize import mix_seed
+from qgalore.subspace import exact_basis, iterate_basis, orthonormalize, product, randomized_basis
+from qgalore.subspace_schedule import RefreshSchedule
+
+PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
+SUBSPACE_METHODS = ("iterate", "svd")
+
+
+def projection_sides(shape: tuple[int, int], *, proj_type: str) -> tuple[str, ...]:
+    """Which sides of an (m, n) gradient are projected, as the reference names them.
+
+    std: the shorter side (the right one where m >= n), so that R keeps the longer.  reverse_std: the longer side.
+    left: P^T G.  right: G Q.  full: P^T G Q.
+    """
+    wide = shape[0] < shape[1]
+    sides = {
+        "std": ("left",) if wide else ("right",),
+        "reverse_std": ("right",) if wide else ("left",),
+        "left": ("left",),
+        "right": ("right",),
+        "full": ("left", "right"),
+    }
+    return sides[proj_type]
+
+
+class Refresh(NamedTuple):
+    """What a refresh did, as maps from old coordinates to new: P_new^T P_old, (r, r); None for a side that stayed."""
+
+    left: Tensor | None = None
+    right: Tensor | None = None
+
+    @property
+    def overlap(self) -> Tensor:
+        """||P_new^T P_old||_F^2 / r in [0, 1], multiplied over the sides. ()"""
+        sides = [T.square().sum() / T.shape[0] for T in self if T is not None]
+        return torch.stack(sides).prod()
+
+    def carry(self, M: Tensor) -> Tensor:
+        """The part of M that the new bases see, in their coordinates. M has the shape of R."""
+        if self.left is not None:
+            M = self.left @ M
+        if self.right is not None:
+            M = M @ self.right.mT
+        return M
+
+
+@dataclass(frozen=True)
+class Projector:
+    """The projection of one parameter's gradient.
+
+    sides: of `left`, `right`; none is the identity, for any shape.  rank: columns of each basis.
+    method: `iterate` (randomized start, then one warm orthogonal iteration a refresh) or `svd` (exact, every time).
+    seed: 64 bits, decides the randomized start.
+    """
+
+    sides: tuple[str, ...] = ()
+    rank: int = 0
+    method: str = "iterate"
+    schedule: RefreshSchedule = RefreshSchedule(gap=1, offset=1)
+    seed: int = 0
+
+    def due(self, state: dict[str, Any], *, step: int) -> bool:
+        """Whether `prepare` will compute bases from this update's whole gradient."""
+        return bool(self.sides) and self.schedule.due(state, step=step)
+
+    def prepare(self, G: Tensor, state: dict[str, Any], *, step: int) -> Refresh | None:
+        """Brings the bases up to date with G, where a refresh is due. G (m, n).
+
+        Returns how the coordinates changed, or None where the bases are as before (or are the first ones).
+        A basis is stored in G's dtype. A gradient that is not finite, or a factorization that fails, leaves the old
+        basis in place, counts in `failed_refreshes` and warns.
+        """
+        if not self.due(state, step=step):
+            return None
+        self.schedule.record(state, step=step)
+        changes = {side: self._refresh_side(G, state, side) for side in self.sides}
+        return Refresh(**changes) if any(T is not None for T in changes.values()) else None
+
+    def _refresh_side(self, G: Tensor, state: dict[str, Any], side: str) -> Tensor | None:
+        """Replaces one basis. Returns P_new^T P_old (r, r), or None where it is the first one or stays as it was."""
+        old = state.get(side)
+        new = self._new_basis(G if side == "left" else G.mT, old)
+        if new is None:
+            state["failed_refreshes"] = state.get("failed_refreshes", 0) + 1
+            warnings.warn("a refresh failed (gradient not finite, or no convergence): the old basis stays", stacklevel=2)
+            if old is not None:
+                return None
+            new = self._random_basis(G, side)
+        state[side] = new = new.to(G.dtype)
+        wide = torch.promote_types(G.dtype, torch.float32)
+        return None if old is None else new.mT.to(wide) @ old.to(wide)
+
+    def _new_basis(self, G: Tensor, old: Tensor | None) -> Tensor | None:
+        """The left basis (m, r) for this G, or None where it cannot be computed."""
+        if not G.isfinite().all():
+            return None
+        try:
+            if self.method == "svd":
+                basis = exact_basis(G, rank=self.rank)
+            elif old is None:
+                basis = randomized_basis(G, rank=self.rank, seed=self.seed)
+            else:
+                basis = iterate_basis(G, old.to(torch.promote_types(G.dtype, torch.float32)))
+        except torch.linalg.LinAlgError:
+            return None
+        return basis if basis.isfinite().all() else None
+
+    def _random_basis(self, G: Tensor, side: str) -> Tensor:
+        """Where the very first gradient was useless: any orthonormal basis, until the next refresh."""
+        rows = G.shape[0] if side == "left" else G.shape[1]
+        generator = torch.Generator(G.device).manual_seed(mix_seed(self.seed, rows) % (1 << 63))
+        return orthonormalize(torch.randn(rows, self.rank, generator=generator, device=G.device))
+
+    def project(self, G: Tensor, state: dict[str, Any]) -> Tensor:
+        """R = P^T G Q, in float32 or wider. (m, n) -> (r or m, r or n). The products run in G's dtype."""
+        R = G
+        if "left" in self.sides:
+            R = state["left"].mT @ R
+        if "right" in self.sides:
+            R = R @ state["right"]
+        return R.to(torch.promote_types(G.dtype, torch.float32))
+
+    def back(self, D: Tensor, state: dict[str, Any]) -> Tensor:
+        """P D Q^T: the direction in the full space, in D's dtype. (r or m, r or n) -> (m, n). Changes nothing."""
+        if "left" in self.sides:
+            D = product(state["left"], D)
+        if "right" in self.sides:
+            D = product(state["right"], D.mT).mT
+        return D

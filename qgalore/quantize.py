@@ -1,0 +1,73 @@
+"""Rounding arithmetic: the stateless noise and stochastic rounding.
+
+The noise of an element is a hash of (seed, step, parameter, element): nothing draws from a random number generator
+during an optimizer step, so replicas stay bit-identical, a resumed run repeats the same noise, and a shard of a
+parameter rounds as it would inside the whole.
+"""
+
+import torch
+from torch import Tensor
+
+_MASK32 = 0xFFFFFFFF
+
+
+def _as_int32(value: int) -> int:
+    """The int32 with the same 32 bits: torch's integer tensors are signed."""
+    value &= _MASK32
+    return value - (1 << 32) if value >> 31 else value
+
+
+def _finalize(value: int) -> int:
+    """SplitMix64's finalizer (Steele et al. 2014): 64 well-mixed bits of a Python integer."""
+    value &= (1 << 64) - 1
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & ((1 << 64) - 1)
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & ((1 << 64) - 1)
+    return value ^ (value >> 31)
+
+
+def mix_seed(*parts: int) -> int:
+    """One 64-bit seed from several integers, such as (seed, step, parameter index). The order counts."""
+    mixed = 0x9E3779B97F4A7C15
+    for part in parts:
+        mixed = _finalize(mixed ^ (part & ((1 << 64) - 1))) + 0x9E3779B97F4A7C15
+    return _finalize(mixed)
+
+
+def random_bits(count: int, *, seed: int, device: torch.device | str = "cpu") -> Tensor:
+    """32 random bits for each of `count` elements: a hash of (seed, element index).
+
+    seed: 64 bits, from mix_seed.  Returns (count,) int32 on `device`.
+    The mixing is MurmurHash3's 32-bit finalizer (Appleby, public domain), keyed at its start and in its middle, in
+    int32 arithmetic that wraps around. Its right shifts must be logical, hence the masks.
+    """
+    low, high = _as_int32(seed), _as_int32(seed >> 32)
+    h = torch.arange(count, dtype=torch.int32, device=device)
+    h.mul_(_as_int32(0x9E3779B9)).add_(low)
+    h.bitwise_xor_(h.bitwise_right_shift(16).bitwise_and_(0xFFFF)).mul_(_as_int32(0x85EBCA6B))
+    h.bitwise_xor_(high)
+    h.bitwise_xor_(h.bitwise_right_shift(13).bitwise_and_(0x7FFFF)).mul_(_as_int32(0xC2B2AE35))
+    return h.bitwise_xor_(h.bitwise_right_shift(16).bitwise_and_(0xFFFF))
+
+
+def round_stochastic_bfloat16(values: Tensor, *, seed: int) -> Tensor:
+    """Rounds float32 to bfloat16 up or down at random, so that the expected value is the value itself.
+
+    values: float32, any shape.  seed: 64 bits, from mix_seed.  Returns bfloat16 of the same shape.
+    A bfloat16 is the upper half of a float32: adding 16 random bits below the cut carries with the right probability.
+    Infinities and NaN stay what they are.
+    """
+    noise = random_bits(values.numel(), seed=seed, device=values.device).bitwise_and_(0xFFFF)
+    bits = values.contiguous().view(torch.int32) + noise.view(values.shape)
+    rounded = bits.bitwise_and_(-0x10000).view(torch.float32)  # exactly representable now
+    return torch.where(values.isfinite(), rounded, values).to(torch.bfloat16)
+
+
+def store_weight(weight: Tensor, values: Tensor, *, seed: int) -> None:
+    """Writes `values` into `weight` in the way that loses no small update on average.
+
+    weight: a parameter of any floating dtype, written in place.  values: the same shape, float32 or float64.
+    bfloat16 rounds stochastically, because rounding to nearest drops every update below 1/256 of the weight.
+    """
+    if weight.dtype == torch.bfloat16:
+        values = round_stochastic_bfloat16(values, seed=seed)
+    weight.copy_(values)

@@ -1,0 +1,69 @@
+"""Bases of a gradient's dominant subspace.
+
+G is (m, n); a basis is (m, r) with orthonormal columns that span, exactly or nearly, the leading left singular
+directions of G. For the right side pass G.mT. Everything but `exact_basis` sees G only through the products G @ X and
+G.mT @ X: they run in G's own dtype, while the small factors (orthogonalisation, rotations) are computed in the dtype of
+the basis, float32 or float64.
+"""
+
+import torch
+from torch import Tensor
+
+
+def product(G: Tensor, X: Tensor) -> Tensor:
+    """G @ X in G's dtype, returned in X's. G (m, n), X (n, k) -> (m, k)."""
+    return (G @ X.to(G.dtype)).to(X.dtype)
+
+
+def orthonormalize(Y: Tensor) -> Tensor:
+    """An orthonormal basis of Y's columns, by QR with a positive diagonal. (m, k) -> (m, k), k <= m.
+
+    The positive diagonal makes the result unique and continuous: a slowly moving Y gives a slowly moving basis, so the
+    optimizer's moments, which live in its coordinates, keep their meaning.
+    """
+    Q, T = torch.linalg.qr(Y)  # (m, k), (k, k)
+    return Q * torch.where(T.diagonal() < 0, -1.0, 1.0).to(Y.dtype)
+
+
+def exact_basis(G: Tensor, *, rank: int) -> Tensor:
+    """The `rank` leading left singular vectors of G, strongest first. (m, n) -> (m, rank) in at least float32.
+
+    By the eigenvectors of the smaller Gram matrix, in float64: several times faster than an SVD, and the squared
+    condition number is harmless there. Each vector's largest entry is positive. Source: GaLore, eq. 12-13.
+    """
+    G64 = G.double()
+    tall = G.shape[0] > G.shape[1]
+    gram = G64.mT @ G64 if tall else G64 @ G64.mT
+    vectors = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(-1)  # ascending -> strongest first
+    U = orthonormalize(G64 @ vectors) if tall else vectors  # (m, rank)
+    peak = U.gather(0, U.abs().argmax(0, keepdim=True))  # (1, rank)
+    return (U * torch.where(peak < 0, -1.0, 1.0)).to(torch.promote_types(G.dtype, torch.float32))
+
+
+def randomized_basis(G: Tensor, *, rank: int, seed: int, oversampling: int = 8, power_iterations: int = 2) -> Tensor:
+    """Nearly the `rank` leading left singular vectors of G, without a starting point. (m, n) -> (m, rank).
+
+    A randomized range finder with power iterations, then Rayleigh-Ritz, which orders the columns by strength.
+    Source: Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.3.  seed: 64 bits, decides the random start.
+    """
+    dtype = torch.promote_types(G.dtype, torch.float32)
+    width = min(rank + oversampling, *G.shape)
+    generator = torch.Generator(G.device).manual_seed(seed % (1 << 63))
+    Y = torch.randn(G.shape[1], width, generator=generator, device=G.device, dtype=dtype)  # (n, width)
+    Q = orthonormalize(product(G, Y))  # (m, width)
+    for _ in range(power_iterations):
+        Q = iterate_basis(G, Q)
+    B = product(G.mT, Q)  # (n, width), the gradient seen from Q
+    B = B / B.norm().clamp_min(torch.finfo(dtype).tiny)
+    rotation = torch.linalg.eigh(B.mT @ B).eigenvectors[:, -rank:].flip(-1)  # (width, rank)
+    return Q @ rotation
+
+
+def iterate_basis(G: Tensor, basis: Tensor) -> Tensor:
+    """One step of orthogonal iteration from a good starting point: orth(G G^T P). (m, n), (m, r) -> (m, r).
+
+    Source: Golub and Van Loan, Matrix Computations, section 7.3.2 ("orthogonal iteration").
+    """
+    Z = product(G.mT, basis)  # (n, r)
+    Z = Z / Z.norm().clamp_min(torch.finfo(Z.dtype).tiny)  # G may be tiny: its square must not underflow
+    return orthonormalize(product(G, Z))

@@ -1,0 +1,253 @@
+"""GaLore against torch.optim at full rank, and against an oracle in float64 written from the paper's equations."""
+
+import contextlib
+import copy
+import math
+
+import pytest
+import torch
+
+from qgalore.low_rank_optimizer import MOMENT_POLICIES, LowRankOptimizer
+from qgalore.projectors import PROJ_TYPES
+
+SHAPES = [(12, 20), (20, 12), (16, 16)]
+
+
+def parameters(*, dtype=torch.float64, shapes=SHAPES) -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
+
+
+def gradients(steps: int, *, shapes=SHAPES) -> list[list[torch.Tensor]]:
+    """A gradient a step and shape: a dominant part that turns slowly, and noise."""
+    base = [torch.randn(m, 3, dtype=torch.float64) @ torch.randn(3, n, dtype=torch.float64) for m, n in shapes]
+    turn = [torch.randn(m, n, dtype=torch.float64) for m, n in shapes]
+    return [
+        [b + 0.05 * t * step + 0.3 * torch.randn_like(b) for b, t in zip(base, turn, strict=True)]
+        for step in range(steps)
+    ]
+
+
+def largest_difference(one, other) -> float:
+    return max((p.double() - q.double()).abs().max().item() for p, q in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.8, 0.95)])
+def test_without_a_rank_it_is_adamw(betas):
+    """Any shape, twenty updates, saved and loaded in the middle."""
+    ours = parameters(shapes=[(5,), (4, 6), (2, 3, 4)])
+    theirs = copy.deepcopy(ours)
+    options = dict(lr=0.02, betas=betas, weight_decay=0.1)
+    optimizer, twin = LowRankOptimizer(ours, **options), torch.optim.AdamW(theirs, **options)
+    for step in range(20):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        optimizer.step()
+        twin.step()
+        if step == 9:
+            saved = copy.deepcopy(optimizer.state_dict())
+            optimizer = LowRankOptimizer(ours, **options)
+            optimizer.load_state_dict(saved)
+    assert largest_difference(ours, theirs) < 1e-10
+
+
+@pytest.mark.parametrize("subspace", ["iterate", "svd"])
+@pytest.mark.parametrize("proj_type", PROJ_TYPES)
+def test_with_an_identity_basis_at_full_rank_it_is_adamw(proj_type, subspace):
+    """rank = min(m, n) with the basis set to the identity, where the projected side is the one of that length."""
+    shapes = [(12, 12)] if proj_type not in ("std",) else SHAPES
+    ours = parameters(shapes=shapes)
+    theirs = copy.deepcopy(ours)
+    group = {"params": ours, "rank": 12 if proj_type != "std" else 16, "update_proj_gap": 1000}
+    with pytest.warns(UserWarning, match="clamped") if proj_type == "std" else contextlib.nullcontext():
+        optimizer = LowRankOptimizer([group | {"proj_type": proj_type, "subspace": subspace}], lr=0.02)
+    twin = torch.optim.AdamW(theirs, lr=0.02, weight_decay=0.0)
+    for p in ours:
+        for side in optimizer._projectors[p].sides:
+            optimizer.state[p][side] = torch.eye(min(p.shape), dtype=p.dtype)
+        optimizer.state[p]["next_refresh"] = 1000
+    for grads in gradients(20, shapes=shapes):
+        for p, q, G in zip(ours, theirs, grads, strict=True):
+            p.grad, q.grad = G.clone(), G.clone()
+        optimizer.step()
+        twin.step()
+    assert largest_difference(ours, theirs) < 1e-10
+
+
+class Oracle:
+    """GaLore for one matrix, from Zhao et al. 2024, algorithm 2, with singular vectors from an SVD in float64.
+
+    refreshes: the updates (from 1) at which the bases are computed. Moments follow the basis as `policy` says.
+    """
+
+    def __init__(self, W, *, rank, proj_type, scale, refreshes, policy, lr, weight_decay, eps):
+        self.W, self.rank, self.scale, self.refreshes, self.policy = W.clone(), rank, scale, refreshes, policy
+        self.lr, self.weight_decay, self.eps = lr, weight_decay, eps
+        m, n = W.shape
+        self.left = proj_type in ("left", "full") or proj_type == ("std" if m < n else "reverse_std")
+        self.right = proj_type in ("right", "full") or proj_type == ("std" if m >= n else "reverse_std")
+        self.t = 0
+        self.P = self.Q = None
+        self.weight_sum = [0.0, 0.0]
+
+    def singular_vectors(self, G):
+        U = torch.linalg.svd(G, full_matrices=False).U[:, : self.rank]
+        peak = torch.stack([column[column.abs().argmax()] for column in U.unbind(1)])
+        return U * peak.sign()
+
+    def refresh(self, G):
+        P, Q = self.P, self.Q
+        self.P = self.singular_vectors(G) if self.left else torch.eye(G.shape[0], dtype=G.dtype)
+        self.Q = self.singular_vectors(G.T) if self.right else torch.eye(G.shape[1], dtype=G.dtype)
+        if P is None:
+            self.M = self.V = 0 * (self.P.T @ G @ self.Q)
+        elif self.policy == "project":
+            self.M = (self.P.T @ P) @ self.M @ (Q.T @ self.Q)
+        elif self.policy == "reset":
+            self.M, self.V, self.weight_sum = 0 * self.M, 0 * self.V, [0.0, 0.0]
+
+    def update(self, G):
+        self.t += 1
+        if self.t in self.refreshes:
+            self.refresh(G)
+        R = self.P.T @ G @ self.Q
+        self.M = 0.9 * self.M + 0.1 * R
+        self.V = 0.999 * self.V + 0.001 * R**2
+        self.weight_sum = [0.9 * self.weight_sum[0] + 0.1, 0.999 * self.weight_sum[1] + 0.001]
+        N = (self.M / self.weight_sum[0]) / ((self.V / self.weight_sum[1]).sqrt() + self.eps)
+        U = self.scale * self.P @ N @ self.Q.T
+        self.W = self.W - self.lr * self.weight_decay * self.W - self.lr * U
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("policy", MOMENT_POLICIES)
+@pytest.mark.parametrize("proj_type", PROJ_TYPES)
+def test_galore_is_the_papers(proj_type, policy, dtype, tolerance):
+    """Thirty updates of a wide, a tall and a square matrix, refreshes included, each matrix at its own time.
+
+    With `full` R is diagonal when the bases are fresh: what is left beside the diagonal is rounding, which Adam blows up
+    to full steps. A large eps keeps it out of the comparison.
+    """
+    ours = parameters()
+    eps = 1e-2 if proj_type == "full" else 1e-8
+    options = dict(rank=3, scale=0.25, proj_type=proj_type)
+    oracles = [
+        Oracle(
+            p.detach(),
+            **options,
+            policy=policy,
+            lr=0.02,
+            weight_decay=0.1,
+            eps=eps,
+            refreshes={1, *range(1 + math.ceil(7 * (i + 1) / 3), 31, 7)},
+        )
+        for i, p in enumerate(ours)
+    ]
+    ours = [torch.nn.Parameter(p.detach().to(dtype)) for p in ours]
+    group = {"params": ours, "update_proj_gap": 7, "subspace": "svd", "moments_on_refresh": policy, **options}
+    optimizer = LowRankOptimizer([group], lr=0.02, weight_decay=0.1, eps=eps)
+    for grads in gradients(30):
+        for p, oracle, G in zip(ours, oracles, grads, strict=True):
+            p.grad = G.to(dtype)
+            oracle.update(G)
+        optimizer.step()
+    assert largest_difference(ours, [oracle.W for oracle in oracles]) < tolerance
+    assert all(optimizer.state[p]["refreshes"] == len(o.refreshes) for p, o in zip(ours, oracles, strict=True))
+
+
+def test_orthogonal_iteration_comes_close_to_the_exact_subspace():
+    """The same run with the two ways to a basis: what they capture of the last gradient differs by under 2%."""
+    captured = {}
+    for subspace in ("iterate", "svd"):
+        torch.manual_seed(0)
+        ours = parameters()
+        optimizer = LowRankOptimizer([{"params": ours, "rank": 3, "update_proj_gap": 3, "subspace": subspace}])
+        for grads in gradients(30):
+            for p, G in zip(ours, grads, strict=True):
+                p.grad = G.clone()
+            optimizer.step()
+        captured[subspace] = [
+            optimizer._projectors[p].project(p.grad, optimizer.state[p]).norm().item() for p in ours
+        ]
+    assert captured["iterate"] == pytest.approx(captured["svd"], rel=0.02)
+
+
+def test_a_group_without_rank_stands_beside_a_projected_one():
+    """Norms and embeddings are plain AdamW while the matrices are projected: their state has the shape to show it."""
+    matrix, vector = parameters(shapes=[(12, 20), (12,)], dtype=torch.float32)
+    optimizer = LowRankOptimizer([{"params": [vector]}, {"params": [matrix], "rank": 4}], lr=0.1)
+    before = [matrix.detach().clone(), vector.detach().clone()]
+    matrix.grad, vector.grad = torch.randn_like(matrix), torch.randn_like(vector)
+    optimizer.step()
+    assert optimizer.state[matrix]["exp_avg"].shape == (4, 20)
+    assert optimizer.state[vector]["exp_avg"].shape == (12,)
+    assert (vector - before[1]).abs().allclose(torch.tensor(0.1), rtol=1e-4), "Adam's first step has size lr"
+    assert torch.linalg.matrix_rank(matrix.detach() - before[0]) == 4
+
+
+def test_state_survives_a_round_trip_in_the_middle():
+    """Saved as tensors and plain scalars, loaded into a new optimizer: the next updates are the same, bit for bit."""
+    grads = gradients(14)
+    results = []
+    for interrupted in (False, True):
+        torch.manual_seed(1)
+        ours = parameters(dtype=torch.bfloat16)
+        group = {"params": ours, "rank": 4, "update_proj_gap": 5}
+        optimizer = LowRankOptimizer([group], lr=0.05)
+        for step, step_grads in enumerate(grads):
+            if interrupted and step == 7:
+                saved = optimizer.state_dict()
+                kinds = {type(value) for state in saved["state"].values() for value in state.values()}
+                assert kinds <= {torch.Tensor, int, float}
+                optimizer = LowRankOptimizer([{**group}], lr=0.05)
+                optimizer.load_state_dict(copy.deepcopy(saved))
+                for p in ours:
+                    restored, original = optimizer.state[p], saved["state"][optimizer._index[p]]
+                    assert all(restored[k].dtype == v.dtype for k, v in original.items() if torch.is_tensor(v))
+            for p, G in zip(ours, step_grads, strict=True):
+                p.grad = G.to(p.dtype)
+            optimizer.step()
+        results.append([p.detach().clone() for p in ours])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_moments_are_float32_for_bfloat16_weights():
+    ours = parameters(dtype=torch.bfloat16)
+    optimizer = LowRankOptimizer([{"params": ours, "rank": 4}])
+    for p in ours:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert {optimizer.state[p][k].dtype for p in ours for k in ("exp_avg", "exp_avg_sq")} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"rank": 0},
+        {"rank": 4, "update_proj_gap": 0},
+        {"rank": 4, "proj_type": "middle"},
+        {"rank": 4, "subspace": "guess"},
+        {"rank": 4, "moments_on_refresh": "forget"},
+        {"rank": 4, "scale": float("nan")},
+        {"lr": -1.0},
+        {"betas": (1.0, 0.9)},
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused(setting):
+    with pytest.raises(ValueError, match=list(setting)[-1]):
+        LowRankOptimizer([{"params": parameters(), **setting}])
+
+
+def test_only_matrices_can_be_projected():
+    with pytest.raises(ValueError, match="matrices only"):
+        LowRankOptimizer([{"params": parameters(shapes=[(5,)]), "rank": 2}])
+
+
+def test_a_rank_beyond_the_matrix_is_clamped_with_a_warning():
+    (ours,) = parameters(shapes=[(6, 20)])
+    with pytest.warns(UserWarning, match="rank 99 .* clamped"):
+        optimizer = LowRankOptimizer([{"params": [ours], "rank": 99}])
+    ours.grad = torch.randn_like(ours)
+    optimizer.step()
+    assert optimizer.state[ours]["left"].shape == (6, 6)
