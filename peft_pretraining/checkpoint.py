@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from transformers import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from peft_pretraining.errors import UserError
 
@@ -36,6 +37,7 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
     """
     beside = folder.with_name(f".{folder.name}.incomplete")
     shutil.rmtree(beside, ignore_errors=True)
+    disable_progress_bar()  # transformers' own would break ours
     model.save_pretrained(beside)
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)

@@ -1,0 +1,67 @@
+"""Loss and perplexity on held-out text."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from peft_pretraining.dataloader import IGNORED
+from peft_pretraining.errors import UserError
+from peft_pretraining.loss import token_loss_sum
+
+
+class Tokens(Protocol):
+    """What evaluate wants of a batch. input_ids, targets: (B, L) int64, on any device."""
+
+    @property
+    def input_ids(self) -> Tensor: ...
+
+    @property
+    def targets(self) -> Tensor: ...
+
+
+class Evaluation(NamedTuple):
+    """loss: nats per target token.  perplexity: exp(loss), inf beyond a float.  tokens: the targets it is made of."""
+
+    loss: float
+    perplexity: float
+    tokens: int
+
+
+@torch.no_grad()
+def evaluate(
+    model: LlamaForCausalLM, batches: Iterable[Tokens], *, reduce_sum: Callable[[Tensor], Tensor] | None = None
+) -> Evaluation:
+    """The mean loss over all target tokens of all batches and ranks: not a mean of batch means.
+
+    reduce_sum: returns the sum over the ranks of a float64 tensor; None for a process alone. Ranks may hold different
+    numbers of batches. The model is put back into the mode it was in, also after an error. Raises UserError where
+    there is no target token on any rank.
+    """
+    device = model.lm_head.weight.device
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, tokens
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            input_ids, targets = batch.input_ids.to(device), batch.targets.to(device)
+            sums[0] += token_loss_sum(model, input_ids, targets)
+            sums[1] += (targets != IGNORED).sum()
+    finally:
+        model.train(was_training)
+    loss_sum, tokens = (sums if reduce_sum is None else reduce_sum(sums)).tolist()
+    if not tokens:
+        raise UserError("the validation data holds no token to predict. Give --validation a file with more text.")
+    loss = loss_sum / tokens
+    return Evaluation(loss, perplexity(loss), int(tokens))
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), or inf where that is beyond a float.  loss: nats per token."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
