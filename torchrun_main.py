@@ -278,11 +278,11 @@ def report_end(run: Run) -> None:
     )
 
 
-def command_line() -> int:
+def command_line(argv: list[str] | None = None) -> int:
     """Runs main; turns what the user can mend into one line and exit status 2."""
     warnings.showwarning = lambda message, *_, **__: logger.warning(str(message))
     try:
-        main()
+        main(argv)
     except UserError as error:
         # What is wrong with the arguments, every rank finds; what is wrong with one rank's documents, only that one.
         if error.on_one_rank or int(os.environ.get("RANK", 0)) == 0:

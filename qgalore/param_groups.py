@@ -28,7 +28,7 @@ def split_parameters(
     """Groups the trainable parameters by kind: attention and MLP linears, embeddings, head, norms and the rest.
 
     projected_modules: a linear layer is projected where its name contains one of these, as in the reference.
-    Tied parameters are owned once, by the first kind that holds them. Empty groups are left out.
+    Tied parameters are owned once, by the first module that holds them. Empty groups are left out.
     Raises ValueError where nothing is trainable.
     """
     kinds: dict[str, list[tuple[str, nn.Parameter]]] = {
@@ -37,7 +37,10 @@ def split_parameters(
         "head": [],
         "norms and others": [],
     }
-    owners = {id(parameter): module for module in model.modules() for parameter in module.parameters(recurse=False)}
+    owners: dict[int, nn.Module] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), module)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             kinds[_kind(name, owners[id(parameter)], parameter, projected_modules)].append((name, parameter))

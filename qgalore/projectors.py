@@ -96,7 +96,9 @@ class Projector:
         new = self._new_basis(G if side == "left" else G.mT, old)
         if new is None:
             state["failed_refreshes"] = state.get("failed_refreshes", 0) + 1
-            warnings.warn("a refresh failed (gradient not finite, or no convergence): the old basis stays", stacklevel=2)
+            warnings.warn(
+                "a refresh failed (gradient not finite, or no convergence): the old basis stays", stacklevel=2
+            )
             if old is not None:
                 return None
             new = self._random_basis(G, side)

@@ -125,8 +125,8 @@ class Oracle:
 def test_galore_is_the_papers(proj_type, policy, dtype, tolerance):
     """Thirty updates of a wide, a tall and a square matrix, refreshes included, each matrix at its own time.
 
-    With `full` R is diagonal when the bases are fresh: what is left beside the diagonal is rounding, which Adam blows up
-    to full steps. A large eps keeps it out of the comparison.
+    With `full` R is diagonal when the bases are fresh: what is left beside the diagonal is rounding, which Adam blows
+    up to full steps. A large eps keeps it out of the comparison.
     """
     ours = parameters()
     eps = 1e-2 if proj_type == "full" else 1e-8
@@ -166,9 +166,7 @@ def test_orthogonal_iteration_comes_close_to_the_exact_subspace():
             for p, G in zip(ours, grads, strict=True):
                 p.grad = G.clone()
             optimizer.step()
-        captured[subspace] = [
-            optimizer._projectors[p].project(p.grad, optimizer.state[p]).norm().item() for p in ours
-        ]
+        captured[subspace] = [optimizer._projectors[p].project(p.grad, optimizer.state[p]).norm().item() for p in ours]
     assert captured["iterate"] == pytest.approx(captured["svd"], rel=0.02)
 
 

@@ -8,7 +8,10 @@ SHAPES = [(40, 64), (64, 40), (48, 48)]
 
 def gradient(m: int, n: int, *, decay: float = 0.9, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """A matrix with singular values decay**i."""
-    U, V = orthonormalize(torch.randn(m, m, dtype=torch.float64)), orthonormalize(torch.randn(n, n, dtype=torch.float64))
+    U, V = (
+        orthonormalize(torch.randn(m, m, dtype=torch.float64)),
+        orthonormalize(torch.randn(n, n, dtype=torch.float64)),
+    )
     k = min(m, n)
     return ((U[:, :k] * decay ** torch.arange(k)) @ V[:, :k].mT).to(dtype)
 

@@ -1,0 +1,32 @@
+"""Runs of the main script, for tests."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def record(save_dir: Path, event: str) -> list[dict]:
+    """The lines of one event in a run's metrics.jsonl."""
+    lines = [json.loads(line) for line in (save_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == event]
+
+
+def losses(save_dir: Path) -> list[float]:
+    return [line["loss"] for line in record(save_dir, "update")]
+
+
+def torchrun(flags: list[str], *, processes: int = 1, timeout: int = 120) -> subprocess.CompletedProcess[str]:
+    """`torchrun --standalone torchrun_main.py ...` from the repository's root."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return shell([*command, "torchrun_main.py", *flags], timeout=timeout)
+
+
+def shell(command: list[str], *, timeout: int = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command from the repository's root; its output as text."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": path} | environment
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)

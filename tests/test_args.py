@@ -1,0 +1,146 @@
+import re
+
+import pytest
+
+from peft_pretraining.args import parse_args, schedule_of
+from peft_pretraining.errors import UserError
+from peft_pretraining.flags import FLAGS, NOT_YET, parse_count
+
+REQUIRED = ["--model_config", "configs/llama_9m.json", "--batch_size", "16"]
+
+# Every flag of the three reference scripts.
+REFERENCE = """
+model_config use_hf_model continue_from batch_size gradient_accumulation total_batch_size max_length optimizer lr
+scheduler min_lr_ratio activation_checkpointing weight_decay warmup_steps eval_every num_training_steps max_train_tokens
+save_every save_dir tags name dtype workers seed project unset_wandb grad_clipping beta1 beta2 rank update_proj_gap
+galore_scale proj_type proj_quant proj_bits proj_group_size weight_quant weight_bits weight_group_size stochastic_round
+simulation cos_threshold gamma_proj queue_size single_gpu log_details""".split()
+
+
+def parse(*more, world_size=1):
+    return parse_args([*REQUIRED, *map(str, more)], world_size=world_size)
+
+
+def refusal(*more, world_size=1) -> str:
+    with pytest.raises(UserError) as caught:
+        parse(*more, world_size=world_size)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_every_flag_of_the_references_is_known():
+    assert set(REFERENCE) <= {flag.name for flags in (*FLAGS.values(), NOT_YET) for flag in flags}
+
+
+def test_help_shows_every_flag_under_its_group_with_unit_and_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_args(["--help"])
+    assert stop.value.code == 0
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    for title, flags in FLAGS.items():
+        assert title in text
+        for flag in flags:
+            assert f"--{flag.name}" in text
+            if flag.type is not bool and not flag.required:
+                assert re.sub(r"\s+", " ", f"(default: {flag.shown or flag.default})") in text, flag.name
+
+
+@pytest.mark.parametrize("flag", NOT_YET, ids=lambda flag: flag.name)
+def test_a_flag_of_a_feature_to_come_is_refused(flag):
+    value = [] if flag.type is bool else ["4"]
+    assert f"--{flag.name} ({flag.help}) is not available in this version yet" in refusal(f"--{flag.name}", *value)
+
+
+@pytest.mark.parametrize("text, count", [("5000", 5000), ("100K", 10**5), ("1.5m", 1_500_000), ("2B", 2 * 10**9)])
+def test_counts_take_suffixes(text, count):
+    assert parse_count(text) == count
+    assert parse("--eval_tokens", text).eval_tokens == count
+
+
+@pytest.mark.parametrize("text", ["many", "1.5", "K", "inf", "1e400", ""])
+def test_what_is_no_count_is_refused(text):
+    assert "--eval_tokens" in refusal("--eval_tokens", text)
+
+
+def test_accumulation_and_total_batch_complete_each_other():
+    assert (parse().gradient_accumulation, parse().total_batch_size) == (1, 16)
+    assert parse("--total_batch_size", 64).gradient_accumulation == 4
+    assert parse("--gradient_accumulation", 3, world_size=2).total_batch_size == 96
+    assert parse("--total_batch_size", 64, "--gradient_accumulation", 2, world_size=2).gradient_accumulation == 2
+
+
+def test_a_total_batch_that_does_not_divide_is_refused():
+    expected = "--total_batch_size 500 is not a multiple of --batch_size 16 x 1 process. Try 496 or 512."
+    assert refusal("--total_batch_size", 500) == expected
+    assert refusal("--total_batch_size", 8).endswith("Try 16.")
+    assert "x 2 processes. Try 32 or 64." in refusal("--total_batch_size", 48, world_size=2)
+    assert "it is 4" in refusal("--total_batch_size", 64, "--gradient_accumulation", 3)
+
+
+def test_single_gpu_means_one_process():
+    assert parse("--single_gpu").single_gpu
+    assert "--nproc_per_node 1" in refusal("--single_gpu", world_size=2)
+
+
+def test_training_tokens_are_counted_in_tokens():
+    """The reference divides tokens by sequences. 1M tokens are 15 updates of 256 x 256, the rest is left."""
+    args = parse("--max_train_tokens", "1M", "--total_batch_size", 256, "--max_length", 256)
+    assert args.num_training_steps == 1_000_000 // (256 * 256) == 15
+    assert "one update alone takes 4096 tokens" in refusal("--max_train_tokens", "4K")
+
+
+def test_the_schedule_is_completed_and_checked():
+    assert parse("--num_training_steps", 50).warmup_steps == 5
+    assert parse("--num_training_steps", 100_000).warmup_steps == 1000
+    assert schedule_of(parse("--warmup_steps", 7))["warmup_steps"] == 7
+    assert "--warmup_steps" in refusal("--num_training_steps", 5, "--warmup_steps", 6)
+    assert "--cycle_length" in refusal("--scheduler", "cosine_restarts")
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        ("rank", 0),
+        ("rank", -4),
+        ("lr", -0.1),
+        ("lr", 0),
+        ("lr", "nan"),
+        ("batch_size", 0),
+        ("max_length", 0),
+        ("num_training_steps", 0),
+        ("update_proj_gap", 0),
+        ("galore_scale", "inf"),
+        ("weight_decay", -1),
+        ("grad_clipping", "nan"),
+        ("beta1", 1.0),
+        ("workers", -1),
+        ("eval_every", 0),
+        ("seed", -1),
+    ],
+)
+def test_numbers_out_of_range_are_refused(flag, value):
+    assert refusal(f"--{flag}", value).startswith(f"--{flag} {value if value != 0 else ''}".rstrip())
+
+
+def test_unknown_names_are_refused_with_the_known_ones():
+    assert "Did you mean galore_adamw? Known: adam, adamw" in refusal("--optimizer", "galore_adam")
+    assert "not available in this version yet" in refusal("--optimizer", "q_galore_adamw8bit_per_layer")
+    assert "std" in refusal("--proj_type", "middle")
+    assert "--learning_rate" in refusal("--learning_rate", 1)
+    assert "--lr" in refusal("--lr", "fast")
+    with pytest.raises(UserError, match="--batch_size"):
+        parse_args(["--model_config", "x.json"])
+
+
+def test_flags_without_effect_are_known():
+    assert parse("--optimizer", "adamw", "--rank", 4, "--beta2", 0.9).ignored == ["--rank"]
+    assert parse("--optimizer", "sgd", "--beta1", 0.9, "--beta2", 0.9).ignored == ["--beta2"]
+    assert parse("--optimizer", "GaLore_AdamW", "--rank", 4).ignored == []
+
+
+def test_names_follow_from_the_rest():
+    assert (parse().tokenizer, parse("--dataset", "pydocs").tokenizer) == ("t5-base", "pydocs")
+    assert parse("--dataset", "pydocs", "--tokenizer", "x.model").tokenizer == "x.model"
+    assert parse("--unset_wandb").wandb_mode == "disabled"
+    assert parse("--optimizer", "adamw").name == "llama_9m-adamw"

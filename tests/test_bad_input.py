@@ -1,0 +1,133 @@
+"""What cannot be meant gets one line that says what was wrong and what to do, status 2, and nothing before it."""
+
+import json
+
+import pytest
+from runs import ROOT, shell, torchrun
+
+import torchrun_main
+
+
+def refusal(flags: list[str], capsys) -> str:
+    """The one line on stderr that begins with `error:`."""
+    assert torchrun_main.command_line(flags) == 2
+    lines = [
+        line for line in capsys.readouterr().err.splitlines() if " | " not in line and not line.startswith("name ")
+    ]
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1 and lines[-1] == errors[0], lines
+    return errors[0].removeprefix("error: ")
+
+
+def write_lines(path, *lines: str):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(line + "\n" for line in lines))
+    return path
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"optimizer": "galore_adam"}, "unknown --optimizer 'galore_adam'. Did you mean galore_adamw? Known: adam, "),
+        ({"rank": 0}, "--rank 0: must be at least 1"),
+        ({"lr": -0.1}, "--lr -0.1: must be above 0"),
+        ({"total_batch_size": 6}, "--total_batch_size 6 is not a multiple of --batch_size 4 x 1 process. Try 4 or 8."),
+        ({"model_config": "configs/llama_8m.json"}, "llama_9m.json"),
+        ({"max_length": 65}, "--max_length 65"),
+        ({"dataset": "no/such/folder"}, "no such file or folder: no/such/folder"),
+        ({"tokenizer": "no/such.model"}, "no/such.model"),
+        ({"weight_quant": True}, "--weight_quant (INT8 weights) is not available in this version yet"),
+        ({"dtype": "float16"}, "unknown --dtype 'float16'"),
+        ({"warmup_steps": 7}, "--warmup_steps 7"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)  # fmt: skip
+def test_one_line_and_nothing_begun(tiny, tmp_path, capsys, flags, message):
+    assert message in refusal(tiny.flags(tmp_path / "out", **flags), capsys)
+    assert not list(tmp_path.glob("out/*")), "nothing was written"
+
+
+def test_a_broken_config_names_line_and_column(tiny, tmp_path, capsys):
+    config = write_lines(tmp_path / "broken.json", '{"hidden_size": 32,', '"vocab_size" 60}')
+    message = refusal(tiny.flags(tmp_path / "out", model_config=config), capsys)
+    assert str(config) in message and "line 2, column 14" in message
+
+
+def test_a_bad_line_names_file_and_line(tiny, tmp_path, capsys):
+    """Found while training, by the reader that meets it; the record up to there is kept."""
+    lines = [json.dumps({"text": f"ba de fi go {i}"}) for i in range(20)]
+    broken = write_lines(tmp_path / "data" / "train-0.jsonl", *lines[:17], '{"text": "ba" "de"}', *lines[17:])
+    write_lines(tmp_path / "data" / "validation-0.jsonl", *lines)
+    for workers in (0, 2):
+        flags = tiny.flags(tmp_path / "out", dataset=broken.parent, num_training_steps=500, workers=workers)
+        message = refusal(flags, capsys)
+        assert f"{broken} line 18: not valid JSON (Expecting ',' delimiter at column 15)" in message
+    assert (tmp_path / "out" / "metrics.jsonl").read_text().count('"event": "start"') == 2
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"], ids=["no lines", "blank lines"])
+def test_an_empty_dataset(tiny, tmp_path, capsys, content):
+    (tmp_path / "train.jsonl").write_text(content)
+    message = refusal(tiny.flags(tmp_path / "out", dataset=tmp_path / "train.jsonl"), capsys)
+    assert "no document" in message and "train.jsonl" in message
+
+
+def test_a_tokenizer_too_large_for_the_model(tiny, tmp_path, capsys):
+    config = json.loads(tiny.config.read_text()) | {"vocab_size": tiny.vocab_size - 1}
+    small = write_lines(tmp_path / "small.json", json.dumps(config))
+    message = refusal(tiny.flags(tmp_path / "out", model_config=small), capsys)
+    assert str(tiny.vocab_size) in message and str(tiny.vocab_size - 1) in message
+
+
+@pytest.mark.parametrize("save_dir", ["file/inside", "/proc/qgalore"])
+def test_a_folder_that_cannot_be_written(tiny, tmp_path, capsys, save_dir):
+    (tmp_path / "file").touch()
+    message = refusal(tiny.flags(tmp_path / save_dir), capsys)
+    assert "--save_dir" in message and "cannot be written" in message
+
+
+def test_bfloat16_on_a_device_without_it(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("peft_pretraining.model.native_bfloat16", lambda device: False)
+    assert "Use --dtype float32" in refusal(tiny.flags(tmp_path / "out", dtype="bfloat16"), capsys)
+
+
+@pytest.mark.parametrize("missing", ["c4", "tokenizer"])
+def test_a_hub_that_cannot_be_reached_names_the_offline_ways(tiny, tmp_path, missing):
+    more = {"dataset": "c4"} if missing == "c4" else {"tokenizer": None}
+    command = ["python", "torchrun_main.py", *tiny.flags(tmp_path / "out", **more)]
+    result = shell(command, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path / "home"), timeout=60)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: ") and "cannot be reached" in last
+    assert "pydocs" in last and ("--dataset PATH" in last or ".model" in last)
+
+
+def test_two_ranks_say_it_once(tiny, tmp_path):
+    result = torchrun(tiny.flags(tmp_path / "out", optimizer="sdg"), processes=2)
+    assert result.returncode != 0
+    assert result.stderr.count("unknown --optimizer 'sdg'. Did you mean sgd?") == 1
+
+
+def test_the_rank_with_the_broken_document_says_so(tiny, tmp_path):
+    """The main rank never sees the line; its user still does."""
+    lines = [json.dumps({"text": f"ba de fi go {i}"}) for i in range(20)]
+    write_lines(tmp_path / "data" / "train-0.jsonl", *lines[:1], "{}", *lines[1:])
+    write_lines(tmp_path / "data" / "validation-0.jsonl", *lines)
+    flags = tiny.flags(tmp_path / "out", dataset=tmp_path / "data", num_training_steps=500)
+    result = torchrun(flags, processes=2)
+    assert result.returncode != 0
+    assert 'train-0.jsonl line 2: no "text" field' in result.stderr
+
+
+def test_core_packages_are_enough_for_local_text(tiny, tmp_path):
+    """Without wandb, datasets, pyarrow and the hub's client: a GPU machine with no network runs just that."""
+    absent = ("wandb", "datasets", "pyarrow", "pandas")
+    code = (
+        f"import sys; sys.modules.update({{name: None for name in {absent}}}); "
+        "import torchrun_main; sys.exit(torchrun_main.command_line(sys.argv[1:]))"
+    )
+    result = shell(["python", "-c", code, *tiny.flags(tmp_path / "out", num_training_steps=2)])
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out" / "model" / "model.safetensors").exists()
+    assert (ROOT / "requirements.txt").exists()

@@ -1,0 +1,78 @@
+import pytest
+import torch
+from torch import nn
+
+from qgalore.factory import OPTIMIZERS, PLANNED, Settings, create_optimizer, find_recipe
+from qgalore.param_groups import split_parameters
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(16, 8)
+        self.mlp = nn.Linear(8, 12, bias=False)
+        self.norm = nn.LayerNorm(12)
+        self.head = nn.Linear(12, 16, bias=False)
+
+    def forward(self, ids):
+        return self.head(self.norm(self.mlp(self.embedding(ids))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_moves_every_parameter_at_its_first_update(name, dtype):
+    """Embeddings, norms and head included: the reference's per-layer mode leaves those where they are."""
+    model = Model().to(dtype)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = create_optimizer(name, groups=split_parameters(model), settings=Settings(lr=0.1, rank=4))
+    ids = torch.arange(16)
+    nn.functional.cross_entropy(model(ids).float(), ids.flip(0)).backward()
+    optimizer.step()
+    assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_learns(name):
+    torch.manual_seed(0)
+    model, ids = Model(), torch.arange(16)
+    optimizer = create_optimizer(name, groups=split_parameters(model), settings=Settings(lr=0.1, rank=4, beta1=None))
+    losses = []
+    for _ in range(60):
+        loss = nn.functional.cross_entropy(model(ids), ids.flip(0))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_settings_reach_the_optimizer():
+    settings = Settings(lr=0.3, weight_decay=0.2, beta1=0.7, beta2=0.8, rank=4, update_proj_gap=9, galore_scale=0.5,
+                        proj_type="left", subspace="svd", moments_on_refresh="keep")  # fmt: skip
+    optimizer = create_optimizer("galore_adamw", groups=split_parameters(Model()), settings=settings)
+    projected, *others = optimizer.param_groups
+    assert projected["name"] == "attention and MLP" and {group["rank"] for group in others} == {None}
+    expected = dict(lr=0.3, weight_decay=0.2, betas=(0.7, 0.8), rank=4, update_proj_gap=9, scale=0.5, proj_type="left",
+                    subspace="svd", moments_on_refresh="keep")  # fmt: skip
+    assert {key: projected[key] for key in expected} == expected
+    assert create_optimizer("sgd", groups=split_parameters(Model()), settings=settings).defaults["momentum"] == 0.7
+    assert create_optimizer("adam", groups=split_parameters(Model()), settings=settings).defaults["betas"] == (0.7, 0.8)
+    adamw = create_optimizer("adamw", groups=split_parameters(Model()), settings=Settings())
+    assert adamw.defaults["betas"] == (0.9, 0.999)
+
+
+def test_names_are_found_in_any_case():
+    assert find_recipe("AdamW") is OPTIMIZERS["adamw"]
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(
+        ValueError, match=r"unknown --optimizer 'galore_adam'. Did you mean galore_adamw\? Known: adam,"
+    ):
+        find_recipe("galore_adam")
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_a_name_of_a_feature_to_come_says_so(name):
+    with pytest.raises(ValueError, match="not available in this version yet"):
+        find_recipe(name)

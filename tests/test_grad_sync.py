@@ -1,0 +1,62 @@
+import pytest
+import torch
+from ranks import run_distributed
+
+from qgalore.grad_sync import GradSync
+from qgalore.low_rank_optimizer import LowRankOptimizer
+
+
+def train(*, rank: int, ranks: int, at_rank_size: bool) -> dict[str, torch.Tensor]:
+    """Twelve updates of a projected matrix and a vector; each rank holds its share of every gradient."""
+    generator = torch.Generator().manual_seed(0)
+    matrix, vector = torch.nn.Parameter(torch.zeros(10, 14)), torch.nn.Parameter(torch.zeros(14))
+    sync = GradSync(at_rank_size=at_rank_size)
+    sent: list[int] = []
+    original, sync.sum = sync.sum, lambda t: (sent.append(t.numel()) if sync.at_rank_size else None) or original(t)
+    groups = [{"params": [matrix], "rank": 3, "update_proj_gap": 4}, {"params": [vector]}]
+    optimizer = LowRankOptimizer(groups, lr=0.05, sync=sync)
+    for _ in range(12):
+        shares = torch.randn(4, 10, 14, generator=generator), torch.randn(4, 14, generator=generator)
+        matrix.grad, vector.grad = (share[rank::ranks].sum(0) for share in shares)
+        sync.sum_whole([matrix.grad, vector.grad])
+        optimizer.step()
+    norm = sync.take_norm()
+    return {"matrix": matrix.detach(), "vector": vector.detach(), "sent": torch.tensor(sent), "norm": norm}
+
+
+def on_a_rank(at_rank_size: bool) -> dict[str, torch.Tensor]:
+    group = torch.distributed
+    return train(rank=group.get_rank(), ranks=group.get_world_size(), at_rank_size=at_rank_size)
+
+
+@pytest.mark.parametrize("at_rank_size", [True, False], ids=["at rank size", "whole"])
+def test_two_ranks_with_half_the_gradient_each_are_one(at_rank_size):
+    """Refreshes included; the two ranks agree to the last bit, and with a single process to rounding."""
+    one, two = run_distributed(on_a_rank, at_rank_size)
+    alone = train(rank=0, ranks=1, at_rank_size=at_rank_size)
+    for name in ("matrix", "vector"):
+        assert torch.equal(one[name], two[name])
+        assert torch.allclose(one[name], alone[name], atol=1e-5)
+    if at_rank_size:
+        matrix_elements = one["sent"][::2].tolist()
+        assert matrix_elements == [140 if step in (1, 5, 9) else 42 for step in range(1, 13)], "3 x 14, not 10 x 14"
+
+
+def test_alone_nothing_is_sent():
+    sync = GradSync()
+    G = torch.randn(3)
+    assert sync.sum(G) is G and not sync.at_rank_size
+    assert sync.take_norm() == 0
+
+
+def norm_on_a_rank() -> torch.Tensor:
+    sync = GradSync()
+    sync.sum(torch.tensor([3.0]) if torch.distributed.get_rank() else torch.tensor([0.0]))
+    sync.sum(torch.tensor([[2.0, 2.0]]))
+    norm = sync.take_norm()
+    return torch.stack([norm, sync.take_norm()])
+
+
+def test_the_norm_is_that_of_the_sums():
+    for norms in run_distributed(norm_on_a_rank):
+        assert norms.tolist() == pytest.approx([(3**2 + 4**2 + 4**2) ** 0.5, 0])
