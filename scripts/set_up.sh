@@ -6,7 +6,7 @@ VENV=${VENV:-.venv}
 stamp="$VENV/.installed-$(cat "$@" | cksum | cut -d ' ' -f 1)"
 if [ ! -e "$stamp" ]; then
     echo "setting up $VENV" >&2
-    "${PYTHON:-python3}" -m venv "$VENV"
+    [ -x "$VENV/bin/python" ] || "${PYTHON:-python3}" -m venv "$VENV"
     for requirements in "$@"; do
         "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements"
     done

@@ -1,0 +1,88 @@
+"""Every script and every command of the README, run for real with shortened arguments."""
+
+import json
+import re
+import sys
+
+import pytest
+from runs import ROOT, record, shell
+
+from peft_pretraining.args import parse_args
+
+PRETRAIN = sorted((ROOT / "scripts" / "pretrain_c4").glob("*.sh"))
+PUBLISHED = {  # Zhao et al. 2024, table 2 and its scripts: rank, lr, updates, warm-up, gap
+    "60m": (128, 0.01, 10_000, 1_000, 200),
+    "130m": (256, 0.01, 20_000, 2_000, 200),
+    "350m": (256, 0.01, 60_000, 6_000, 200),
+    "1b": (1024, 0.01, 100_000, 10_000, 200),
+    "7b": (1024, 0.005, 150_000, 15_000, 500),
+}
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def shortened(tiny, save_dir) -> list[str]:
+    """Overrides that make any command a run of two updates on the tiny model."""
+    return tiny.flags(save_dir, batch_size=2, total_batch_size=4, num_training_steps=2, warmup_steps=1, rank=4)
+
+
+@pytest.mark.parametrize("script", PRETRAIN, ids=lambda path: path.stem)
+def test_pretraining_scripts_carry_the_published_settings(script, tmp_path):
+    """A torchrun of our own prints what the script would run."""
+    fake = tmp_path / "torchrun"
+    fake.write_text('#!/bin/sh\nfor a in "$@"; do echo "$a"; done\n')
+    fake.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "NPROC": "4"}
+    words = shell(["bash", str(script), "--seed", "7"], **environment).stdout.splitlines()
+    assert words[:4] == ["--standalone", "--nproc_per_node", "4", "torchrun_main.py"]
+    args = parse_args(words[4:])
+    size = script.stem.removeprefix("llama_")
+    published = (args.rank, args.lr, args.num_training_steps, args.warmup_steps, args.update_proj_gap)
+    assert published == PUBLISHED[size]
+    assert args.model_config == f"configs/llama_{size}.json" and args.total_batch_size == 512
+    assert args.galore_scale == 0.25 and args.seed == 7, "arguments are passed on"
+
+
+@pytest.mark.parametrize("script", PRETRAIN, ids=lambda path: path.stem)
+def test_pretraining_scripts_run(script, tiny, tmp_path):
+    result = shell(["bash", str(script), *shortened(tiny, tmp_path)])
+    assert result.returncode == 0, result.stderr
+    (end,) = record(tmp_path, "end")
+    assert end["updates"] == 2 and end["tokens_seen"] == 2 * 4 * 32
+
+
+@pytest.mark.parametrize("command", [c for c in readme_commands() if not c.startswith("bash scripts/t")])
+def test_readme_commands_run(command, tiny, tmp_path):
+    """As they stand there, with shorter arguments after them; `scripts/test.sh` is what runs this."""
+    more = shortened(tiny, tmp_path)
+    if "quickstart" in command:  # its own model and data, the embedded ones; the whole of it is the slow test below
+        more = ["--num_training_steps", "10", "--warmup_steps", "1", "--save_dir", str(tmp_path)]
+    result = shell([*command.split(), *more], VENV=sys.prefix, timeout=240)
+    assert result.returncode == 0, result.stderr
+    if "--dry_run" in command:
+        assert "who is trained how" in result.stderr
+    else:
+        assert record(tmp_path, "end")[0]["updates"] in (2, 10)
+
+
+@pytest.mark.slow
+def test_the_quickstart_learns(tmp_path):
+    """The first command of the README, whole: perplexity at the end is under half of that after 10 updates."""
+    result = shell(["bash", "scripts/quickstart.sh", "--save_dir", str(tmp_path)], VENV=sys.prefix, timeout=600)
+    assert result.returncode == 0, result.stderr
+    evaluations = {line["update"]: line["perplexity"] for line in record(tmp_path, "eval")}
+    assert record(tmp_path, "end")[0]["perplexity"] < evaluations[10] / 2
+
+
+def test_the_readme_names_every_event_and_its_fields(tiny, tmp_path):
+    """The table of metrics.jsonl is the record's: no field is missing there."""
+    import torchrun_main
+
+    assert torchrun_main.command_line(tiny.flags(tmp_path)) == 0
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", (ROOT / "README.md").read_text(), flags=re.MULTILINE))
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        fields = json.loads(line)
+        assert not [name for name in fields.keys() - {"event"} if not re.search(rf"\b{name}\b", rows[fields["event"]])]
