@@ -7,13 +7,14 @@ is the projection's side, decided once from the shape and `proj_type`. With none
 
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qgalore.quantize import mix_seed
-from qgalore.subspace import exact_basis, iterate_basis, orthonormalize, product, randomized_basis
+from qgalore.subspace import align, exact_basis, iterate_basis, orthonormalize, product, randomized_basis, turn_towards
 from qgalore.subspace_schedule import RefreshSchedule
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
@@ -64,6 +65,7 @@ class Projector:
 
     sides: of `left`, `right`; none is the identity, for any shape.  rank: columns of each basis.
     method: `iterate` (randomized start, then one warm orthogonal iteration a refresh) or `svd` (exact, every time).
+        At gaps too short for the moments, a refresh goes only part of the way (RefreshSchedule.share).
     seed: 64 bits, decides the randomized start.
     """
 
@@ -111,15 +113,23 @@ class Projector:
         if not G.isfinite().all():
             return None
         try:
-            if self.method == "svd":
-                basis = exact_basis(G, rank=self.rank)
-            elif old is None:
-                basis = randomized_basis(G, rank=self.rank, seed=self.seed)
-            else:
-                basis = iterate_basis(G, old.to(torch.promote_types(G.dtype, torch.float32)))
+            basis = self._compute(G, None if old is None else old.to(torch.promote_types(G.dtype, torch.float32)))
         except torch.linalg.LinAlgError:
             return None
         return basis if basis.isfinite().all() else None
+
+    def _compute(self, G: Tensor, old: Tensor | None) -> Tensor:
+        """By the chosen method; where the gap is short, part of the way from the old basis."""
+        share = self.schedule.share
+        if old is None:
+            first = exact_basis if self.method == "svd" else partial(randomized_basis, seed=self.seed)
+            return first(G, rank=self.rank)
+        if self.method == "iterate":
+            basis = iterate_basis(G, old)
+        else:
+            basis = exact_basis(G, rank=self.rank)
+            basis = align(basis, basis=old) if share < 1 else basis
+        return turn_towards(basis, basis=old, share=share) if share < 1 else basis
 
     def _random_basis(self, G: Tensor, side: str) -> Tensor:
         """Where the very first gradient was useless: any orthonormal basis, until the next refresh."""

@@ -67,3 +67,18 @@ def iterate_basis(G: Tensor, basis: Tensor) -> Tensor:
     Z = product(G.mT, basis)  # (n, r)
     Z = Z / Z.norm().clamp_min(torch.finfo(Z.dtype).tiny)  # G may be tiny: its square must not underflow
     return orthonormalize(product(G, Z))
+
+
+def align(target: Tensor, *, basis: Tensor) -> Tensor:
+    """The same subspace, its columns rotated to match those of `basis` as well as they can. (m, r), (m, r) -> (m, r).
+
+    Singular vectors come in an order and with signs that mean nothing to the optimizer's moments.
+    Source: orthogonal Procrustes, Golub and Van Loan, section 6.4.1.
+    """
+    U, _, Vh = torch.linalg.svd(target.mT @ basis)  # (r, r) each
+    return target @ (U @ Vh)
+
+
+def turn_towards(target: Tensor, *, basis: Tensor, share: float) -> Tensor:
+    """Part of the way from a basis to another with like columns: share 0 stays, 1 arrives. (m, r), (m, r) -> (m, r)."""
+    return orthonormalize(torch.lerp(basis, target, share))

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+MEMORY = 10  # updates that a first moment with beta1 = 0.9 remembers, 1 / (1 - beta1)
+
 
 @dataclass(frozen=True)
 class RefreshSchedule:
@@ -15,6 +17,15 @@ class RefreshSchedule:
 
     gap: int
     offset: int
+
+    @property
+    def share(self) -> float:
+        """How far a refresh turns the basis towards the new gradient's subspace: all the way from a gap of 10 on.
+
+        One gradient is mostly noise, and so is its subspace. The first moment remembers about 10 updates; where the
+        subspace turns faster than that, nothing is ever averaged (docs/notebook.md, "Short gaps").
+        """
+        return min(1.0, self.gap / MEMORY)
 
     def __post_init__(self) -> None:
         if not 1 <= self.offset <= self.gap:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from qgalore.subspace import exact_basis, iterate_basis, orthonormalize, randomized_basis
+from qgalore.subspace import align, exact_basis, iterate_basis, orthonormalize, randomized_basis, turn_towards
 
 SHAPES = [(40, 64), (64, 40), (48, 48)]
 
@@ -87,3 +87,22 @@ def test_degenerate_gradients_still_give_an_orthonormal_basis(G):
     P = randomized_basis(G, rank=6, seed=0)
     for basis in (P, iterate_basis(G, P), exact_basis(G, rank=6), exact_basis(G.mT, rank=6)):
         assert orthonormality_error(basis) < 1e-5
+
+
+def test_align_rotates_inside_the_subspace_only():
+    """Singular vectors with shuffled columns and signs come back to where they were."""
+    P = orthonormalize(torch.randn(20, 5, dtype=torch.float64))
+    assert torch.allclose(align((-P).flip(1), basis=P), P, atol=1e-12)
+    Q = orthonormalize(torch.randn(20, 5, dtype=torch.float64))
+    aligned = align(Q, basis=P)
+    assert torch.allclose(aligned @ aligned.mT, Q @ Q.mT, atol=1e-12)
+    assert (aligned - P).norm() < min((Q - P).norm(), (Q.flip(1) - P).norm())
+
+
+def test_turning_goes_part_of_the_way():
+    P = orthonormalize(torch.randn(20, 5, dtype=torch.float64))
+    Q = align(orthonormalize(torch.randn(20, 5, dtype=torch.float64)), basis=P)
+    assert torch.allclose(turn_towards(Q, basis=P, share=0.0), P, atol=1e-12)
+    assert torch.allclose(turn_towards(Q, basis=P, share=1.0), Q, atol=1e-12)
+    overlaps = [(turn_towards(Q, basis=P, share=share).mT @ Q).square().sum().item() for share in (0, 0.3, 0.6, 1)]
+    assert overlaps == sorted(overlaps) and orthonormality_error(turn_towards(Q, basis=P, share=0.3)) < 1e-12
