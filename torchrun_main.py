@@ -21,7 +21,6 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 from loguru import logger
-from torch.nn.utils import clip_grads_with_norm_
 from transformers import LlamaForCausalLM
 
 from peft_pretraining import report
@@ -40,6 +39,7 @@ from peft_pretraining.tokenizer import check_fits, load_tokenizer
 from qgalore.factory import Settings, create_optimizer, find_recipe
 from qgalore.grad_sync import GradSync
 from qgalore.param_groups import split_parameters
+from qgalore.whole_model import WholeModelUpdates
 
 
 @dataclass
@@ -62,8 +62,7 @@ class Run:
     world: World
     save_dir: Path
     model: LlamaForCausalLM
-    optimizer: torch.optim.Optimizer
-    sync: GradSync
+    updates: WholeModelUpdates
     batches: Generator[Batch, None, None]
     validation: ValidationSet
     metrics: Metrics
@@ -135,10 +134,11 @@ def main(argv: list[str] | None = None) -> None:
         optimizer = create_optimizer(args.optimizer, groups=split_parameters(model), settings=settings, sync=sync)
         metrics = open_metrics(args, save_dir=save_dir, enabled=world.is_main)
         cleanup.callback(metrics.close)
-        metrics.start(**report.circumstances(args, world=world, threads=threads, groups=groups, sync=sync))
+        updates = WholeModelUpdates(optimizer, sync=sync, clip=args.grad_clipping)
+        metrics.start(**report.circumstances(args, world=world, threads=threads, groups=groups, norm=updates.norm_of))
 
         # The loop, and what came of it
-        run = Run(args, world, save_dir, model, optimizer, sync, batches, validation, metrics)
+        run = Run(args, world, save_dir, model, updates, batches, validation, metrics)
         loop(run)
         report_end(run)
 
@@ -178,7 +178,7 @@ def due(state: State, every: int) -> bool:
 
 
 def train_step(run: Run) -> None:
-    """One update: micro-batches forward and backward, the norm, the learning rate, the optimizer, the record.
+    """One update: the learning rate, micro-batches forward and backward, the optimizer, the record.
 
     The loss is a sum over target tokens divided by their number over all micro-batches and ranks.
     """
@@ -187,38 +187,19 @@ def train_step(run: Run) -> None:
     micro_batches = [next(run.batches) for _ in range(args.gradient_accumulation)]
     targets = sum(int((batch.targets != IGNORED).sum()) for batch in micro_batches)
     targets = max(1, int(run.world.sum(torch.tensor(float(targets), dtype=torch.float64))))
+    ratio = lr_ratio(state.update + 1, **schedule_of(args))
+    for group in run.updates.optimizer.param_groups:
+        group["lr"] = args.lr * ratio
     loss = torch.zeros((), device=run.world.device)
     for batch in micro_batches:
         share = token_loss_sum(run.model, batch.input_ids, batch.targets) / targets
         share.backward()
         loss += share.detach()
-    norm = clip_gradients(run)
-    ratio = lr_ratio(state.update + 1, **schedule_of(args))
-    for group in run.optimizer.param_groups:
-        group["lr"] = args.lr * ratio
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    norm = run.sync.take_norm() if norm is None else norm
+    norm = run.updates.finish()
     log_step(run, loss=float(run.world.sum(loss)), norm=float(norm), targets=targets, began=began)
     if micro_batches[-1].epoch > state.epoch:
         state.epoch = micro_batches[-1].epoch
         logger.info(f"the data has ended: epoch {state.epoch + 1} begins, reshuffled")
-
-
-def clip_gradients(run: Run) -> torch.Tensor | None:
-    """Sums gradients over the ranks, returns their global norm and clips by it where asked.
-
-    Returns None where the optimizer sums at rank size and the whole gradient's norm is never known. ()
-    """
-    parameters = [p for p in run.model.parameters() if p.grad is not None]
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    run.sync.sum_whole(gradients)
-    if run.sync.at_rank_size:
-        return None
-    norm = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]).norm()
-    if run.args.grad_clipping:
-        clip_grads_with_norm_(parameters, run.args.grad_clipping, norm)
-    return norm
 
 
 def log_step(run: Run, *, loss: float, norm: float, targets: int, began: float) -> None:
@@ -231,7 +212,7 @@ def log_step(run: Run, *, loss: float, norm: float, targets: int, began: float) 
     run.metrics.update(
         update=state.update,
         loss=loss,
-        lr=run.optimizer.param_groups[0]["lr"],
+        lr=run.updates.optimizer.param_groups[0]["lr"],
         grad_norm=norm,
         tokens_seen=state.tokens_seen,
         tokens_per_second=targets / seconds,

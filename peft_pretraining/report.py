@@ -12,7 +12,6 @@ import torch
 
 from peft_pretraining.distributed import World
 from qgalore.factory import Recipe, Settings
-from qgalore.grad_sync import GradSync
 from qgalore.param_groups import ParameterGroup
 
 PACKAGES = ("torch", "transformers", "datasets", "sentencepiece", "safetensors", "wandb")
@@ -59,7 +58,7 @@ def describe_groups(groups: Sequence[ParameterGroup], *, recipe: Recipe, setting
 
 
 def circumstances(
-    args: argparse.Namespace, *, world: World, threads: int, groups: list[dict[str, Any]], sync: GradSync
+    args: argparse.Namespace, *, world: World, threads: int, groups: list[dict[str, Any]], norm: str
 ) -> dict[str, Any]:
     """What the record's first line says: everything that the figures after it depend on."""
     return {
@@ -71,7 +70,7 @@ def circumstances(
         "threads": threads,
         "parameters": {"total": sum(g["elements"] for g in groups), **{g["name"]: g["elements"] for g in groups}},
         "groups": groups,
-        "grad_norm": "of the projected gradients" if sync.at_rank_size else "global",
+        "grad_norm": norm,
     }
 
 

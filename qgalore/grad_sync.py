@@ -6,13 +6,12 @@ gets the same bits, and therefore the same weights.
 
 from collections.abc import Iterable
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
 class GradSync:
-    """Sums tensors over the ranks of a process group, and remembers the norm of all it has summed.
+    """Sums tensors over the ranks of a process group.
 
     at_rank_size: whether the optimizer sums each gradient itself, where it can in its subspace, so that r numbers
         travel instead of n; otherwise whole gradients are summed before the step, as clipping by their norm needs.
@@ -24,7 +23,6 @@ class GradSync:
         parallel = dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
         self.at_rank_size = parallel and at_rank_size
         self._in_full = parallel and not at_rank_size
-        self._squares: list[Tensor] = []
 
     def sum_whole(self, gradients: Iterable[Tensor]) -> None:
         """Sums whole gradients in place, unless the optimizer will do it at rank size."""
@@ -38,11 +36,4 @@ class GradSync:
         if self.at_rank_size:
             tensor = tensor.contiguous()
             dist.all_reduce(tensor, group=self.group)
-            self._squares.append(torch.linalg.vector_norm(tensor, dtype=torch.float32).square())
         return tensor
-
-    def take_norm(self) -> Tensor:
-        """The norm of everything that `sum` has summed since the last call. ()"""
-        norm = torch.stack(self._squares).sum().sqrt() if self._squares else torch.zeros(())
-        self._squares.clear()
-        return norm

@@ -36,7 +36,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         may also set `update_proj_gap` (updates between refreshes), `scale` (of the update), `proj_type` (see
         projectors.projection_sides), `subspace` (iterate | svd) and `moments_on_refresh`:
         project: the first moment is carried over by P_new^T P_old; keep: left as it is (the reference); reset: zeroed.
-        A rank beyond a matrix's shorter side is clamped to it.
+        A rank beyond a matrix's shorter side is clamped to it. In any group, `clip` limits the norm of each parameter's
+        projected gradient (0: no limit).
     lr: step size.  betas, eps: Adam's.  weight_decay: decoupled, as in torch.optim.AdamW.
     seed: of the randomized bases and of the stochastic rounding.  sync: sums gradients over data-parallel ranks.
     Raises ValueError for settings out of range.
@@ -64,6 +65,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             proj_type="std",
             subspace="iterate",
             moments_on_refresh="project",
+            clip=0.0,
         )
         super().__init__(params, defaults)
         self.seed = seed
@@ -72,6 +74,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             check_group(group)
         self._index = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
         self._projectors = self._build_projectors()
+        self._norms: list[Tensor] = []
 
     def _build_projectors(self) -> dict[Tensor, Projector]:
         """One projector a parameter; refreshes are staggered over all the projected matrices."""
@@ -114,25 +117,58 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def update_parameter(self, p: Tensor, group: dict[str, Any]) -> None:
         """One update of one parameter from p.grad: the road drawn at the top of this file."""
         assert p.grad is not None
+        if self.needs_whole_gradient(p):
+            G = self.sync.sum(p.grad)
+            self.refresh(p, group, G)
+            R = self.project(p, G)
+        else:
+            R = self.sync.sum(self.project(p, p.grad))
+        self.apply(p, group, R)
+
+    def needs_whole_gradient(self, p: Tensor) -> bool:
+        """Whether this update of p needs more of its gradient than the projection: none is there, or it is due."""
+        projector, state = self._projectors[p], self.state[p]
+        return not projector.sides or projector.due(state, step=state.get("step", 0) + 1)
+
+    def awaits_first_basis(self, p: Tensor) -> bool:
+        """Whether p is to be projected but has no basis yet."""
+        return bool(self._projectors[p].sides) and "step" not in self.state[p]
+
+    def refresh(self, p: Tensor, group: dict[str, Any], G: Tensor) -> None:
+        """Brings the bases of p up to date with its whole gradient, where that is due; its moments follow. G (m, n)."""
+        state = self.state[p]
+        change = self._projectors[p].prepare(G, state, step=state.get("step", 0) + 1)
+        if change is not None and "exp_avg" in state:
+            follow_basis(state, change, policy=group["moments_on_refresh"])
+
+    def project(self, p: Tensor, G: Tensor) -> Tensor:
+        """R = P^T G Q with the bases of p, in float32 or wider. (m, n) -> (r or m, r or n)"""
+        return self._projectors[p].project(G, self.state[p])
+
+    def apply(self, p: Tensor, group: dict[str, Any], R: Tensor) -> None:
+        """Updates moments and weight of p from its projected gradient, summed over micro-batches and ranks."""
         state, projector = self.state[p], self._projectors[p]
         step = state["step"] = state.get("step", 0) + 1
-        whole = not projector.sides or projector.due(state, step=step)
-        G = self.sync.sum(p.grad) if whole else p.grad
-        refresh = projector.prepare(G, state, step=step)
-        R = projector.project(G, state)
-        R = R if whole else self.sync.sum(R)
-        D = self._direction(R, state, group, refresh)
+        norm = torch.linalg.vector_norm(R)
+        self._norms.append(norm)
+        if group["clip"]:
+            R = R * (group["clip"] / (norm + 1e-6)).clamp(max=1)
+        D = self._direction(R, state, group)
         U = projector.back(D, state).mul_(group["scale"]) if projector.sides else D
         w = p.to(U.dtype) * (1 - group["lr"] * group["weight_decay"])
         w.sub_(U, alpha=group["lr"])
         store_weight(p, w, seed=mix_seed(self.seed, step, self._index[p]))
 
-    def _direction(self, R: Tensor, state: dict[str, Any], group: dict[str, Any], refresh: Refresh | None) -> Tensor:
-        """Adam's direction in the subspace; the moments follow the basis first, where it changed. (R's shape)"""
+    def take_norm(self) -> Tensor:
+        """The norm of all gradients, as projected, that were applied since the last call; before clipping. ()"""
+        norm = torch.stack(self._norms).norm() if self._norms else torch.zeros(())
+        self._norms.clear()
+        return norm
+
+    def _direction(self, R: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+        """Adam's direction in the subspace. (R's shape)"""
         if "exp_avg" not in state:
             state.update(exp_avg=torch.zeros_like(R), exp_avg_sq=torch.zeros_like(R), mass=0.0, mass_sq=0.0)
-        if refresh is not None:
-            follow_basis(state, refresh, policy=group["moments_on_refresh"])
         beta1, beta2 = group["betas"]
         state["mass"] = beta1 * state["mass"] + 1 - beta1
         state["mass_sq"] = beta2 * state["mass_sq"] + 1 - beta2
@@ -149,6 +185,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
 
 def follow_basis(state: dict[str, Any], refresh: Refresh, *, policy: str) -> None:
+    """What becomes of the moments when the basis changes: project | keep | reset, see LowRankOptimizer."""
     if policy == "project":
         state["exp_avg"] = refresh.carry(state["exp_avg"])
     elif policy == "reset":
@@ -167,6 +204,7 @@ def check_group(group: dict[str, Any]) -> None:
         "rank": group["rank"] is None or group["rank"] >= 1,
         "update_proj_gap": group["update_proj_gap"] >= 1,
         "scale": math.isfinite(group["scale"]),
+        "clip": group["clip"] >= 0,
         "proj_type": group["proj_type"] in PROJ_TYPES,
         "subspace": group["subspace"] in SUBSPACE_METHODS,
         "moments_on_refresh": group["moments_on_refresh"] in MOMENT_POLICIES,

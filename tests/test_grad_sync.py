@@ -20,8 +20,7 @@ def train(*, rank: int, ranks: int, at_rank_size: bool) -> dict[str, torch.Tenso
         matrix.grad, vector.grad = (share[rank::ranks].sum(0) for share in shares)
         sync.sum_whole([matrix.grad, vector.grad])
         optimizer.step()
-    norm = sync.take_norm()
-    return {"matrix": matrix.detach(), "vector": vector.detach(), "sent": torch.tensor(sent), "norm": norm}
+    return {"matrix": matrix.detach(), "vector": vector.detach(), "sent": torch.tensor(sent)}
 
 
 def on_a_rank(at_rank_size: bool) -> dict[str, torch.Tensor]:
@@ -46,17 +45,3 @@ def test_alone_nothing_is_sent():
     sync = GradSync()
     G = torch.randn(3)
     assert sync.sum(G) is G and not sync.at_rank_size
-    assert sync.take_norm() == 0
-
-
-def norm_on_a_rank() -> torch.Tensor:
-    sync = GradSync()
-    sync.sum(torch.tensor([3.0]) if torch.distributed.get_rank() else torch.tensor([0.0]))
-    sync.sum(torch.tensor([[2.0, 2.0]]))
-    norm = sync.take_norm()
-    return torch.stack([norm, sync.take_norm()])
-
-
-def test_the_norm_is_that_of_the_sums():
-    for norms in run_distributed(norm_on_a_rank):
-        assert norms.tolist() == pytest.approx([(3**2 + 4**2 + 4**2) ** 0.5, 0])

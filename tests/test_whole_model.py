@@ -1,0 +1,49 @@
+import copy
+
+import pytest
+import torch
+from ranks import run_distributed
+
+from qgalore.grad_sync import GradSync
+from qgalore.low_rank_optimizer import LowRankOptimizer
+from qgalore.whole_model import WholeModelUpdates
+
+
+def parameters() -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(torch.randn(shape)) for shape in [(10, 14), (14,)]]
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5, 1e6])
+def test_it_is_torchs_clip_and_step(clip):
+    ours = parameters()
+    theirs = copy.deepcopy(ours)
+    updates = WholeModelUpdates(torch.optim.AdamW(ours, lr=0.1), sync=GradSync(at_rank_size=False), clip=clip)
+    twin = torch.optim.AdamW(theirs, lr=0.1)
+    for _ in range(5):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        norm = torch.nn.utils.clip_grad_norm_(theirs, clip or float("inf"))
+        twin.step()
+        assert updates.finish().item() == pytest.approx(norm.item(), rel=1e-6), "the norm is that before clipping"
+        assert all(p.grad is None for p in ours)
+    assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(ours, theirs, strict=True))
+
+
+def norms_on_a_rank(at_rank_size: bool) -> torch.Tensor:
+    """Two ranks with the same gradients: their sum is twice them."""
+    torch.manual_seed(0)
+    matrix, vector = parameters()
+    optimizer = LowRankOptimizer([{"params": [matrix], "rank": 3}, {"params": [vector]}], lr=0.1)
+    optimizer.sync = GradSync(at_rank_size=at_rank_size)
+    updates = WholeModelUpdates(optimizer, sync=optimizer.sync)
+    matrix.grad, vector.grad = torch.randn(10, 14), torch.randn(14)
+    whole = torch.stack([2 * matrix.grad.norm(), 2 * vector.grad.norm()]).norm()
+    return torch.stack([updates.finish(), whole, updates.optimizer.state[matrix]["exp_avg"].norm() / 0.1])
+
+
+def test_the_norm_is_that_of_the_sum_over_the_ranks():
+    for norm, whole, _ in run_distributed(norms_on_a_rank, False):
+        assert norm.item() == pytest.approx(whole.item(), rel=1e-5)
+    for norm, whole, projected in run_distributed(norms_on_a_rank, True):
+        assert projected < norm < whole, "the matrix as projected, the vector whole"
