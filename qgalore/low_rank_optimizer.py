@@ -34,7 +34,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     params: parameters, or groups as for any torch optimizer. A group with a `rank` is projected; its matrices (m, n)
         may also set `update_proj_gap` (updates between refreshes), `scale` (of the update), `proj_type` (see
-        projectors.projection_sides), `subspace` (iterate | svd) and `moments_on_refresh`:
+        projectors.projection_sides), `subspace` (iterate | svd), `threshold`, `growth` and `queue_size` (of a lazy gap,
+        see RefreshSchedule) and `moments_on_refresh`:
         project: the first moment is carried over by P_new^T P_old; keep: left as it is (the reference); reset: zeroed.
         A rank beyond a matrix's shorter side is clamped to it. In any group, `clip` limits the norm of each parameter's
         projected gradient (0: no limit).
@@ -64,6 +65,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
             scale=1.0,
             proj_type="std",
             subspace="iterate",
+            threshold=None,
+            growth=2.0,
+            queue_size=5,
             moments_on_refresh="project",
             clip=0.0,
         )
@@ -86,7 +90,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 sides=projection_sides((p.shape[0], p.shape[1]), proj_type=group["proj_type"]),
                 rank=min(group["rank"], *p.shape),
                 method=group["subspace"],
-                schedule=RefreshSchedule(gap=gap, offset=staggered_offset(index, count=len(projected), gap=gap)),
+                schedule=RefreshSchedule(
+                    gap=gap,
+                    offset=staggered_offset(index, count=len(projected), gap=gap),
+                    threshold=group["threshold"],
+                    growth=group["growth"],
+                    queue_size=group["queue_size"],
+                ),
                 seed=mix_seed(self.seed, self._index[p]),
             )
         return projectors

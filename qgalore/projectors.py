@@ -88,14 +88,17 @@ class Projector:
         """
         if not self.due(state, step=step):
             return None
-        self.schedule.record(state, step=step)
         changes = {side: self._refresh_side(G, state, side) for side in self.sides}
-        return Refresh(**changes) if any(T is not None for T in changes.values()) else None
+        refresh = Refresh(**changes) if any(T is not None for T in changes.values()) else None
+        # Only a lazy schedule reads the overlap back from the device.
+        overlap = float(refresh.overlap) if refresh is not None and self.schedule.lazy else None
+        self.schedule.record(state, step=step, overlap=overlap)
+        return refresh
 
     def _refresh_side(self, G: Tensor, state: dict[str, Any], side: str) -> Tensor | None:
         """Replaces one basis. Returns P_new^T P_old (r, r), or None where it is the first one or stays as it was."""
         old = state.get(side)
-        new = self._new_basis(G if side == "left" else G.mT, old)
+        new = self._new_basis(G if side == "left" else G.mT, old, state)
         if new is None:
             state["failed_refreshes"] = state.get("failed_refreshes", 0) + 1
             warnings.warn(
@@ -108,19 +111,20 @@ class Projector:
         wide = torch.promote_types(G.dtype, torch.float32)
         return None if old is None else new.mT.to(wide) @ old.to(wide)
 
-    def _new_basis(self, G: Tensor, old: Tensor | None) -> Tensor | None:
+    def _new_basis(self, G: Tensor, old: Tensor | None, state: dict[str, Any]) -> Tensor | None:
         """The left basis (m, r) for this G, or None where it cannot be computed."""
         if not G.isfinite().all():
             return None
         try:
-            basis = self._compute(G, None if old is None else old.to(torch.promote_types(G.dtype, torch.float32)))
+            wide = torch.promote_types(G.dtype, torch.float32)
+            basis = self._compute(G, None if old is None else old.to(wide), state)
         except torch.linalg.LinAlgError:
             return None
         return basis if basis.isfinite().all() else None
 
-    def _compute(self, G: Tensor, old: Tensor | None) -> Tensor:
+    def _compute(self, G: Tensor, old: Tensor | None, state: dict[str, Any]) -> Tensor:
         """By the chosen method; where the gap is short, part of the way from the old basis."""
-        share = self.schedule.share
+        share = self.schedule.share(state)
         if old is None:
             first = exact_basis if self.method == "svd" else partial(randomized_basis, seed=self.seed)
             return first(G, rank=self.rank)

@@ -3,7 +3,7 @@ import torch
 
 from qgalore.projectors import PROJ_TYPES, Projector, Refresh, projection_sides
 from qgalore.subspace import orthonormalize
-from qgalore.subspace_schedule import RefreshSchedule, staggered_offset
+from qgalore.subspace_schedule import RefreshSchedule
 
 
 def projector(shape, *, proj_type="std", rank=4, gap=3, method="iterate") -> Projector:
@@ -62,20 +62,6 @@ def test_a_refresh_happens_exactly_when_due():
         assert (refresh is not None) == (step in (4, 7, 10)), "the first basis replaces none"
     assert changed == [1, 4, 7, 10]
     assert state["refreshes"] == 4
-
-
-def test_refreshes_are_spread_over_the_gap():
-    gap, count = 200, 28
-    offsets = [staggered_offset(i, count=count, gap=gap) for i in range(count)]
-    assert offsets == sorted(set(offsets)), "no two at the same update"
-    assert min(offsets) >= 1 and max(offsets) == gap
-    crowded = [staggered_offset(i, count=30, gap=7) for i in range(30)]
-    assert max(crowded.count(offset) for offset in range(1, 8)) == 5, "30 over 7 updates: never more than 5 at once"
-
-
-def test_an_offset_beyond_the_gap_is_refused():
-    with pytest.raises(ValueError, match="1..5"):
-        RefreshSchedule(gap=5, offset=6)
 
 
 @pytest.mark.parametrize("proj_type", PROJ_TYPES)

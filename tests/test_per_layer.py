@@ -1,0 +1,161 @@
+"""Updates inside backward against the optimizer that steps after it."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from qgalore.factory import Settings, create_optimizer
+from qgalore.grad_sync import GradSync
+from qgalore.low_rank_optimizer import LowRankOptimizer
+from qgalore.param_groups import split_parameters
+from qgalore.per_layer import PerLayerUpdates
+from qgalore.whole_model import WholeModelUpdates
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(16, 8)
+        self.mlp = nn.ModuleList([nn.Linear(8, 12, bias=False), nn.Linear(12, 8, bias=False)])
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 16, bias=False)
+
+    def forward(self, ids):
+        hidden = self.embedding(ids)
+        return self.head(self.norm(hidden + self.mlp[1](torch.tanh(self.mlp[0](hidden)))))
+
+
+def loss_of(model, batch) -> torch.Tensor:
+    inputs, targets = batch
+    return nn.functional.cross_entropy(model(inputs).float(), targets)
+
+
+def batches(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(torch.randint(16, (32,)), torch.randint(16, (32,))) for _ in range(count)]
+
+
+def optimizer_of(model, **settings) -> LowRankOptimizer:
+    chosen = Settings(**{"lr": 0.02, "rank": 4, "update_proj_gap": 6} | settings)
+    return create_optimizer("galore_adamw", groups=split_parameters(model), settings=chosen)
+
+
+def whole(model, data, *, accumulation=1, **settings) -> None:
+    updates = WholeModelUpdates(optimizer_of(model, **settings), sync=GradSync())
+    for index, batch in enumerate(data, start=1):
+        (loss_of(model, batch) / accumulation).backward()
+        if index % accumulation == 0:
+            updates.finish()
+
+
+def per_layer(model, data, *, accumulation=1, prepare=lambda optimizer: None, **settings) -> PerLayerUpdates:
+    optimizer = optimizer_of(model, **settings)
+    prepare(optimizer)
+    updates = PerLayerUpdates(optimizer, accumulation=accumulation)
+    for index, batch in enumerate(data, start=1):
+        (loss_of(model, batch) / accumulation).backward()
+        assert all(p.grad is None for p in model.parameters()), "every gradient is freed at once"
+        if index % accumulation == 0:
+            updates.finish()
+    return updates
+
+
+def largest_difference(one: nn.Module, other: nn.Module) -> float:
+    return max((p - q).abs().max().item() for p, q in zip(one.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_accumulation_it_is_the_whole_model_bit_for_bit(dtype):
+    """Twenty updates, refreshes included."""
+    model, data = Model().to(dtype), batches(20)
+    twin = copy.deepcopy(model)
+    per_layer(model, data)
+    whole(twin, data)
+    assert largest_difference(model, twin) == 0
+
+
+def test_with_accumulation_it_is_the_whole_model_given_the_same_first_bases():
+    """Four micro-batches to an update, 20 updates; later refreshes see the whole gradient in both."""
+    model, data = Model(), batches(80)
+    twin = copy.deepcopy(model)
+    bases = {}
+
+    def take_bases(optimizer):
+        """Starts the per-layer run from the bases that the whole gradient of the first update gives."""
+        index = {i: p for p, i in optimizer._index.items()}
+        for i, state in bases.items():
+            optimizer.state[index[i]].update(state)
+        optimizer.awaits_first_basis = lambda p: False
+
+    probe = copy.deepcopy(twin)
+    optimizer = optimizer_of(probe)
+    for batch in data[:4]:
+        (loss_of(probe, batch) / 4).backward()
+    optimizer.step()
+    kept = ("left", "right", "next_refresh", "refreshes")
+    for p, i in optimizer._index.items():
+        bases[i] = {key: value for key, value in optimizer.state[p].items() if key in kept}
+
+    per_layer(model, data, accumulation=4, prepare=take_bases)
+    whole(twin, data, accumulation=4)
+    assert largest_difference(model, twin) < 1e-5
+
+
+def test_only_the_first_bases_differ_with_accumulation():
+    """Without that help: the first basis is that of the first micro-batch, and nothing else is special."""
+    model, data = Model(), batches(4)
+    first = copy.deepcopy(model)
+    updates = per_layer(model, data, accumulation=4)
+    loss_of(first, data[0]).backward()
+    optimizer = optimizer_of(first)
+    optimizer.step()
+    for p, q in zip(model.parameters(), first.parameters(), strict=True):
+        ours, theirs = updates.optimizer.state[p], optimizer.state[q]
+        assert ours["step"] == theirs["step"] == 1, "one clock: four micro-batches are one update"
+        for side in {"left", "right"} & ours.keys():
+            assert torch.allclose(ours[side], theirs[side], atol=1e-4)
+
+
+def test_sums_are_of_rank_size_except_where_a_refresh_is_due():
+    model, data = Model(), batches(28)
+    optimizer = optimizer_of(model)
+    updates = PerLayerUpdates(optimizer, accumulation=2)
+    matrices = [layer.weight for layer in model.mlp]
+    whole_at = {p: [] for p in matrices}
+    for update in range(1, 15):
+        (loss_of(model, data[2 * update - 2]) / 2).backward()
+        for p in matrices:
+            assert updates.sums[p].numel() in (4 * max(p.shape), p.numel())
+            if updates.sums[p].shape == p.shape:
+                whole_at[p].append(update)
+        assert updates.sums[model.embedding.weight].shape == model.embedding.weight.shape
+        (loss_of(model, data[2 * update - 1]) / 2).backward()
+        assert not updates.sums, "after the last micro-batch nothing is left"
+        updates.finish()
+    assert list(whole_at.values()) == [[4, 10], [7, 13]], "each matrix at its own time"
+
+
+def test_clipping_is_by_each_parameters_own_norm():
+    """A gradient a thousand times too large moves the moments no more than one of norm `clip`."""
+    model = Model()
+    updates = PerLayerUpdates(optimizer_of(model), clip=0.5)
+    (1000 * loss_of(model, batches(1)[0])).backward()
+    for p in model.parameters():
+        assert (updates.optimizer.state[p]["exp_avg"] / 0.1).norm().item() == pytest.approx(0.5, rel=1e-3)
+    assert updates.finish() > 100, "the norm is that before clipping"
+
+
+def test_every_parameter_moves_at_the_first_update():
+    model = Model()
+    before = copy.deepcopy(model)
+    per_layer(model, batches(1))
+    assert all(not torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True))
+
+
+def test_removed_hooks_leave_gradients_alone():
+    model = Model()
+    updates = PerLayerUpdates(optimizer_of(model))
+    updates.remove()
+    loss_of(model, batches(1)[0]).backward()
+    assert all(p.grad is not None for p in model.parameters())
