@@ -13,7 +13,7 @@ torchrun --standalone torchrun_main.py \
     --galore_scale 0.5 \
     --lr 0.01 \
     --batch_size 16 \
-    --num_training_steps 800 \
+    --num_training_steps 500 \
     --eval_every 10 \
     --eval_tokens 20K \
     --wandb_mode disabled \
