@@ -33,12 +33,14 @@ from peft_pretraining.errors import UserError
 from peft_pretraining.evaluate import Evaluation, evaluate
 from peft_pretraining.loss import token_loss_sum
 from peft_pretraining.metrics import Metrics, memory_bytes, open_metrics, set_up_log
-from peft_pretraining.model import build_model, meta_model, read_config, resolve_dtype
+from peft_pretraining.model import DTYPES, build_model, meta_model, read_config, resolve_dtype, weight_quantizer
 from peft_pretraining.schedules import lr_ratio
 from peft_pretraining.tokenizer import check_fits, load_tokenizer
-from qgalore.factory import Settings, create_optimizer, find_recipe
+from qgalore.factory import Settings, create_optimizer, create_updates, find_recipe
 from qgalore.grad_sync import GradSync
+from qgalore.memory import adamw_bytes, kept_bytes
 from qgalore.param_groups import split_parameters
+from qgalore.per_layer import PerLayerUpdates
 from qgalore.whole_model import WholeModelUpdates
 
 
@@ -62,7 +64,7 @@ class Run:
     world: World
     save_dir: Path
     model: LlamaForCausalLM
-    updates: WholeModelUpdates
+    updates: WholeModelUpdates | PerLayerUpdates
     batches: Generator[Batch, None, None]
     validation: ValidationSet
     metrics: Metrics
@@ -92,8 +94,9 @@ def main(argv: list[str] | None = None) -> None:
     # How is it updated?
     recipe = find_recipe(args.optimizer)
     settings = Settings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)})
-    groups = report.describe_groups(split_parameters(meta_model(config)), recipe=recipe, settings=settings)
-    log_plan(args, groups=groups, dtype=dtype, world=world, threads=threads)
+    groups = split_parameters(meta_model(config))
+    table = report.describe_groups(groups, recipe=recipe, settings=settings, int8=args.weight_quant)
+    log_plan(args, groups=table, dtype=dtype, world=world, threads=threads)
 
     # What do I read?
     tokenizer = load_tokenizer(args.tokenizer)
@@ -110,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Across which devices?
     with world.connected(), contextlib.ExitStack() as cleanup:
-        sync = GradSync(at_rank_size=recipe.low_rank and not args.grad_clipping)
+        sync = GradSync(at_rank_size=recipe.ours and (recipe.per_layer or not args.grad_clipping))
         reading: dict[str, Any] = dict(
             batch_size=args.batch_size,
             max_length=args.max_length,
@@ -130,12 +133,20 @@ def main(argv: list[str] | None = None) -> None:
             dtype=dtype,
             seed=args.seed,
             activation_checkpointing=args.activation_checkpointing,
+            finish=weight_quantizer(args, groups=groups) if args.weight_quant else None,
         )
         optimizer = create_optimizer(args.optimizer, groups=split_parameters(model), settings=settings, sync=sync)
         metrics = open_metrics(args, save_dir=save_dir, enabled=world.is_main)
         cleanup.callback(metrics.close)
-        updates = WholeModelUpdates(optimizer, sync=sync, clip=args.grad_clipping)
-        metrics.start(**report.circumstances(args, world=world, threads=threads, groups=groups, norm=updates.norm_of))
+        updates = create_updates(
+            args.optimizer,
+            optimizer=optimizer,
+            sync=sync,
+            accumulation=args.gradient_accumulation,
+            clip=args.grad_clipping,
+            accumulation_dtype=DTYPES.get(args.accumulation_dtype),
+        )
+        metrics.start(**report.circumstances(args, world=world, threads=threads, groups=table, norm=updates.norm_of))
 
         # The loop, and what came of it
         run = Run(args, world, save_dir, model, updates, batches, validation, metrics)
@@ -247,9 +258,15 @@ def report_end(run: Run) -> None:
     assert state.evaluation is not None
     perplexity = state.evaluation.perplexity
     seconds = time.monotonic() - state.began
+    kept = kept_bytes(run.model, run.updates.optimizer, accumulators=run.updates.sums.values())
     run.metrics.end(
-        updates=state.update, tokens_seen=state.tokens_seen, perplexity=perplexity, seconds=round(seconds, 3)
+        updates=state.update,
+        tokens_seen=state.tokens_seen,
+        perplexity=perplexity,
+        seconds=round(seconds, 3),
+        kept_bytes=kept,
     )
+    logger.info("kept between updates, in bytes:\n" + report.memory_table(kept, adamw=adamw_bytes(run.model)))
     logger.info(
         f"{state.update} updates, {state.tokens_seen:,} tokens in {seconds:.0f} s "
         f"({state.tokens_seen / state.seconds:,.0f} tokens/s while training)"

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from peft_pretraining.errors import UserError
 from peft_pretraining.flags import FLAGS, NOT_YET, add_flags, defaults
 from peft_pretraining.schedules import check_schedule
-from qgalore.factory import find_recipe
+from qgalore.factory import Recipe, find_recipe
 
 
 class _Parser(argparse.ArgumentParser):
@@ -59,11 +59,19 @@ def _check_ranges(args: argparse.Namespace) -> None:
         "batch_size gradient_accumulation total_batch_size max_length num_training_steps max_train_tokens rank "
         "update_proj_gap save_every eval_every eval_tokens num_threads cycle_length"
     )
+    at_least_one += " queue_size gamma_proj"
     at_least_zero = "workers grad_clipping weight_decay warmup_steps restart_warmup_steps seed"
     _require(args, at_least_one, lambda value: value >= 1, "must be at least 1")
     _require(args, at_least_zero, lambda value: 0 <= value < math.inf, "must be 0 or more")
     _require(args, "lr galore_scale", lambda value: 0 < value < math.inf, "must be above 0")
     _require(args, "beta1 beta2", lambda value: 0 <= value < 1, "must lie in [0, 1)")
+    _require(args, "cos_threshold", lambda value: 0 <= value <= 1, "must lie in [0, 1]")
+    _require(
+        args, "weight_group_size proj_group_size", lambda value: value >= 1 or value == -1, "must be above 0, or -1"
+    )
+    _require(args, "weight_bits", lambda value: value == 8, "weights are kept in 8 bits only")
+    _require(args, "proj_bits", lambda value: value in (4, 8), "must be 4 or 8")
+    _require(args, "embedding_state_bits", lambda value: value in (8, 32), "must be 8 or 32")
 
 
 def _require(args: argparse.Namespace, names: str, fits: Callable[[Any], bool], message: str) -> None:
@@ -79,10 +87,28 @@ def _complete_optimizer(args: argparse.Namespace, given: argparse.Namespace) -> 
         recipe = find_recipe(args.optimizer)
     except ValueError as error:
         raise UserError(str(error)) from None
+    if args.weight_quant and not recipe.ours:
+        raise UserError(f"--weight_quant with --optimizer {args.optimizer}: only galore_*, q_galore_* and *8bit can.")
+    args.ignored = [f"--{name}" for name in dict.fromkeys(_without_effect(args, recipe)) if hasattr(given, name)]
+    args.proj_bits = args.proj_bits if args.proj_quant else None
+    if args.cos_threshold is None:
+        args.cos_threshold = recipe.lazy
+
+
+def _without_effect(args: argparse.Namespace, recipe: Recipe) -> list[str]:
+    """Flags that mean nothing to this optimizer, or without another flag."""
     low_rank = next(flags for title, flags in FLAGS.items() if title.startswith("low-rank"))
-    unused = [] if recipe.low_rank else [flag.name for flag in low_rank]
-    unused += [beta for beta in ("beta1", "beta2") if beta not in recipe.betas]
-    args.ignored = [f"--{name}" for name in unused if hasattr(given, name)]
+    lazy = args.cos_threshold is not None or recipe.lazy is not None
+    return [
+        *([] if recipe.low_rank else [flag.name for flag in low_rank]),
+        *([] if recipe.low_rank else ["proj_quant"]),
+        *([] if recipe.low_rank and args.proj_quant else ["proj_bits", "proj_group_size"]),
+        *([] if recipe.low_rank and lazy else ["gamma_proj", "queue_size"]),
+        *([] if args.weight_quant else ["weight_bits", "weight_group_size", "stochastic_round", "simulation"]),
+        *([] if recipe.state_bits == 8 else ["embedding_state_bits"]),
+        *([] if recipe.per_layer else ["accumulation_dtype"]),
+        *(beta for beta in ("beta1", "beta2") if beta not in recipe.betas),
+    ]
 
 
 def _complete_batch(args: argparse.Namespace, world_size: int) -> None:

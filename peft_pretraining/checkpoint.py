@@ -5,6 +5,7 @@ import shutil
 import time
 from pathlib import Path
 
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -30,6 +31,11 @@ def prepare_save_dir(save_dir: Path) -> None:
         raise UserError(f"--save_dir {save_dir} cannot be written ({reason}). Choose another folder.") from None
 
 
+def _plain(tensor: Tensor) -> Tensor:
+    """An ordinary tensor in the model's dtype: INT8 weights are written as the values that they stand for."""
+    return tensor.dequantize() if hasattr(tensor, "store_") else tensor
+
+
 def save_model(model: PreTrainedModel, folder: Path) -> None:
     """Writes config.json and model.safetensors into `folder`, which is complete or absent at any moment.
 
@@ -38,6 +44,6 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
     beside = folder.with_name(f".{folder.name}.incomplete")
     shutil.rmtree(beside, ignore_errors=True)
     disable_progress_bar()  # transformers' own would break ours
-    model.save_pretrained(beside)
+    model.save_pretrained(beside, state_dict={name: _plain(tensor) for name, tensor in model.state_dict().items()})
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from qgalore.factory import LAZY_THRESHOLD, OPTIMIZERS
 from qgalore.low_rank_optimizer import MOMENT_POLICIES
 from qgalore.projectors import PROJ_TYPES, SUBSPACE_METHODS
 
@@ -75,7 +76,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("single_gpu", bool, False, "", "one process and no more: an error under several"),
     ),
     "optimizer": (
-        Flag("optimizer", str, "adamw", "NAME", "adam, adamw, sgd, adafactor or galore_adamw"),
+        Flag("optimizer", str, "adamw", "NAME", ", ".join(OPTIMIZERS)),
         Flag("lr", float, 1e-4, "RATE", "peak learning rate"),
         Flag("weight_decay", float, 0.0, "RATE", "decoupled; with adam and sgd added to the gradient"),
         Flag("beta1", float, None, "RATE", "decay of the first moment; sgd's momentum", shown="0.9; 0 for sgd"),
@@ -97,6 +98,24 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
              choices=SUBSPACE_METHODS),
         Flag("moments_on_refresh", str, "project", "", "the first moment is carried into the new basis, kept as it is "
              "(the reference), or both are reset", choices=MOMENT_POLICIES),
+        Flag("cos_threshold", float, None, "OVERLAP", "of successive bases, 0 to 1, from which on a basis counts as "
+             "still and its gap grows", shown=f"{LAZY_THRESHOLD} for q_galore, else no gap ever grows"),
+        Flag("gamma_proj", float, 2.0, "FACTOR", "by which the gap of a still basis grows"),
+        Flag("queue_size", int, 5, "REFRESHES", "whose mean overlap decides"),
+    ),
+    "quantization": (
+        Flag("weight_quant", bool, False, "", "keep the attention and MLP weights in INT8, with no other copy"),
+        Flag("weight_bits", int, 8, "BITS", "of these weights: 8"),
+        Flag("weight_group_size", int, 256, "ELEMENTS", "of a row that share a scale, at most; -1: the whole row"),
+        Flag("stochastic_round", bool, False, "", "round them stochastically, so that small updates count on average"),
+        Flag("simulation", bool, False, "", "keep float32 weights of just the values that INT8 would have"),
+        Flag("proj_quant", bool, False, "", "keep the bases in --proj_bits"),
+        Flag("proj_bits", int, 4, "BITS", "of the bases: 4 or 8"),
+        Flag("proj_group_size", int, 256, "ELEMENTS", "of a basis' row that share a scale, at most; -1: the whole row"),
+        Flag("embedding_state_bits", int, 8, "BITS", "of the moments of embedding and head where the others have 8: 8 "
+             "or 32"),
+        Flag("accumulation_dtype", str, None, "TYPE", "of the sums over micro-batches, per layer: bfloat16 or float32",
+             shown="the model's"),
     ),
     "run, evaluation and record": (
         Flag("save_dir", str, None, "DIR", "for metrics.jsonl and models", shown="checkpoints/CONFIG-DATE"),
@@ -116,17 +135,6 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
 # Flags of the reference repositories whose features are still to come. They are refused, never ignored.
 NOT_YET: tuple[Flag, ...] = (
     Flag("continue_from", str, None, "DIR", "resuming a run"),
-    Flag("proj_quant", bool, False, "", "INT4 bases"),
-    Flag("proj_bits", int, None, "BITS", "INT4 bases"),
-    Flag("proj_group_size", int, None, "ELEMENTS", "INT4 bases"),
-    Flag("weight_quant", bool, False, "", "INT8 weights"),
-    Flag("weight_bits", int, None, "BITS", "INT8 weights"),
-    Flag("weight_group_size", int, None, "ELEMENTS", "INT8 weights"),
-    Flag("stochastic_round", bool, False, "", "INT8 weights"),
-    Flag("simulation", bool, False, "", "INT8 weights"),
-    Flag("cos_threshold", float, None, "RATIO", "the lazy refresh"),
-    Flag("gamma_proj", float, None, "FACTOR", "the lazy refresh"),
-    Flag("queue_size", int, None, "REFRESHES", "the lazy refresh"),
     Flag("log_details", bool, False, "", "the log of the subspaces"),
 )
 

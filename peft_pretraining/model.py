@@ -1,7 +1,9 @@
 """The LLaMA: read from a JSON file, built without a second copy, in the dtype the device is good at."""
 
+import argparse
 import copy
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from peft_pretraining.errors import UserError
+from qgalore.int8_weight import quantize_module_weight
+from qgalore.param_groups import ParameterGroup
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp32": torch.float32, "float32": torch.float32}
@@ -98,22 +102,26 @@ def build_model(
     dtype: torch.dtype,
     seed: int,
     activation_checkpointing: bool = False,
+    finish: Callable[[str, nn.Module], None] | None = None,
 ) -> LlamaForCausalLM:
     """Builds the model on `device` in `dtype`, in training mode, with weights drawn from `seed`.
 
     Weights of linear layers and of the embedding are normal(0, initializer_range), those of norms are one, biases
     zero. The same seed gives the same weights on the same kind of device; the global random state is neither read nor
-    moved. Memory: the model, and no second copy of any part of it.
+    moved. Memory: the model, and no second copy of any part of it. finish(name, module) is called for each module
+    right after its own weights are initialised and before the next one's exist, to quantize them, say.
     """
     device = torch.device(device)
     model = meta_model(config, dtype=dtype)
-    generator = torch.Generator(device=device).manual_seed(seed)
+    # On the meta device there is nothing to draw, and no generator.
+    generator = None if device.type == "meta" else torch.Generator(device=device).manual_seed(seed)
     tied = model.lm_head if model.config.tie_word_embeddings else None
-    # One module at a time, so that what is done to its weights next is done before the following ones exist.
-    for module in model.modules():
+    for name, module in model.named_modules():
         if module is not tied:
             module.to_empty(device=device, recurse=False)
             _initialize(module, std=model.config.initializer_range, generator=generator)
+            if finish is not None:
+                finish(name, module)
     model.tie_weights()
     # Its buffers are in no checkpoint and were lost on the meta device; they are float32 whatever the dtype.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
@@ -124,8 +132,24 @@ def build_model(
     return model.train()
 
 
+def weight_quantizer(args: argparse.Namespace, *, groups: Sequence[ParameterGroup]) -> Callable[[str, nn.Module], None]:
+    """What --weight_quant does with a module that has just been initialised: its weight, if projected, becomes INT8."""
+    chosen = {name for group in groups if group.projected for name in group.names}
+
+    def finish(name: str, module: nn.Module) -> None:
+        if f"{name}.weight" in chosen:
+            quantize_module_weight(
+                module,
+                group_size=args.weight_group_size,
+                stochastic=args.stochastic_round,
+                simulation=args.simulation,
+            )
+
+    return finish
+
+
 @torch.no_grad()
-def _initialize(module: nn.Module, *, std: float, generator: torch.Generator) -> None:
+def _initialize(module: nn.Module, *, std: float, generator: torch.Generator | None) -> None:
     """Fills the weights that belong to `module` itself, not to its children."""
     for name, weight in module.named_parameters(recurse=False):
         if name == "bias":

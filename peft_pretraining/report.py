@@ -44,14 +44,16 @@ def device_name(device: torch.device) -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
-def describe_groups(groups: Sequence[ParameterGroup], *, recipe: Recipe, settings: Settings) -> list[dict[str, Any]]:
-    """One record a parameter group: name, tensors, elements, trained_by."""
+def describe_groups(
+    groups: Sequence[ParameterGroup], *, recipe: Recipe, settings: Settings, int8: bool
+) -> list[dict[str, Any]]:
+    """One record a parameter group: name, tensors, elements, trained_by. int8: whether projected weights are INT8."""
     return [
         {
             "name": group.name,
             "tensors": len(group.parameters),
             "elements": group.elements,
-            "trained_by": recipe.describe(group, settings),
+            "trained_by": ("INT8 weights, " if int8 and group.projected else "") + recipe.describe(group, settings),
         }
         for group in groups
     ]
@@ -72,6 +74,13 @@ def circumstances(
         "groups": groups,
         "grad_norm": norm,
     }
+
+
+def memory_table(kept: dict[str, int], *, adamw: dict[str, int]) -> str:
+    """Bytes by kind, of this run and of AdamW on the same model, as text."""
+    rows = [{"kind": kind, "this_run": kept[kind], "AdamW_would_keep": adamw[kind]} for kind in kept]
+    total: dict[str, Any] = {"kind": "total", "this_run": sum(kept.values()), "AdamW_would_keep": sum(adamw.values())}
+    return format_table([*rows, total])
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from qgalore.grad_sync import GradSync
 from qgalore.low_rank_optimizer import LowRankOptimizer
 from qgalore.master_weights import MasterWeights
 from qgalore.param_groups import ParameterGroup
+from qgalore.per_layer import PerLayerUpdates
+from qgalore.whole_model import WholeModelUpdates
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,9 @@ class Settings:
     """What a user may choose of an optimizer. None: that optimizer's own default.
 
     lr: step size.  weight_decay: as the optimizer defines it.  beta1, beta2: decay rates of the moments.
-    rank and below: of the low-rank optimizers alone, see LowRankOptimizer.
+    rank and below: of our own optimizers alone, see LowRankOptimizer. proj_bits: of the bases, None for the gradient's
+    dtype.  cos_threshold, gamma_proj, queue_size: of the lazy refresh.  embedding_state_bits: of the moments of
+    embedding and head where the others have 8.
     """
 
     lr: float = 1e-3
@@ -31,6 +35,12 @@ class Settings:
     proj_type: str = "std"
     subspace: str = "iterate"
     moments_on_refresh: str = "project"
+    proj_bits: int | None = None
+    proj_group_size: int = 256
+    cos_threshold: float | None = None
+    gamma_proj: float = 2.0
+    queue_size: int = 5
+    embedding_state_bits: int = 8
     seed: int = 0
 
 
@@ -41,23 +51,33 @@ Builder = Callable[[Sequence[ParameterGroup], Settings, GradSync], torch.optim.O
 class Recipe:
     """One entry of the table.
 
-    title: what the log calls it.  low_rank: whether it projects gradients and sums them over the ranks itself.
-    betas: which of Settings.beta1 and beta2 it listens to.
+    title: what the log calls it.  low_rank: whether it projects gradients.  ours: whether it is a LowRankOptimizer,
+    which sums gradients over the ranks itself, may have INT8 weights and may be driven per layer.  per_layer: whether
+    it is.  state_bits: of its moments.  betas: which of Settings.beta1 and beta2 it listens to.  lazy: the threshold of
+    the lazy refresh where the user names none; None: not lazy.
     """
 
     title: str
     build: Builder
     low_rank: bool = False
+    ours: bool = False
+    per_layer: bool = False
+    state_bits: int = 32
     betas: tuple[str, ...] = ("beta1", "beta2")
+    lazy: float | None = None
 
     def describe(self, group: ParameterGroup, settings: Settings) -> str:
         """How the parameters of this group are trained, in a few words."""
+        bits = _state_bits(group, self.state_bits, settings)
+        title = f"{bits}-bit {self.title}" if bits != 32 else self.title
         if not (self.low_rank and group.projected):
-            return f"{self.title}, full rank"
+            return f"{title}, full rank"
         basis = "orthogonal iteration" if settings.subspace == "iterate" else "exact SVD"
+        packed = f"INT{settings.proj_bits} " if settings.proj_bits else ""
+        lazy = ", lazily" if settings.cos_threshold is not None else ""
         return (
-            f"{self.title}, rank {settings.rank} ({settings.proj_type}), {basis} every {settings.update_proj_gap} "
-            f"updates, scale {settings.galore_scale:g}"
+            f"{title}, rank {settings.rank} ({settings.proj_type}), {packed}{basis} every "
+            f"{settings.update_proj_gap} updates{lazy}, scale {settings.galore_scale:g}"
         )
 
 
@@ -87,51 +107,77 @@ def _adafactor(groups: Sequence[ParameterGroup], settings: Settings, sync: GradS
     return MasterWeights.around(torch.optim.Adafactor, _named_groups(groups), **options)
 
 
-def _galore(groups: Sequence[ParameterGroup], settings: Settings, sync: GradSync) -> torch.optim.Optimizer:
-    low_rank = dict(
+def _state_bits(group: ParameterGroup, bits: int, settings: Settings) -> int:
+    """Bits of the moments of a group: those of embedding and head may be kept at a higher precision."""
+    return max(bits, settings.embedding_state_bits) if group.name in ("embedding", "head") else bits
+
+
+def _ours(*, low_rank: bool, state_bits: int = 32, decoupled: bool = True) -> Builder:
+    """A LowRankOptimizer, with or without projections."""
+
+    def build(groups: Sequence[ParameterGroup], settings: Settings, sync: GradSync) -> torch.optim.Optimizer:
+        named = [
+            entry
+            | {"state_bits": _state_bits(group, state_bits, settings), "decoupled": decoupled}
+            | (_projection(settings) if low_rank and group.projected else {})
+            for group, entry in zip(groups, _named_groups(groups), strict=True)
+        ]
+        return LowRankOptimizer(
+            named,
+            lr=settings.lr,
+            betas=_betas(settings),
+            weight_decay=settings.weight_decay,
+            seed=settings.seed,
+            sync=sync,
+        )
+
+    return build
+
+
+def _projection(settings: Settings) -> dict[str, Any]:
+    """What a projected group of a LowRankOptimizer is given."""
+    return dict(
         rank=settings.rank,
         update_proj_gap=settings.update_proj_gap,
         scale=settings.galore_scale,
         proj_type=settings.proj_type,
         subspace=settings.subspace,
         moments_on_refresh=settings.moments_on_refresh,
-    )
-    named = [
-        entry | low_rank if group.projected else entry
-        for group, entry in zip(groups, _named_groups(groups), strict=True)
-    ]
-    return LowRankOptimizer(
-        named,
-        lr=settings.lr,
-        betas=_betas(settings),
-        weight_decay=settings.weight_decay,
-        seed=settings.seed,
-        sync=sync,
+        basis_bits=settings.proj_bits,
+        basis_group_size=settings.proj_group_size,
+        threshold=settings.cos_threshold,
+        growth=settings.gamma_proj,
+        queue_size=settings.queue_size,
     )
 
 
-OPTIMIZERS = {
-    "adam": Recipe("Adam", _adam(torch.optim.Adam)),
-    "adamw": Recipe("AdamW", _adam(torch.optim.AdamW)),
-    "sgd": Recipe("SGD", _sgd, betas=("beta1",)),
-    "adafactor": Recipe("Adafactor", _adafactor, betas=()),
-    "galore_adamw": Recipe("AdamW", _galore, low_rank=True),
-}
+LAZY_THRESHOLD = 0.6  # mean overlap of successive bases, see docs/notebook.md
+
+
+def _recipes() -> dict[str, Recipe]:
+    """The table. Whatever is ours exists per layer, too, but for Adam's coupled weight decay."""
+    torchs = {
+        "adam": Recipe("Adam", _adam(torch.optim.Adam)),
+        "adamw": Recipe("AdamW", _adam(torch.optim.AdamW)),
+        "sgd": Recipe("SGD", _sgd, betas=("beta1",)),
+        "adafactor": Recipe("Adafactor", _adafactor, betas=()),
+    }
+    galore8bit = _ours(low_rank=True, state_bits=8)
+    ours = {
+        "adamw8bit": Recipe("AdamW", _ours(low_rank=False, state_bits=8), ours=True, state_bits=8),
+        "galore_adamw": Recipe("AdamW", _ours(low_rank=True), ours=True, low_rank=True),
+        "galore_adamw8bit": Recipe("AdamW", galore8bit, ours=True, low_rank=True, state_bits=8),
+        "q_galore_adamw8bit": Recipe("AdamW", galore8bit, ours=True, low_rank=True, state_bits=8, lazy=LAZY_THRESHOLD),
+    }
+    per_layer = {f"{name}_per_layer": replace(recipe, per_layer=True) for name, recipe in ours.items()}
+    adam8bit = Recipe("Adam", _ours(low_rank=False, state_bits=8, decoupled=False), ours=True, state_bits=8)
+    return torchs | {"adam8bit": adam8bit} | ours | per_layer
+
+
+OPTIMIZERS = _recipes()
 
 # Known to users of the reference repositories; each comes with a feature that is not here yet.
-PLANNED = (
-    "adam8bit",
-    "adamw8bit",
-    "adamw8bit_per_layer",
-    "galore_adamw_per_layer",
-    "galore_adamw8bit",
-    "galore_adamw8bit_per_layer",
-    "q_galore_adamw8bit",
-    "q_galore_adamw8bit_per_layer",
-    "galore_adafactor",
-    "galore_lion",
-    "lion",
-)
+PLANNED = ("galore_adafactor", "galore_lion", "lion")
 
 
 def find_recipe(name: str) -> Recipe:
@@ -145,6 +191,25 @@ def find_recipe(name: str) -> Recipe:
     close = difflib.get_close_matches(name, OPTIMIZERS, n=1)
     hint = f"Did you mean {close[0]}? " if close else ""
     raise ValueError(f"unknown --optimizer '{name}'. {hint}Known: {known}.")
+
+
+def create_updates(
+    name: str,
+    *,
+    optimizer: torch.optim.Optimizer,
+    sync: GradSync,
+    accumulation: int = 1,
+    clip: float = 0.0,
+    accumulation_dtype: torch.dtype | None = None,
+) -> WholeModelUpdates | PerLayerUpdates:
+    """What makes an update of `accumulation` backward passes, after the last or inside each, as the name says.
+
+    clip: largest norm, of all gradients or per parameter; 0: no limit.  accumulation_dtype: see PerLayerUpdates.
+    """
+    if find_recipe(name).per_layer:
+        assert isinstance(optimizer, LowRankOptimizer)
+        return PerLayerUpdates(optimizer, accumulation=accumulation, dtype=accumulation_dtype, clip=clip)
+    return WholeModelUpdates(optimizer, sync=sync, clip=clip)
 
 
 def create_optimizer(

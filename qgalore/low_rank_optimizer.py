@@ -20,12 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qgalore.blockwise_state import Moment, create_moment, open_moment
 from qgalore.grad_sync import GradSync
 from qgalore.projectors import PROJ_TYPES, SUBSPACE_METHODS, Projector, Refresh, projection_sides
-from qgalore.quantize import mix_seed, store_weight
+from qgalore.quantize import mix_seed, read_weight, store_weight
 from qgalore.subspace_schedule import RefreshSchedule, staggered_offset
 from qgalore.update_rules import adam_direction
 
+MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # name: signed
 MOMENT_POLICIES = ("project", "keep", "reset")
 
 
@@ -37,9 +39,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
         projectors.projection_sides), `subspace` (iterate | svd), `threshold`, `growth` and `queue_size` (of a lazy gap,
         see RefreshSchedule) and `moments_on_refresh`:
         project: the first moment is carried over by P_new^T P_old; keep: left as it is (the reference); reset: zeroed.
-        A rank beyond a matrix's shorter side is clamped to it. In any group, `clip` limits the norm of each parameter's
-        projected gradient (0: no limit).
-    lr: step size.  betas, eps: Adam's.  weight_decay: decoupled, as in torch.optim.AdamW.
+        A rank beyond a matrix's shorter side is clamped to it. `basis_bits` 4 or 8 packs the bases, in groups of at
+        most `basis_group_size`. In any group, `state_bits` 8 keeps the moments in 8 bits, and `clip` limits the norm of
+        each parameter's projected gradient (0: no limit).
+    lr: step size.  betas, eps: Adam's.  weight_decay: decoupled, as in torch.optim.AdamW; in an unprojected group with
+        `decoupled` False added to the gradient, as in torch.optim.Adam.
     seed: of the randomized bases and of the stochastic rounding.  sync: sums gradients over data-parallel ranks.
     Raises ValueError for settings out of range.
     """
@@ -69,6 +73,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
             growth=2.0,
             queue_size=5,
             moments_on_refresh="project",
+            decoupled=True,
+            state_bits=32,
+            basis_bits=None,
+            basis_group_size=256,
             clip=0.0,
         )
         super().__init__(params, defaults)
@@ -98,6 +106,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
                     queue_size=group["queue_size"],
                 ),
                 seed=mix_seed(self.seed, self._index[p]),
+                bits=group["basis_bits"],
+                group_size=group["basis_group_size"],
             )
         return projectors
 
@@ -109,6 +119,20 @@ class LowRankOptimizer(torch.optim.Optimizer):
             saved = state_dict["state"].get(index, {})
             tensors = {key: value.to(p.device, copy=True) for key, value in saved.items() if torch.is_tensor(value)}
             self.state[p].update(tensors)
+
+    @torch.no_grad()
+    def allocate(self) -> None:
+        """Puts the tensors that training will hold into the state of every parameter, filled with zeros.
+
+        So their bytes can be counted before training, on the meta device, too. Do not train afterwards.
+        """
+        for group in self.param_groups:
+            for p in group["params"]:
+                projector, state = self._projectors[p], self.state[p]
+                projector.allocate(state, like=p)
+                shape = projector.projected_shape(p.shape)
+                wide = torch.promote_types(p.dtype, torch.float32)
+                self._create_moments(p, group, like=torch.empty(shape, dtype=wide, device=p.device))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -148,8 +172,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """Brings the bases of p up to date with its whole gradient, where that is due; its moments follow. G (m, n)."""
         state = self.state[p]
         change = self._projectors[p].prepare(G, state, step=state.get("step", 0) + 1)
-        if change is not None and "exp_avg" in state:
-            follow_basis(state, change, policy=group["moments_on_refresh"])
+        if change is not None and "mass" in state:
+            self._follow_basis(p, change, like=self.project(p, G), policy=group["moments_on_refresh"])
 
     def project(self, p: Tensor, G: Tensor) -> Tensor:
         """R = P^T G Q with the bases of p, in float32 or wider. (m, n) -> (r or m, r or n)"""
@@ -161,11 +185,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
         step = state["step"] = state.get("step", 0) + 1
         norm = torch.linalg.vector_norm(R)
         self._norms.append(norm)
+        w = read_weight(p, dtype=R.dtype)
+        if not group["decoupled"]:
+            R = R.add(w, alpha=group["weight_decay"])
         if group["clip"]:
             R = R * (group["clip"] / (norm + 1e-6)).clamp(max=1)
-        D = self._direction(R, state, group)
-        U = projector.back(D, state).mul_(group["scale"]) if projector.sides else D
-        w = p.to(U.dtype) * (1 - group["lr"] * group["weight_decay"])
+        D = self._direction(p, group, R)
+        U = projector.back(D, state, like=p).mul_(group["scale"]) if projector.sides else D
+        w = w * (1 - group["lr"] * group["weight_decay"] * group["decoupled"])
         w.sub_(U, alpha=group["lr"])
         store_weight(p, w, seed=mix_seed(self.seed, step, self._index[p]))
 
@@ -175,33 +202,44 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._norms.clear()
         return norm
 
-    def _direction(self, R: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+    def _direction(self, p: Tensor, group: dict[str, Any], R: Tensor) -> Tensor:
         """Adam's direction in the subspace. (R's shape)"""
-        if "exp_avg" not in state:
-            state.update(exp_avg=torch.zeros_like(R), exp_avg_sq=torch.zeros_like(R), mass=0.0, mass_sq=0.0)
+        state = self.state[p]
+        if "mass" not in state:
+            self._create_moments(p, group, like=R)
         beta1, beta2 = group["betas"]
         state["mass"] = beta1 * state["mass"] + 1 - beta1
         state["mass_sq"] = beta2 * state["mass_sq"] + 1 - beta2
+        M, V = self._moments(p, like=R)
         return adam_direction(
-            R,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            beta1=beta1,
-            beta2=beta2,
-            eps=group["eps"],
-            mass=state["mass"],
-            mass_sq=state["mass_sq"],
+            R, M, V, beta1=beta1, beta2=beta2, eps=group["eps"], mass=state["mass"], mass_sq=state["mass_sq"]
         )
 
+    def _create_moments(self, p: Tensor, group: dict[str, Any], *, like: Tensor) -> None:
+        """Moments of zeros, and the sums of their weights. like: R."""
+        for name in MOMENTS:
+            create_moment(self.state[p], name, like=like, bits=group["state_bits"])
+        self.state[p].update(mass=0.0, mass_sq=0.0)
 
-def follow_basis(state: dict[str, Any], refresh: Refresh, *, policy: str) -> None:
-    """What becomes of the moments when the basis changes: project | keep | reset, see LowRankOptimizer."""
-    if policy == "project":
-        state["exp_avg"] = refresh.carry(state["exp_avg"])
-    elif policy == "reset":
-        state["exp_avg"].zero_()
-        state["exp_avg_sq"].zero_()
-        state["mass"] = state["mass_sq"] = 0.0
+    def _moments(self, p: Tensor, *, like: Tensor, refresh: bool = False) -> list[Moment]:
+        """The first and the second moment of p, in whatever precision they are kept. like: R.
+
+        refresh: whether they are about to follow the basis; rounding then needs another noise than in the update.
+        """
+        seed = mix_seed(self.seed, self.state[p]["step"], self._index[p], refresh)
+        return [
+            open_moment(self.state[p], name, like=like, signed=signed, seed=seed) for name, signed in MOMENTS.items()
+        ]
+
+    def _follow_basis(self, p: Tensor, change: Refresh, *, like: Tensor, policy: str) -> None:
+        """What becomes of the moments of p when its basis changes: project | keep | reset, see the class. like: R."""
+        M, V = self._moments(p, like=like, refresh=True)
+        if policy == "project":
+            M.copy_(change.carry(M.dequantize()))
+        elif policy == "reset":
+            for moment in (M, V):
+                moment.copy_(torch.zeros_like(like))
+            self.state[p]["mass"] = self.state[p]["mass_sq"] = 0.0
 
 
 def check_group(group: dict[str, Any]) -> None:
@@ -215,6 +253,9 @@ def check_group(group: dict[str, Any]) -> None:
         "update_proj_gap": group["update_proj_gap"] >= 1,
         "scale": math.isfinite(group["scale"]),
         "clip": group["clip"] >= 0,
+        "state_bits": group["state_bits"] in (8, 32),
+        "decoupled": group["decoupled"] or group["rank"] is None,
+        "basis_bits": group["basis_bits"] in (None, 4, 8),
         "proj_type": group["proj_type"] in PROJ_TYPES,
         "subspace": group["subspace"] in SUBSPACE_METHODS,
         "moments_on_refresh": group["moments_on_refresh"] in MOMENT_POLICIES,

@@ -1,8 +1,8 @@
 """Updates inside backward: each parameter as soon as its gradient is complete, and the gradient is freed at once.
 
 So only one layer's gradients exist at a time. With several micro-batches to an update the gradient is not complete
-before the last one; until then its projection is accumulated, at rank size. The exceptions accumulate in full: parameters
-that are not projected, and a matrix whose refresh is due, for that one update. Refreshes are staggered, so these are
+before the last one; until then its projection is accumulated, at rank size. The exceptions accumulate in full: those
+that are not projected, and a matrix whose refresh is due, for that one update. Refreshes are staggered, so they are
 few. At the first update every matrix is due; its first basis comes from the first micro-batch alone.
 
 The clock is the update: schedules, refreshes and bias corrections count updates, never micro-batches.

@@ -1,8 +1,9 @@
 """How a gradient enters a low-rank subspace and how a direction comes back out of it.
 
 A projector holds settings only. Its tensors, the bases, live in the optimizer's state of the parameter under the keys
-`left` (m, r) and `right` (n, r), so that they are saved and loaded like every other state; which of the two are there
-is the projection's side, decided once from the shape and `proj_type`. With none, the projector is the identity.
+`left` (m, r) and `right` (n, r), or packed as `left.codes`, `left.scale`, `left.zero`, so that they are saved and
+loaded like every other state. Which of the two are there is the projection's side, decided once from the shape and
+`proj_type`. With none, the projector is the identity.
 """
 
 import warnings
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qgalore.packed_int4 import PackedBasis, pack_basis, unpack_basis
 from qgalore.quantize import mix_seed
 from qgalore.subspace import align, exact_basis, iterate_basis, orthonormalize, product, randomized_basis, turn_towards
 from qgalore.subspace_schedule import RefreshSchedule
@@ -66,7 +68,8 @@ class Projector:
     sides: of `left`, `right`; none is the identity, for any shape.  rank: columns of each basis.
     method: `iterate` (randomized start, then one warm orthogonal iteration a refresh) or `svd` (exact, every time).
         At gaps too short for the moments, a refresh goes only part of the way (RefreshSchedule.share).
-    seed: 64 bits, decides the randomized start.
+    seed: 64 bits, decides the randomized start.  bits: 4 or 8 to pack the bases, in groups of at most group_size
+    elements; None keeps them in the gradient's dtype.
     """
 
     sides: tuple[str, ...] = ()
@@ -74,6 +77,8 @@ class Projector:
     method: str = "iterate"
     schedule: RefreshSchedule = RefreshSchedule(gap=1, offset=1)
     seed: int = 0
+    bits: int | None = None
+    group_size: int = 256
 
     def due(self, state: dict[str, Any], *, step: int) -> bool:
         """Whether `prepare` will compute bases from this update's whole gradient."""
@@ -83,7 +88,7 @@ class Projector:
         """Brings the bases up to date with G, where a refresh is due. G (m, n).
 
         Returns how the coordinates changed, or None where the bases are as before (or are the first ones).
-        A basis is stored in G's dtype. A gradient that is not finite, or a factorization that fails, leaves the old
+        A gradient that is not finite, or a factorization that fails, leaves the old
         basis in place, counts in `failed_refreshes` and warns.
         """
         if not self.due(state, step=step):
@@ -97,7 +102,8 @@ class Projector:
 
     def _refresh_side(self, G: Tensor, state: dict[str, Any], side: str) -> Tensor | None:
         """Replaces one basis. Returns P_new^T P_old (r, r), or None where it is the first one or stays as it was."""
-        old = state.get(side)
+        wide = torch.promote_types(G.dtype, torch.float32)
+        old = self._basis(G, state, side).to(wide) if has_basis(state, side) else None
         new = self._new_basis(G if side == "left" else G.mT, old, state)
         if new is None:
             state["failed_refreshes"] = state.get("failed_refreshes", 0) + 1
@@ -107,17 +113,30 @@ class Projector:
             if old is not None:
                 return None
             new = self._random_basis(G, side)
-        state[side] = new = new.to(G.dtype)
-        wide = torch.promote_types(G.dtype, torch.float32)
-        return None if old is None else new.mT.to(wide) @ old.to(wide)
+        self._keep(new, G, state, side)
+        return None if old is None else self._basis(G, state, side).to(wide).mT @ old
+
+    def _keep(self, basis: Tensor, G: Tensor, state: dict[str, Any], side: str) -> None:
+        """Stores a basis: in the gradient's dtype, or packed to `bits`."""
+        if self.bits is None:
+            state[side] = basis.to(G.dtype)
+        else:
+            packed = pack_basis(basis, bits=self.bits, group_size=self.group_size)
+            state.update({f"{side}.{name}": part for name, part in packed._asdict().items()})
+
+    def _basis(self, G: Tensor, state: dict[str, Any], side: str) -> Tensor:
+        """The basis as stored, in the gradient's dtype. (m, r) on the left, (n, r) on the right"""
+        if self.bits is None:
+            return state[side]
+        packed = PackedBasis(*(state[f"{side}.{name}"] for name in PackedBasis._fields))
+        return unpack_basis(packed, shape=(G.shape[0 if side == "left" else 1], self.rank), dtype=G.dtype)
 
     def _new_basis(self, G: Tensor, old: Tensor | None, state: dict[str, Any]) -> Tensor | None:
         """The left basis (m, r) for this G, or None where it cannot be computed."""
         if not G.isfinite().all():
             return None
         try:
-            wide = torch.promote_types(G.dtype, torch.float32)
-            basis = self._compute(G, None if old is None else old.to(wide), state)
+            basis = self._compute(G, old, state)
         except torch.linalg.LinAlgError:
             return None
         return basis if basis.isfinite().all() else None
@@ -141,19 +160,40 @@ class Projector:
         generator = torch.Generator(G.device).manual_seed(mix_seed(self.seed, rows) % (1 << 63))
         return orthonormalize(torch.randn(rows, self.rank, generator=generator, device=G.device))
 
+    def allocate(self, state: dict[str, Any], *, like: Tensor) -> None:
+        """Stores bases of zeros, to be counted. like: the weight, for its shape, dtype and device."""
+        for side in self.sides:
+            rows = like.shape[0 if side == "left" else 1]
+            self._keep(torch.zeros(rows, self.rank, device=like.device), like, state, side)
+
+    def projected_shape(self, shape: torch.Size) -> tuple[int, ...]:
+        """The shape of R for a gradient of that shape."""
+        if not self.sides:
+            return tuple(shape)
+        m, n = shape
+        return self.rank if "left" in self.sides else m, self.rank if "right" in self.sides else n
+
     def project(self, G: Tensor, state: dict[str, Any]) -> Tensor:
         """R = P^T G Q, in float32 or wider. (m, n) -> (r or m, r or n). The products run in G's dtype."""
         R = G
         if "left" in self.sides:
-            R = state["left"].mT @ R
+            R = self._basis(G, state, "left").mT @ R
         if "right" in self.sides:
-            R = R @ state["right"]
+            R = R @ self._basis(G, state, "right")
         return R.to(torch.promote_types(G.dtype, torch.float32))
 
-    def back(self, D: Tensor, state: dict[str, Any]) -> Tensor:
-        """P D Q^T: the direction in the full space, in D's dtype. (r or m, r or n) -> (m, n). Changes nothing."""
+    def back(self, D: Tensor, state: dict[str, Any], *, like: Tensor) -> Tensor:
+        """P D Q^T: the direction in the full space, in D's dtype. (r or m, r or n) -> (m, n). Changes nothing.
+
+        like: the gradient or the weight, for its shape and for the dtype of the products.
+        """
         if "left" in self.sides:
-            D = product(state["left"], D)
+            D = product(self._basis(like, state, "left"), D)
         if "right" in self.sides:
-            D = product(state["right"], D.mT).mT
+            D = product(self._basis(like, state, "right"), D.mT).mT
         return D
+
+
+def has_basis(state: dict[str, Any], side: str) -> bool:
+    """Whether the optimizer's state of a parameter holds a basis for that side, packed or not."""
+    return side in state or f"{side}.codes" in state

@@ -15,6 +15,7 @@ class WholeModelUpdates:
     """
 
     norm_of = "all gradients"
+    sums: dict[Tensor, Tensor] = {}  # none beside p.grad
 
     def __init__(self, optimizer: torch.optim.Optimizer, *, sync: GradSync, clip: float = 0.0) -> None:
         assert not (clip and sync.at_rank_size)

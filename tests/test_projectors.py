@@ -33,8 +33,8 @@ def test_the_side_is_the_references(shape, proj_type):
 def test_there_and_back_is_the_projection_of_the_gradient(proj_type):
     G, state, p = torch.randn(10, 14, dtype=torch.float64), {}, projector((10, 14), proj_type=proj_type)
     p.prepare(G, state, step=1)
-    once = p.back(p.project(G, state), state)
-    again = p.back(p.project(once, state), state)
+    once = p.back(p.project(G, state), state, like=G)
+    again = p.back(p.project(once, state), state, like=G)
     assert torch.allclose(once, again, atol=1e-12)
     assert 0 < once.norm() < G.norm()
     left = state["left"] @ state["left"].mT if "left" in state else torch.eye(10, dtype=torch.float64)
@@ -47,7 +47,7 @@ def test_without_sides_it_is_the_identity_for_any_shape():
     for shape in [(5,), (3, 4), (2, 3, 4)]:
         G = torch.randn(shape, dtype=torch.bfloat16)
         assert p.prepare(G, state, step=1) is None
-        assert torch.equal(p.back(p.project(G, state), state), G.float())
+        assert torch.equal(p.back(p.project(G, state), state, like=G), G.float())
     assert state == {}
 
 
@@ -73,7 +73,7 @@ def test_a_refresh_tells_how_coordinates_changed(proj_type):
     old = dict(state)
     refresh = p.prepare(G + 0.3 * torch.randn(10, 14, dtype=torch.float64), state, step=2)
     M = p.project(torch.randn(10, 14, dtype=torch.float64), old)
-    assert torch.allclose(refresh.carry(M), p.project(p.back(M, old), state), atol=1e-12)
+    assert torch.allclose(refresh.carry(M), p.project(p.back(M, old, like=G), state), atol=1e-12)
 
 
 def test_overlap_ignores_sign_order_and_rotation():
@@ -129,4 +129,4 @@ def test_a_basis_is_kept_in_the_gradients_dtype_and_r_in_float32():
         p.prepare(G, state, step=step)
     assert state["left"].dtype == torch.bfloat16
     assert p.project(G, state).dtype == torch.float32
-    assert p.back(p.project(G, state), state).dtype == torch.float32
+    assert p.back(p.project(G, state), state, like=G).dtype == torch.float32

@@ -1,0 +1,46 @@
+"""The bytes that training keeps between updates, counted from the tensors themselves."""
+
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+KINDS = ("weights", "scales", "bases", "moments", "accumulators")
+
+
+def kept_bytes(
+    model: nn.Module, optimizer: torch.optim.Optimizer, *, accumulators: Iterable[Tensor] = ()
+) -> dict[str, int]:
+    """Bytes by kind: weights (dense, or codes), scales (and zero points of weights), bases (with their scales), moments
+    (with their block maxima, and float32 master weights where there are any), accumulators (sums over micro-batches).
+
+    Any device, the meta device included; gradients and activations are not kept between updates and do not count.
+    """
+    kept: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
+    for p in model.parameters():
+        for kind, size in _weight_bytes(p):
+            kept[kind] += size
+    states = [optimizer.state, getattr(optimizer, "inner", optimizer).state]
+    for state in states if states[0] is not states[1] else states[:1]:
+        for entries in state.values():
+            for name, value in entries.items():
+                if torch.is_tensor(value):
+                    kept["bases" if name.split(".")[0] in ("left", "right") else "moments"] += value.nbytes
+    if hasattr(optimizer, "inner"):
+        kept["moments"] += sum(p.nbytes for group in optimizer.inner.param_groups for p in group["params"])
+    kept["accumulators"] = sum(tensor.nbytes for tensor in accumulators)
+    return dict(kept)
+
+
+def _weight_bytes(p: Tensor) -> list[tuple[str, int]]:
+    if not hasattr(p, "stored_bytes"):
+        return [("weights", p.nbytes)]
+    parts = p.stored_bytes()
+    return [("weights" if name in ("codes", "values") else "scales", size) for name, size in parts.items()]
+
+
+def adamw_bytes(model: nn.Module) -> dict[str, int]:
+    """What AdamW would keep for the same model: weights and two moments, all in the dtype the model computes in."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return dict.fromkeys(KINDS, 0) | {"weights": weights, "moments": 2 * weights}
