@@ -164,6 +164,8 @@ def log_plan(
     logger.info("who is trained how:\n" + report.format_table(groups))
     for flag in args.ignored:
         logger.warning(f"{flag} has no effect with --optimizer {args.optimizer}")
+    if args.grad_clipping and find_recipe(args.optimizer).per_layer:
+        logger.info(f"clipping: each parameter's own projected gradient, to norm {args.grad_clipping:g}")
     logger.info(
         f"{args.num_training_steps} updates of {args.total_batch_size} x {args.max_length} tokens: "
         f"{args.gradient_accumulation} micro-batches of {args.batch_size} on {world.size} x {threads} threads"
@@ -265,6 +267,7 @@ def report_end(run: Run) -> None:
         perplexity=perplexity,
         seconds=round(seconds, 3),
         kept_bytes=kept,
+        refreshes=sum(state.get("refreshes", 0) for state in run.updates.optimizer.state.values()),
     )
     logger.info("kept between updates, in bytes:\n" + report.memory_table(kept, adamw=adamw_bytes(run.model)))
     logger.info(

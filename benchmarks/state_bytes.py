@@ -55,9 +55,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         elements = sum(p.numel() for p in meta_model(read_config(args.model_config)).parameters())
-        rows = [{"optimizer": "AdamW, bfloat16, with gradients"} | _gigabytes({"weights": 4 * elements, "moments": 4 * elements})]
+        rows = [
+            {"optimizer": "AdamW, bfloat16, with gradients"}
+            | _gigabytes({"weights": 4 * elements, "moments": 4 * elements})
+        ]
         for title, (optimizer, int8, int4) in RUNS.items():
-            kept = count(args.model_config, optimizer=optimizer, int8=int8, int4=int4, rank=args.rank, device=args.device)
+            kept = count(
+                args.model_config, optimizer=optimizer, int8=int8, int4=int4, rank=args.rank, device=args.device
+            )
             rows.append({"optimizer": title} | _gigabytes(kept))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

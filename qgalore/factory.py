@@ -109,6 +109,8 @@ def _adafactor(groups: Sequence[ParameterGroup], settings: Settings, sync: GradS
 
 def _state_bits(group: ParameterGroup, bits: int, settings: Settings) -> int:
     """Bits of the moments of a group: those of embedding and head may be kept at a higher precision."""
+    if all(p.ndim < 2 for p in group.parameters):
+        return 32  # create_moment would see to it; said here, so that the log says so, too
     return max(bits, settings.embedding_state_bits) if group.name in ("embedding", "head") else bits
 
 

@@ -125,7 +125,7 @@ def test_numbers_out_of_range_are_refused(flag, value):
 
 def test_unknown_names_are_refused_with_the_known_ones():
     assert "Did you mean galore_adamw? Known: adam, adamw" in refusal("--optimizer", "galore_adam")
-    assert "not available in this version yet" in refusal("--optimizer", "q_galore_adamw8bit_per_layer")
+    assert "not available in this version yet" in refusal("--optimizer", "galore_lion")
     assert "std" in refusal("--proj_type", "middle")
     assert "--learning_rate" in refusal("--learning_rate", 1)
     assert "--lr" in refusal("--lr", "fast")
@@ -137,6 +137,25 @@ def test_flags_without_effect_are_known():
     assert parse("--optimizer", "adamw", "--rank", 4, "--beta2", 0.9).ignored == ["--rank"]
     assert parse("--optimizer", "sgd", "--beta1", 0.9, "--beta2", 0.9).ignored == ["--beta2"]
     assert parse("--optimizer", "GaLore_AdamW", "--rank", 4).ignored == []
+    assert parse("--optimizer", "galore_adamw", "--proj_bits", 4, "--queue_size", 3).ignored == [
+        "--proj_bits",
+        "--queue_size",
+    ]
+    reference = "--proj_quant --proj_bits 4 --weight_quant --weight_bits 8 --stochastic_round --queue_size 5".split()
+    assert parse("--optimizer", "q_galore_adamw8bit_per_layer", *reference).ignored == []
+    assert parse("--optimizer", "q_galore_adamw8bit", "--stochastic_round").ignored == ["--stochastic_round"]
+
+
+def test_quantization_is_completed_and_checked():
+    args = parse("--optimizer", "q_galore_adamw8bit", "--proj_quant")
+    assert (args.proj_bits, args.cos_threshold, args.queue_size) == (4, 0.6, 5)
+    assert parse("--optimizer", "q_galore_adamw8bit", "--cos_threshold", 0.4).cos_threshold == 0.4
+    plain = parse("--optimizer", "galore_adamw")
+    assert plain.proj_bits is None and plain.cos_threshold is None, "plain GaLore is never lazy unasked"
+    assert "8 bits only" in refusal("--weight_bits", 4)
+    assert "must be 4 or 8" in refusal("--proj_bits", 3)
+    assert "above 0, or -1" in refusal("--weight_group_size", 0)
+    assert "only galore_*, q_galore_* and *8bit can" in refusal("--weight_quant", "--optimizer", "adamw")
 
 
 def test_names_follow_from_the_rest():

@@ -36,7 +36,7 @@ def write_lines(path, *lines: str):
         ({"max_length": 65}, "--max_length 65"),
         ({"dataset": "no/such/folder"}, "no such file or folder: no/such/folder"),
         ({"tokenizer": "no/such.model"}, "no/such.model"),
-        ({"weight_quant": True}, "--weight_quant (INT8 weights) is not available in this version yet"),
+        ({"continue_from": "x"}, "--continue_from (resuming a run) is not available in this version yet"),
         ({"dtype": "float16"}, "unknown --dtype 'float16'"),
         ({"warmup_steps": 7}, "--warmup_steps 7"),
     ],

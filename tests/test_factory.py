@@ -51,6 +51,7 @@ def test_settings_reach_the_optimizer():
                         proj_type="left", subspace="svd", moments_on_refresh="keep")  # fmt: skip
     optimizer = create_optimizer("galore_adamw", groups=split_parameters(Model()), settings=settings)
     projected, *others = optimizer.param_groups
+    assert projected["basis_bits"] is None and projected["threshold"] is None
     assert projected["name"] == "attention and MLP" and {group["rank"] for group in others} == {None}
     expected = dict(lr=0.3, weight_decay=0.2, betas=(0.7, 0.8), rank=4, update_proj_gap=9, scale=0.5, proj_type="left",
                     subspace="svd", moments_on_refresh="keep")  # fmt: skip
@@ -59,6 +60,46 @@ def test_settings_reach_the_optimizer():
     assert create_optimizer("adam", groups=split_parameters(Model()), settings=settings).defaults["betas"] == (0.7, 0.8)
     adamw = create_optimizer("adamw", groups=split_parameters(Model()), settings=Settings())
     assert adamw.defaults["betas"] == (0.9, 0.999)
+
+
+def test_bits_of_moments_follow_the_name_and_the_group():
+    def bits(name, **settings):
+        groups = create_optimizer(name, groups=split_parameters(Model()), settings=Settings(**settings)).param_groups
+        return {group["name"]: group["state_bits"] for group in groups}
+
+    assert set(bits("galore_adamw", rank=4).values()) == {32}
+    vectors = "norms and others"
+    assert bits("q_galore_adamw8bit", rank=4) == {"attention and MLP": 8, "embedding": 8, "head": 8, vectors: 32}
+    careful = bits("adamw8bit", embedding_state_bits=32)
+    assert careful["embedding"] == careful["head"] == 32 and careful["attention and MLP"] == 8
+
+
+def test_what_is_said_of_a_group_is_what_it_gets():
+    projected, embedding, head, norms = split_parameters(Model())
+    recipe, settings = find_recipe("q_galore_adamw8bit"), Settings(proj_bits=4, cos_threshold=0.6, rank=4)
+    assert recipe.describe(projected, settings) == (
+        "8-bit AdamW, rank 4 (std), INT4 orthogonal iteration every 50 updates, lazily, scale 1"
+    )
+    assert recipe.describe(embedding, settings) == "8-bit AdamW, full rank"
+    assert recipe.describe(norms, settings) == "AdamW, full rank", "vectors keep float32 moments"
+
+
+def test_adam8bit_couples_weight_decay_like_adam():
+    """On a matrix small enough for float32 moments the two are the same."""
+    ours, theirs = Model(), Model()
+    theirs.load_state_dict(ours.state_dict())
+    settings = Settings(lr=0.01, weight_decay=0.1)
+    optimizers = [
+        create_optimizer(name, groups=split_parameters(model), settings=settings)
+        for name, model in (("adam8bit", ours), ("adam", theirs))
+    ]
+    for _ in range(10):
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
 def test_names_are_found_in_any_case():

@@ -1,0 +1,135 @@
+"""Validation perplexity of several methods at equal tokens, learning rates swept, with seeds.
+
+    python benchmarks/compare.py --model_config configs/llama_9m.json --dataset data/books --tokenizer data/spiece.model \\
+        --rank 32 --updates 300 --jobs 2 --out benchmarks/results/llama_9m.jsonl
+
+Every run is a `torchrun_main.py` of its own, on one thread, `--jobs` of them side by side. Each method is run at all of
+its learning rates with the first seed, and at the best of them with the others. Finished runs are read back from --out,
+so a comparison that was interrupted goes on where it was. Prints a Markdown table.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+LOW_RANK = ["--galore_scale", "0.25"]
+ITERATE = [*LOW_RANK, "--update_proj_gap", "10"]
+INT8 = ["--weight_quant", "--proj_quant", "--cos_threshold", "1"]
+METHODS = {  # title: optimizer, flags, learning rates
+    "AdamW, full rank": ("adamw", [], (0.001, 0.002, 0.004)),
+    "GaLore as the reference: SVD, gap 50, moments kept": (
+        "galore_adamw",
+        [*LOW_RANK, "--subspace", "svd", "--update_proj_gap", "50", "--moments_on_refresh", "keep"],
+        (0.002, 0.004, 0.008),
+    ),
+    "GaLore: iteration, gap 10, first moment carried over": ("galore_adamw", ITERATE, (0.002, 0.004, 0.008)),
+    "Q-GaLore, same settings": (
+        "q_galore_adamw8bit_per_layer",
+        [*ITERATE, *INT8, "--stochastic_round"],
+        (0.002, 0.004, 0.008),
+    ),
+    "Q-GaLore, rounded to nearest (control)": (
+        "q_galore_adamw8bit_per_layer",
+        [*ITERATE, *INT8],
+        (0.002, 0.004, 0.008),
+    ),
+    "Q-GaLore, lazy (the default)": (
+        "q_galore_adamw8bit_per_layer",
+        [*ITERATE, *INT8[:2], "--stochastic_round"],
+        (0.004,),
+    ),
+}
+
+
+def run(args: argparse.Namespace, method: str, *, lr: float, seed: int) -> dict:
+    """One training run. Returns its record: method, lr, seed, perplexity, seconds, refreshes."""
+    optimizer, flags, _ = METHODS[method]
+    rank = ["--rank", str(args.rank)] if "galore" in optimizer else []
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "torchrun_main.py", "--model_config", args.model_config, "--dataset", args.dataset]
+        command += ["--tokenizer", args.tokenizer, "--optimizer", optimizer, *flags, *rank, "--lr", str(lr)]
+        command += ["--batch_size", str(args.batch_size), "--num_training_steps", str(args.updates)]
+        command += ["--eval_tokens", str(args.eval_tokens), "--eval_every", str(args.updates), "--seed", str(seed)]
+        command += ["--num_threads", "1", "--workers", "0", "--wandb_mode", "disabled", "--save_dir", folder]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    end = lines[-1]
+    return {
+        "method": method,
+        "lr": lr,
+        "seed": seed,
+        "updates": args.updates,
+        "perplexity": end["perplexity"],
+        "refreshes": end.get("refreshes"),
+        "seconds": end["seconds"],
+        "commit": lines[0]["commit"],
+        "device": lines[0]["device"],
+        "versions": lines[0]["versions"],
+    }
+
+
+def key(record: dict) -> tuple:
+    return record["method"], record["lr"], record["seed"], record["updates"]
+
+
+def finish(args: argparse.Namespace, wanted: list[tuple[str, float, int]]) -> list[dict]:
+    """Runs what is wanted and not yet in --out; returns all records of this length."""
+    out = Path(args.out)
+    done = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    known = {key(record) for record in done}
+    missing = [w for w in wanted if (*w, args.updates) not in known]
+    with ThreadPoolExecutor(args.jobs) as pool, out.open("a") as file:
+        for record in pool.map(lambda w: run(args, w[0], lr=w[1], seed=w[2]), missing):
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            done.append(record)
+            print(f"{record['method']}, lr {record['lr']}: {record['perplexity']:.2f}", file=sys.stderr, flush=True)
+    return [record for record in done if record["updates"] == args.updates]
+
+
+def best_rate(records: list[dict], method: str) -> float:
+    return min((r for r in records if r["method"] == method), key=lambda r: r["perplexity"])["lr"]
+
+
+def table(records: list[dict], methods: list[str]) -> str:
+    """Perplexity by learning rate with the first seed, and the mean over the seeds at the best of them."""
+    lines = [
+        "| method | perplexity at each learning rate | best, all seeds | mean | refreshes |",
+        "|---|---|---|---|---|",
+    ]
+    for method in methods:
+        mine = [r for r in records if r["method"] == method]
+        first = min(r["seed"] for r in mine)
+        rates = ", ".join(
+            f"{r['lr']:g}: {r['perplexity']:.1f}" for r in sorted(mine, key=lambda r: r["lr"]) if r["seed"] == first
+        )
+        best = [r for r in mine if r["lr"] == best_rate(records, method)]
+        seeds = " / ".join(f"{r['perplexity']:.1f}" for r in sorted(best, key=lambda r: r["seed"]))
+        mean = sum(r["perplexity"] for r in best) / len(best)
+        lines.append(f"| {method} | {rates} | {seeds} | {mean:.1f} | {best[0]['refreshes'] or '-'} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("model_config", "dataset", "tokenizer", "out"):
+        parser.add_argument(f"--{name}", required=True)
+    for name, default in (("rank", 32), ("updates", 300), ("batch_size", 8), ("eval_tokens", 100_000), ("jobs", 1)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    args = parser.parse_args()
+    first, *others = args.seeds
+    records = finish(args, [(method, lr, first) for method in args.methods for lr in METHODS[method][2]])
+    records = finish(args, [(m, best_rate(records, m), seed) for seed in others for m in args.methods])
+    print(table(records, args.methods))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""Bytes that are counted, and the most that is alive while an update is made."""
+
+import weakref
+
+import pytest
+import torch
+from runs import ROOT, shell
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from peft_pretraining.loss import token_loss_sum
+from peft_pretraining.model import build_model, meta_model, read_config
+from qgalore.factory import Settings, create_optimizer, create_updates
+from qgalore.grad_sync import GradSync
+from qgalore.int8_weight import quantize_linear_layers
+from qgalore.memory import kept_bytes
+from qgalore.param_groups import split_parameters
+
+CONFIG = ROOT / "configs" / "llama_60m.json"
+SETTINGS = Settings(lr=0.001, rank=128, proj_bits=4, cos_threshold=0.6, update_proj_gap=2)
+
+
+def q_galore(model, *, per_layer: bool, accumulation: int = 1, watch=lambda p: None):
+    """watch(p) is called for each gradient before the updates' own hooks, which free it."""
+    quantize_linear_layers(model, select=lambda name: "layers" in name)
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(watch)
+    name = "q_galore_adamw8bit" + "_per_layer" * per_layer
+    optimizer = create_optimizer(name, groups=split_parameters(model), settings=SETTINGS)
+    return create_updates(name, optimizer=optimizer, sync=GradSync(), accumulation=accumulation)
+
+
+def train(model, updates, *, micro_batches: int) -> None:
+    for _ in range(micro_batches):
+        ids = torch.randint(32000, (1, 16))
+        (token_loss_sum(model, ids, ids) / 16).backward()
+
+
+def test_counted_bytes_are_those_that_training_holds():
+    """llama_60m, Q-GaLore: on the meta device, and after three real updates. To the byte."""
+    planned = meta_model(read_config(CONFIG), dtype=torch.bfloat16)
+    plan = q_galore(planned, per_layer=True).optimizer
+    plan.allocate()
+    counted = kept_bytes(planned, plan)
+
+    model = build_model(read_config(CONFIG), device="cpu", dtype=torch.bfloat16, seed=0)
+    updates = q_galore(model, per_layer=True)
+    for _ in range(3):
+        train(model, updates, micro_batches=1)
+        updates.finish()
+    assert counted == kept_bytes(model, updates.optimizer, accumulators=updates.sums.values())
+    linear = 8 * (4 * 512 * 512 + 3 * 512 * 1376)
+    assert counted["weights"] == linear + 2 * (2 * 32000 * 512 + 17 * 512)
+    assert counted["bases"] < 0.54 * 8 * 7 * 512 * 128, "half a byte an element, and the scales"
+    with_sums = q_galore_sums(model, updates)
+    assert with_sums["accumulators"] > 0
+
+
+def q_galore_sums(model, updates) -> dict[str, int]:
+    """The count between two micro-batches of one update."""
+    updates.accumulation = 2
+    train(model, updates, micro_batches=1)
+    return kept_bytes(model, updates.optimizer, accumulators=updates.sums.values())
+
+
+def test_the_7b_fits_where_it_should():
+    """The benchmark's own table: Q-GaLore's weights, bases and states at rank 1024 are at most 11.5e9 bytes."""
+    result = shell(["python", "benchmarks/state_bytes.py", "--model_config", "configs/llama_7b.json"], timeout=120)
+    assert result.returncode == 0, result.stderr
+    totals = {line[:35].strip(): float(line.split()[-1]) for line in result.stdout.splitlines()[2:]}
+    assert totals["AdamW, bfloat16, with gradients"] == pytest.approx(53.9, abs=0.05)
+    assert totals["galore_adamw8bit"] == pytest.approx(19.2, abs=0.05), "8-bit GaLore, as published"
+    assert totals["q_galore, INT8 weights, INT4 bases"] <= 11.5
+    result = shell(["python", "benchmarks/state_bytes.py", "--model_config", "configs/none.json"])
+    assert result.returncode == 2 and result.stderr.startswith("error: ")
+
+
+class LiveBytes(TorchDispatchMode):
+    """The bytes of all storages that operations made inside this mode and that are still alive; and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        torch.utils._pytree.tree_map_only(torch.Tensor, self._watch, result)
+        return result
+
+    def _watch(self, tensor):
+        if hasattr(tensor, "stored_bytes"):
+            return
+        storage = tensor.untyped_storage()
+        if storage in self._seen:
+            return
+        self._seen.add(storage)
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._forget, size)
+
+    def _forget(self, size):
+        self.live -= size
+
+
+def gradients_alive(*, per_layer: bool) -> tuple[int, int]:
+    """The most bytes of whole gradients that exist at once in one update of llama_60m, and what is left after it."""
+    model = build_model(read_config(CONFIG), device="cpu", dtype=torch.bfloat16, seed=0)
+    peak = 0
+
+    def made(p):
+        nonlocal peak
+        peak = max(peak, sum(q.grad.nbytes for q in model.parameters() if q.grad is not None))
+
+    updates = q_galore(model, per_layer=per_layer, watch=made)
+    train(model, updates, micro_batches=1)
+    updates.finish()
+    return peak, sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+
+
+def test_per_layer_holds_one_gradient_at_a_time():
+    """Never more than one layer's, the embedding's and the head's; the whole model's would be all of them."""
+    layer = 2 * (4 * 512 * 512 + 3 * 512 * 1376 + 2 * 512)
+    outer = 2 * 2 * 32000 * 512
+    inside, left = gradients_alive(per_layer=True)
+    assert inside <= layer + outer and left == 0
+    after, left = gradients_alive(per_layer=False)
+    assert after == 8 * layer + outer + 2 * 512 and left == 0
+
+
+def peak_of_an_update(*, per_layer: bool) -> int:
+    """The most bytes that a second update of llama_60m makes and holds, beyond what was there before it."""
+    model = build_model(read_config(CONFIG), device="cpu", dtype=torch.bfloat16, seed=0)
+    updates = q_galore(model, per_layer=per_layer)
+    train(model, updates, micro_batches=1)
+    updates.finish()
+    with LiveBytes() as watch:
+        train(model, updates, micro_batches=1)
+        updates.finish()
+    return watch.peak
+
+
+def test_peak_memory_of_an_update():
+    """All live storage is watched, not gradients alone: activations, logits, and what the update itself needs.
+
+    Per layer, the peak lies in the head and the embedding, 33 MB of gradient each, never in the sum of the layers.
+    """
+    inside, after = peak_of_an_update(per_layer=True), peak_of_an_update(per_layer=False)
+    layers = 8 * 2 * (4 * 512 * 512 + 3 * 512 * 1376)
+    assert after - inside > 0.8 * layers, (inside, after)
