@@ -1,7 +1,7 @@
 """Validation perplexity of several methods at equal tokens, learning rates swept, with seeds.
 
-    python benchmarks/compare.py --model_config configs/llama_9m.json --dataset data/books --tokenizer data/spiece.model \\
-        --rank 32 --updates 300 --jobs 2 --out benchmarks/results/llama_9m.jsonl
+    python benchmarks/compare.py --model_config configs/llama_9m.json --dataset data/books \\
+        --tokenizer data/spiece.model --rank 32 --updates 300 --jobs 2 --out benchmarks/results/llama_9m.jsonl
 
 Every run is a `torchrun_main.py` of its own, on one thread, `--jobs` of them side by side. Each method is run at all of
 its learning rates with the first seed, and at the best of them with the others. Finished runs are read back from --out,
