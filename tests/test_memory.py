@@ -1,5 +1,6 @@
 """Bytes that are counted, and the most that is alive while an update is made."""
 
+import argparse
 import weakref
 
 import pytest
@@ -8,10 +9,10 @@ from runs import ROOT, shell
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_pretraining.loss import token_loss_sum
-from peft_pretraining.model import build_model, meta_model, read_config
+from peft_pretraining.model import build_model, meta_model, read_config, weight_quantizer
 from qgalore.factory import Settings, create_optimizer, create_updates
 from qgalore.grad_sync import GradSync
-from qgalore.int8_weight import quantize_linear_layers
+from qgalore.int8_weight import Int8Weight, quantize_linear_layers
 from qgalore.memory import kept_bytes
 from qgalore.param_groups import split_parameters
 
@@ -88,7 +89,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _watch(self, tensor):
-        if hasattr(tensor, "stored_bytes"):
+        if hasattr(tensor, "stored_bytes") or tensor.is_meta:
             return
         storage = tensor.untyped_storage()
         if storage in self._seen:
@@ -126,6 +127,20 @@ def test_per_layer_holds_one_gradient_at_a_time():
     assert inside <= layer + outer and left == 0
     after, left = gradients_alive(per_layer=False)
     assert after == 8 * layer + outer + 2 * 512 and left == 0
+
+
+def test_start_up_needs_no_more_than_training():
+    """llama_60m, initialised and quantized module by module: beside the model itself, one matrix in full at a time."""
+    config = read_config(CONFIG)
+    groups = split_parameters(meta_model(config))
+    settings = argparse.Namespace(weight_group_size=256, stochastic_round=True, simulation=False)
+    finish = weight_quantizer(settings, groups=groups)
+    with LiveBytes() as watch:
+        model = build_model(config, device="cpu", dtype=torch.bfloat16, seed=0, finish=finish)
+    kept = sum(p.stored_bytes().get("codes", 0) if isinstance(p, Int8Weight) else p.nbytes for p in model.parameters())
+    matrix = 512 * 1376
+    assert kept <= watch.live < 1.05 * kept
+    assert watch.peak - watch.live < 12 * matrix, "a float copy, its codes, and chunks; never two layers of them"
 
 
 def peak_of_an_update(*, per_layer: bool) -> int:

@@ -77,6 +77,13 @@ def test_the_quickstart_learns(tmp_path):
     assert record(tmp_path, "end")[0]["perplexity"] < evaluations[10] / 2
 
 
+def test_the_documents_name_tests_that_exist():
+    """docs/ points at tests as path::name; each is there."""
+    for page in (ROOT / "docs").glob("*.md"):
+        for path, name in re.findall(r"`(tests/\w+\.py)::(\w+)`", page.read_text()):
+            assert f"def {name}(" in (ROOT / path).read_text(), f"{page.name}: {path}::{name}"
+
+
 def test_the_readme_names_every_event_and_its_fields(tiny, tmp_path):
     """The table of metrics.jsonl is the record's: no field is missing there."""
     import torchrun_main

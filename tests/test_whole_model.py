@@ -3,8 +3,10 @@ import copy
 import pytest
 import torch
 from ranks import run_distributed
+from torch import nn
 
 from qgalore.grad_sync import GradSync
+from qgalore.int8_weight import quantize_module_weight
 from qgalore.low_rank_optimizer import LowRankOptimizer
 from qgalore.whole_model import WholeModelUpdates
 
@@ -28,6 +30,20 @@ def test_it_is_torchs_clip_and_step(clip):
         assert updates.finish().item() == pytest.approx(norm.item(), rel=1e-6), "the norm is that before clipping"
         assert all(p.grad is None for p in ours)
     assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(ours, theirs, strict=True))
+
+
+def test_clipping_sees_int8_weights():
+    """The clipped norm, over all parameters, is exactly the limit: the INT8 weight's gradient is part of it."""
+    layers = [nn.Linear(16, 8, bias=False), nn.Linear(8, 4)]
+    quantize_module_weight(layers[0])
+    parameters = [p for layer in layers for p in layer.parameters()]
+    optimizer = LowRankOptimizer(parameters, lr=0.01)
+    updates = WholeModelUpdates(optimizer, sync=GradSync(), clip=0.5)
+    layers[1](layers[0](100 * torch.randn(3, 16))).square().sum().backward()
+    assert updates.finish() > 100
+    seen = [optimizer.state[p]["exp_avg"] / 0.1 for p in parameters]
+    assert torch.stack([R.norm() for R in seen]).norm().item() == pytest.approx(0.5, rel=1e-3)
+    assert seen[0].norm() > 0.05
 
 
 def norms_on_a_rank(at_rank_size: bool) -> torch.Tensor:
