@@ -25,13 +25,13 @@ METHODS = {  # title: optimizer, flags, learning rates
     "GaLore as the reference: SVD, gap 50, moments kept": (
         "galore_adamw",
         [*LOW_RANK, "--subspace", "svd", "--update_proj_gap", "50", "--moments_on_refresh", "keep"],
-        (0.002, 0.004, 0.008),
+        (0.002, 0.004, 0.008, 0.016),
     ),
-    "GaLore: iteration, gap 10, first moment carried over": ("galore_adamw", ITERATE, (0.002, 0.004, 0.008)),
+    "GaLore: iteration, gap 10, first moment carried over": ("galore_adamw", ITERATE, (0.004, 0.008, 0.016)),
     "Q-GaLore, same settings": (
         "q_galore_adamw8bit_per_layer",
         [*ITERATE, *INT8, "--stochastic_round"],
-        (0.002, 0.004, 0.008),
+        (0.004, 0.008, 0.016),
     ),
     "Q-GaLore, rounded to nearest (control)": (
         "q_galore_adamw8bit_per_layer",
@@ -41,7 +41,7 @@ METHODS = {  # title: optimizer, flags, learning rates
     "Q-GaLore, lazy (the default)": (
         "q_galore_adamw8bit_per_layer",
         [*ITERATE, *INT8[:2], "--stochastic_round"],
-        (0.004,),
+        (0.008,),
     ),
 }
 
