@@ -36,7 +36,7 @@ METHODS = {  # title: optimizer, flags, learning rates
     "Q-GaLore, rounded to nearest (control)": (
         "q_galore_adamw8bit_per_layer",
         [*ITERATE, *INT8],
-        (0.002, 0.004, 0.008),
+        (0.004, 0.008, 0.016),
     ),
     "Q-GaLore, lazy (the default)": (
         "q_galore_adamw8bit_per_layer",
