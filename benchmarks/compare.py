@@ -20,7 +20,8 @@ ROOT = Path(__file__).parent.parent
 LOW_RANK = ["--galore_scale", "0.25"]
 ITERATE = [*LOW_RANK, "--update_proj_gap", "10"]
 INT8 = ["--weight_quant", "--proj_quant", "--cos_threshold", "1"]
-METHODS = {  # title: optimizer, flags, learning rates
+Methods = dict[str, tuple[str, list[str], tuple[float, ...]]]
+METHODS: Methods = {  # title: optimizer, flags, learning rates
     "AdamW, full rank": ("adamw", [], (0.001, 0.002, 0.004)),
     "GaLore as the reference: SVD, gap 50, moments kept": (
         "galore_adamw",
@@ -46,9 +47,9 @@ METHODS = {  # title: optimizer, flags, learning rates
 }
 
 
-def run(args: argparse.Namespace, method: str, *, lr: float, seed: int) -> dict:
+def run(args: argparse.Namespace, methods: Methods, method: str, *, lr: float, seed: int) -> dict:
     """One training run. Returns its record: method, lr, seed, perplexity, seconds, refreshes."""
-    optimizer, flags, _ = METHODS[method]
+    optimizer, flags, _ = methods[method]
     rank = ["--rank", str(args.rank)] if "galore" in optimizer else []
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "torchrun_main.py", "--model_config", args.model_config, "--dataset", args.dataset]
@@ -77,14 +78,14 @@ def key(record: dict) -> tuple:
     return record["method"], record["lr"], record["seed"], record["updates"]
 
 
-def finish(args: argparse.Namespace, wanted: list[tuple[str, float, int]]) -> list[dict]:
+def finish(args: argparse.Namespace, methods: Methods, wanted: list[tuple[str, float, int]]) -> list[dict]:
     """Runs what is wanted and not yet in --out; returns all records of this length."""
     out = Path(args.out)
     done = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     known = {key(record) for record in done}
     missing = [w for w in wanted if (*w, args.updates) not in known]
     with ThreadPoolExecutor(args.jobs) as pool, out.open("a") as file:
-        for record in pool.map(lambda w: run(args, w[0], lr=w[1], seed=w[2]), missing):
+        for record in pool.map(lambda w: run(args, methods, w[0], lr=w[1], seed=w[2]), missing):
             file.write(json.dumps(record) + "\n")
             file.flush()
             done.append(record)
@@ -115,18 +116,18 @@ def table(records: list[dict], methods: list[str]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(methods: Methods = METHODS, *, doc: str | None = __doc__) -> int:
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("model_config", "dataset", "tokenizer", "out"):
         parser.add_argument(f"--{name}", required=True)
     for name, default in (("rank", 32), ("updates", 300), ("batch_size", 8), ("eval_tokens", 100_000), ("jobs", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=list(methods), choices=list(methods))
     args = parser.parse_args()
     first, *others = args.seeds
-    records = finish(args, [(method, lr, first) for method in args.methods for lr in METHODS[method][2]])
-    records = finish(args, [(m, best_rate(records, m), seed) for seed in others for m in args.methods])
+    records = finish(args, methods, [(method, lr, first) for method in args.methods for lr in methods[method][2]])
+    records = finish(args, methods, [(m, best_rate(records, m), seed) for seed in others for m in args.methods])
     print(table(records, args.methods))
     return 0
 
