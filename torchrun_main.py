@@ -33,7 +33,15 @@ from peft_pretraining.errors import UserError
 from peft_pretraining.evaluate import Evaluation, evaluate
 from peft_pretraining.loss import token_loss_sum
 from peft_pretraining.metrics import Metrics, memory_bytes, open_metrics, set_up_log
-from peft_pretraining.model import DTYPES, build_model, meta_model, read_config, resolve_dtype, weight_quantizer
+from peft_pretraining.model import (
+    DTYPES,
+    build_model,
+    compile_layers,
+    meta_model,
+    read_config,
+    resolve_dtype,
+    weight_quantizer,
+)
 from peft_pretraining.schedules import lr_ratio
 from peft_pretraining.tokenizer import check_fits, load_tokenizer
 from qgalore.factory import Settings, create_optimizer, create_updates, find_recipe
@@ -135,6 +143,8 @@ def main(argv: list[str] | None = None) -> None:
             activation_checkpointing=args.activation_checkpointing,
             finish=weight_quantizer(args, groups=groups) if args.weight_quant else None,
         )
+        if args.compile:
+            compile_layers(model)
         optimizer = create_optimizer(args.optimizer, groups=split_parameters(model), settings=settings, sync=sync)
         metrics = open_metrics(args, save_dir=save_dir, enabled=world.is_main)
         cleanup.callback(metrics.close)

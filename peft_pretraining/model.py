@@ -132,6 +132,16 @@ def build_model(
     return model.train()
 
 
+def compile_layers(model: LlamaForCausalLM) -> None:
+    """Compiles each decoder layer in place: names, parameters, hooks and state_dict stay as they are.
+
+    The layers are alike, so whichever runs first is compiled for all of them, once for each shape of a batch and each
+    mode: training, evaluation, and the last, smaller batch of an evaluation. Embedding, head and loss stay eager.
+    """
+    for layer in model.model.layers:
+        layer.compile(dynamic=False)
+
+
 def weight_quantizer(args: argparse.Namespace, *, groups: Sequence[ParameterGroup]) -> Callable[[str, nn.Module], None]:
     """What --weight_quant does with a module that has just been initialised: its weight, if projected, becomes INT8."""
     chosen = {name for group in groups if group.projected for name in group.names}
