@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from qgalore.quantize import mix_seed, random_bits
+from qgalore.quantize import Seed, mix_seed, random_bits, seed_tensors
 
 BLOCK = 256
 SMALLEST = 4096  # elements: below, 8 bits would save nothing worth the noise
@@ -84,9 +84,15 @@ def _cached_map(device: torch.device, signed: bool) -> Tensor:
     return dynamic_map(signed=signed).to(device)
 
 
-@torch.compiler.assume_constant_result  # or every compiled call would build the map again
-def _map_on(device: torch.device, signed: bool) -> Tensor:
-    return _cached_map(device, signed)
+# Constants, or every compiled call would build the maps again. Two functions: a graph takes one constant from each.
+@torch.compiler.assume_constant_result
+def _signed_map(device: torch.device) -> Tensor:
+    return _cached_map(device, True)
+
+
+@torch.compiler.assume_constant_result
+def _unsigned_map(device: torch.device) -> Tensor:
+    return _cached_map(device, False)
 
 
 def _pieces(count: int) -> list[tuple[slice, int]]:
@@ -128,14 +134,14 @@ def _encode(values: Tensor, noise: Tensor | float, *, signed: bool) -> tuple[Ten
     return torch.maximum(codes, values > 0), absmax  # never from positive to zero
 
 
-def _noise(values: Tensor, *, seed: int, start: int) -> Tensor:
+def _noise(values: Tensor, *, seed: Seed, start: int) -> Tensor:
     """Uniform in [0, 1), 16 bits: their sum with a position below 256 is exact in float32. start: the first index."""
     bits = random_bits(values.numel(), seed=seed, start=start, device=values.device)
     return bits.bitwise_and_(0xFFFF).float().mul_(2.0**-16).view_as(values)
 
 
 def quantize_state(
-    values: Tensor, *, signed: bool, seed: int | None = None, out: QuantizedState | None = None
+    values: Tensor, *, signed: bool, seed: Seed | None = None, out: QuantizedState | None = None
 ) -> QuantizedState:
     """8-bit codes of a moment, in blocks along its elements in row-major order.
 
@@ -158,9 +164,10 @@ def quantize_state(
 def dequantize_state(parts: QuantizedState, *, shape: torch.Size | tuple[int, ...], signed: bool) -> Tensor:
     """The values that the codes stand for, in a new float32 tensor of that shape."""
     codes, absmax = parts
+    points = _signed_map(codes.device) if signed else _unsigned_map(codes.device)
     values = torch.empty(codes.numel(), device=codes.device)
     for elements, width in _pieces(codes.numel()):
-        relative = _map_on(codes.device, signed).index_select(0, codes[elements].int()).view(-1, width)
+        relative = points.index_select(0, codes[elements].int()).view(-1, width)
         values[elements] = relative.mul_(absmax[_blocks(elements), None]).view(-1)
     return values.view(shape)
 
@@ -198,7 +205,7 @@ class QuantizedMoment:
     shape: torch.Size
     dtype: torch.dtype
     signed: bool
-    seed: int | None
+    seed: Seed | None
 
     def dequantize(self) -> Tensor:
         return dequantize_state(self.parts, shape=self.shape, signed=self.signed).to(self.dtype)
@@ -223,16 +230,25 @@ def create_moment(state: dict[str, Any], name: str, *, like: Tensor, bits: int =
 
 
 def open_moment(
-    state: dict[str, Any], name: str, *, like: Tensor, signed: bool, seed: int | None = None
+    state: dict[str, Any],
+    name: str,
+    *,
+    like: Tensor,
+    signed: bool,
+    seed: int | None = None,
+    compiled: bool = False,
 ) -> PlainMoment | QuantizedMoment:
     """The moment of that name, in whichever form the state holds it; writing to it changes the state's tensors.
 
     like: the gradient, for shape and dtype.  signed: whether values may be negative.  seed: of this update of this
     parameter, the same for all its moments (each mixes in its name); None: rounds to nearest.
+    compiled: whether compiled code will work on it, see seed_tensors.
     """
     if name in state:
         return PlainMoment(state[name])
     parts = QuantizedState(state[f"{name}.codes"], state[f"{name}.absmax"])
+    own: Seed | None = None
     if seed is not None:
-        seed = mix_seed(seed, zlib.crc32(name.encode()))
-    return QuantizedMoment(parts, like.shape, like.dtype, signed, seed)
+        own = mix_seed(seed, zlib.crc32(name.encode()))
+        own = seed_tensors(own) if compiled else own
+    return QuantizedMoment(parts, like.shape, like.dtype, signed, own)

@@ -22,7 +22,7 @@ class Settings:
     lr: step size.  weight_decay: as the optimizer defines it.  beta1, beta2: decay rates of the moments.
     rank and below: of our own optimizers alone, see LowRankOptimizer. proj_bits: of the bases, None for the gradient's
     dtype.  cos_threshold, gamma_proj, queue_size: of the lazy refresh.  embedding_state_bits: of the moments of
-    embedding and head where the others have 8.
+    embedding and head where the others have 8.  compile: whether updates run compiled.
     """
 
     lr: float = 1e-3
@@ -42,6 +42,7 @@ class Settings:
     queue_size: int = 5
     embedding_state_bits: int = 8
     seed: int = 0
+    compile: bool = False
 
 
 Builder = Callable[[Sequence[ParameterGroup], Settings, GradSync], torch.optim.Optimizer]
@@ -131,6 +132,7 @@ def _ours(*, low_rank: bool, state_bits: int = 32, decoupled: bool = True) -> Bu
             weight_decay=settings.weight_decay,
             seed=settings.seed,
             sync=sync,
+            compile=settings.compile,
         )
 
     return build

@@ -22,6 +22,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from qgalore import quantize
-from qgalore.quantize import check_finite, dequantize_groups, group_size_for, quantize_groups
+from qgalore.quantize import Seed, check_finite, dequantize_groups, group_size_for, quantize_groups
 
 aten = torch.ops.aten
 
@@ -88,14 +89,19 @@ class Int8Weight(Tensor):
         return cls(*parts, group_size=group_size, dtype=dtype or values.dtype, stochastic=stochastic)
 
     @classmethod
-    def _encode(cls, values: Tensor, *, group_size: int, seed: int | None) -> tuple[tuple[Tensor, ...], Tensor]:
+    def _encode(cls, values: Tensor, *, group_size: int, seed: Seed | None) -> tuple[tuple[Tensor, ...], Tensor]:
         """The parts that hold `values`, and the groups' scales."""
         parts = quantize_groups(values, group_size=group_size, seed=seed)
         return parts, parts[1]
 
+    @classmethod
+    def _decode_parts(cls, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        """A new tensor with the values that the parts hold. (m, n) `dtype`"""
+        codes, scale, zero = parts
+        return dequantize_groups(codes, scale, zero, dtype=dtype)
+
     def _decode(self, dtype: torch.dtype) -> Tensor:
-        """A new tensor with the values. (m, n) `dtype`"""
-        return dequantize_groups(*self.parts().values(), dtype=dtype)
+        return self._decode_parts(tuple(self.parts().values()), dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
         """The values as an ordinary tensor: the weight's dtype or the one asked for, rounded once. Differentiable."""
@@ -106,7 +112,7 @@ class Int8Weight(Tensor):
         return self.dequantize(torch.float32)
 
     @torch.no_grad()
-    def store_(self, values: Tensor, *, seed: int) -> "Int8Weight":
+    def store_(self, values: Tensor, *, seed: Seed) -> "Int8Weight":
         """Requantizes in place, with new scales and zero points: stochastically with `seed`, if this weight does that.
 
         values: (m, n), float32 for the sake of small updates.  seed: 64 bits, from mix_seed.
@@ -115,14 +121,19 @@ class Int8Weight(Tensor):
         """
         if values.shape != self.shape:
             raise ValueError(f"a weight of shape {tuple(self.shape)} cannot store {tuple(values.shape)}")
-        parts, _ = self._encode(values, group_size=self.group_size, seed=seed if self.stochastic else None)
-        _overwrite(self, parts)
+        self.unwrapped().store_(values, seed=seed)
         torch.autograd.graph.increment_version(self)  # a backward that still needs the old values shall say so
         return self
 
     def check_finite(self, *, name: str = "the weight") -> None:
         """Raises ValueError where the weight holds NaN or infinity. Waits for the device."""
         check_finite(self.parts()["scale"], name=name)
+
+    def unwrapped(self) -> "UnwrappedWeight":
+        """Its parts and settings, without the tensor that they appear as. After a write there, increment its version:
+        a backward that still needs the old values shall say so."""
+        parts = tuple(self.parts().values())
+        return UnwrappedWeight(type(self), parts, self.shape, self.dtype, self.group_size, self.stochastic)
 
     def parts(self) -> dict[str, Tensor]:
         """The plain tensors that hold the weight, by name."""
@@ -181,15 +192,38 @@ class SimulatedInt8Weight(Int8Weight):
     PARTS = ("values",)
 
     @classmethod
-    def _encode(cls, values: Tensor, *, group_size: int, seed: int | None) -> tuple[tuple[Tensor, ...], Tensor]:
+    def _encode(cls, values: Tensor, *, group_size: int, seed: Seed | None) -> tuple[tuple[Tensor, ...], Tensor]:
         parts, scale = super()._encode(values, group_size=group_size, seed=seed)
         return (dequantize_groups(*parts),), scale
 
-    def _decode(self, dtype: torch.dtype) -> Tensor:
-        return self.parts()["values"].to(dtype, copy=True)
+    @classmethod
+    def _decode_parts(cls, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        return parts[0].to(dtype, copy=True)
 
     def check_finite(self, *, name: str = "the weight") -> None:
         check_finite(self.parts()["values"].unflatten(1, (-1, self.group_size)).abs().amax(-1), name=name)
+
+
+@dataclass(frozen=True)
+class UnwrappedWeight:
+    """An Int8Weight as plain tensors. Compiled code reads and writes these; wrapper and parts as two inputs of the same
+    memory would confuse it. kind: how parts and values are made of each other; the others as in Int8Weight."""
+
+    kind: type[Int8Weight]
+    parts: tuple[Tensor, ...]
+    shape: torch.Size
+    dtype: torch.dtype
+    group_size: int
+    stochastic: bool
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The values. (m, n) `dtype`"""
+        return self.kind._decode_parts(self.parts, dtype)
+
+    def store_(self, values: Tensor, *, seed: Seed) -> None:
+        """As Int8Weight.store_."""
+        new, _ = self.kind._encode(values, group_size=self.group_size, seed=seed if self.stochastic else None)
+        _overwrite(self.parts, new)
 
 
 @functools.cache
@@ -234,9 +268,9 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         return F.linear(input, weight, bias)
 
 
-def _overwrite(weight: Int8Weight, parts: Iterable[Tensor]) -> None:
-    for old, new in zip(weight.parts().values(), parts, strict=True):
-        old.copy_(new)
+def _overwrite(parts: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    for part, value in zip(parts, values, strict=True):
+        part.copy_(value)
 
 
 def _share(func: Any, weight: Int8Weight) -> Int8Weight:
@@ -259,13 +293,13 @@ def _copy_(func: Any, target: Tensor, source: Tensor, non_blocking: bool = False
     if not isinstance(target, Int8Weight):
         return target.copy_(source._decode(torch.float32), non_blocking)  # type: ignore[attr-defined]
     if type(source) is type(target) and source.group_size == target.group_size and source.shape == target.shape:
-        _overwrite(target, source.parts().values())
+        _overwrite(target.parts().values(), source.parts().values())
         return target
     values = source._decode(torch.float32) if isinstance(source, Int8Weight) else source.to(target.device)
     parts, scale = target._encode(values.expand(target.shape), group_size=target.group_size, seed=None)
     if not scale.is_meta:
         check_finite(scale, name="copy_")
-    _overwrite(target, parts)
+    _overwrite(target.parts().values(), parts)
     return target
 
 

@@ -23,9 +23,9 @@ from torch import Tensor
 from qgalore.blockwise_state import Moment, create_moment, open_moment
 from qgalore.grad_sync import GradSync
 from qgalore.projectors import PROJ_TYPES, SUBSPACE_METHODS, Projector, Refresh, projection_sides
-from qgalore.quantize import mix_seed, read_weight, store_weight
+from qgalore.quantize import mix_seed, open_weight
 from qgalore.subspace_schedule import RefreshSchedule, staggered_offset
-from qgalore.update_rules import adam_direction
+from qgalore.weight_update import Numbers, compiled_update, update_weight
 
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # name: signed
 MOMENT_POLICIES = ("project", "keep", "reset")
@@ -45,6 +45,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     lr: step size.  betas, eps: Adam's.  weight_decay: decoupled, as in torch.optim.AdamW; in an unprojected group with
         `decoupled` False added to the gradient, as in torch.optim.Adam.
     seed: of the randomized bases and of the stochastic rounding.  sync: sums gradients over data-parallel ranks.
+    compile: whether updates run compiled; refreshes never do.
     Raises ValueError for settings out of range.
     """
 
@@ -58,6 +59,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         seed: int = 0,
         sync: GradSync | None = None,
+        compile: bool = False,
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -82,6 +84,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self.seed = seed
         self.sync = sync or GradSync()
+        self.compile = compile
+        self._update = compiled_update() if compile else update_weight
         for group in self.param_groups:
             check_group(group)
         self._index = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
@@ -170,8 +174,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def refresh(self, p: Tensor, group: dict[str, Any], G: Tensor) -> None:
         """Brings the bases of p up to date with its whole gradient, where that is due; its moments follow. G (m, n)."""
-        state = self.state[p]
-        change = self._projectors[p].prepare(G, state, step=state.get("step", 0) + 1)
+        state, projector = self.state[p], self._projectors[p]
+        change = projector.prepare(G, state, step=state.get("step", 0) + 1)
+        if self.compile:  # strides are compiled in, and those of a first basis are other than QR's
+            state.update({name: basis.contiguous() for name, basis in projector.bases(state).items()})
         if change is not None and "mass" in state:
             self._follow_basis(p, change, like=self.project(p, G), policy=group["moments_on_refresh"])
 
@@ -182,19 +188,23 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def apply(self, p: Tensor, group: dict[str, Any], R: Tensor) -> None:
         """Updates moments and weight of p from its projected gradient, summed over micro-batches and ranks."""
         state, projector = self.state[p], self._projectors[p]
-        step = state["step"] = state.get("step", 0) + 1
-        norm = torch.linalg.vector_norm(R)
+        state["step"] = state.get("step", 0) + 1
+        self._weigh(p, group, like=R)
+        M, V = self._moments(p, like=R)
+        norm = self._update(
+            R,
+            open_weight(p),
+            M,
+            V,
+            bases=projector.bases(state),
+            numbers=self._numbers(p, group, like=R),
+            projector=projector,
+            betas=group["betas"],
+            eps=group["eps"],
+            scale=group["scale"],
+        )
+        torch.autograd.graph.increment_version(p)  # what was written may be the inside of an Int8Weight
         self._norms.append(norm)
-        w = read_weight(p, dtype=R.dtype)
-        if not group["decoupled"]:
-            R = R.add(w, alpha=group["weight_decay"])
-        if group["clip"]:
-            R = R * (group["clip"] / (norm + 1e-6)).clamp(max=1)
-        D = self._direction(p, group, R)
-        U = projector.back(D, state, like=p).mul_(group["scale"]) if projector.sides else D
-        w = w * (1 - group["lr"] * group["weight_decay"] * group["decoupled"])
-        w.sub_(U, alpha=group["lr"])
-        store_weight(p, w, seed=mix_seed(self.seed, step, self._index[p]))
 
     def take_norm(self) -> Tensor:
         """The norm of all gradients, as projected, that were applied since the last call; before clipping. ()"""
@@ -202,18 +212,28 @@ class LowRankOptimizer(torch.optim.Optimizer):
         self._norms.clear()
         return norm
 
-    def _direction(self, p: Tensor, group: dict[str, Any], R: Tensor) -> Tensor:
-        """Adam's direction in the subspace. (R's shape)"""
+    def _weigh(self, p: Tensor, group: dict[str, Any], *, like: Tensor) -> None:
+        """Advances the sums of the weights that the moments of p hold, which are zeros before the first update."""
         state = self.state[p]
         if "mass" not in state:
-            self._create_moments(p, group, like=R)
+            self._create_moments(p, group, like=like)
         beta1, beta2 = group["betas"]
         state["mass"] = beta1 * state["mass"] + 1 - beta1
         state["mass_sq"] = beta2 * state["mass_sq"] + 1 - beta2
-        M, V = self._moments(p, like=R)
-        return adam_direction(
-            R, M, V, beta1=beta1, beta2=beta2, eps=group["eps"], mass=state["mass"], mass_sq=state["mass_sq"]
+
+    def _numbers(self, p: Tensor, group: dict[str, Any], *, like: Tensor) -> Numbers:
+        """What is different in this update of p from others. like: R."""
+        state, lr, weight_decay = self.state[p], group["lr"], group["weight_decay"]
+        numbers = Numbers(
+            lr=lr,
+            shrink=1 - lr * weight_decay * group["decoupled"],
+            coupled_decay=None if group["decoupled"] else weight_decay,
+            clip=group["clip"] or None,
+            mass=state["mass"],
+            mass_sq=state["mass_sq"],
+            seed=mix_seed(self.seed, state["step"], self._index[p]),
         )
+        return numbers.as_tensors(like.dtype) if self.compile else numbers
 
     def _create_moments(self, p: Tensor, group: dict[str, Any], *, like: Tensor) -> None:
         """Moments of zeros, and the sums of their weights. like: R."""
@@ -227,8 +247,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
         refresh: whether they are about to follow the basis; rounding then needs another noise than in the update.
         """
         seed = mix_seed(self.seed, self.state[p]["step"], self._index[p], refresh)
+        compiled = self.compile and not refresh
         return [
-            open_moment(self.state[p], name, like=like, signed=signed, seed=seed) for name, signed in MOMENTS.items()
+            open_moment(self.state[p], name, like=like, signed=signed, seed=seed, compiled=compiled)
+            for name, signed in MOMENTS.items()
         ]
 
     def _follow_basis(self, p: Tensor, change: Refresh, *, like: Tensor, policy: str) -> None:

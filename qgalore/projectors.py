@@ -131,6 +131,10 @@ class Projector:
         packed = PackedBasis(*(state[f"{side}.{name}"] for name in PackedBasis._fields))
         return unpack_basis(packed, shape=(G.shape[0 if side == "left" else 1], self.rank), dtype=G.dtype)
 
+    def bases(self, state: dict[str, Any]) -> dict[str, Tensor]:
+        """The part of a parameter's state that `project` and `back` read."""
+        return {name: value for name, value in state.items() if name.partition(".")[0] in self.sides}
+
     def _new_basis(self, G: Tensor, old: Tensor | None, state: dict[str, Any]) -> Tensor | None:
         """The left basis (m, r) for this G, or None where it cannot be computed."""
         if not G.isfinite().all():

@@ -17,9 +17,12 @@ reciprocal), and every product that feeds a sum is exact, so that a fused multip
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+
+Seed = int | tuple[Tensor, Tensor]  # 64 bits, or their halves as seed_tensors makes them
 
 _MASK32 = 0xFFFFFFFF
 
@@ -46,14 +49,21 @@ def mix_seed(*parts: int) -> int:
     return _finalize(mixed)
 
 
-def random_bits(count: int, *, seed: int, start: int = 0, device: torch.device | str = "cpu") -> Tensor:
+def seed_tensors(seed: int) -> tuple[Tensor, Tensor]:
+    """The lower and the upper 32 bits as 0-d int32 tensors: as a number, a seed would be compiled in."""
+    low, high = (torch.tensor(_as_int32(half), dtype=torch.int32) for half in (seed, seed >> 32))
+    return low, high
+
+
+def random_bits(count: int, *, seed: Seed, start: int = 0, device: torch.device | str = "cpu") -> Tensor:
     """32 random bits for each of `count` elements: a hash of (seed, element index).
 
-    seed: 64 bits, from mix_seed.  start: index of the first element.  Returns (count,) int32 on `device`.
+    seed: 64 bits, from mix_seed, or their seed_tensors.  start: index of the first element.
+    Returns (count,) int32 on `device`.
     The mixing is MurmurHash3's 32-bit finalizer (Appleby, public domain), keyed at its start and in its middle, in
     int32 arithmetic that wraps around. Its right shifts must be logical, hence the masks.
     """
-    low, high = _as_int32(seed), _as_int32(seed >> 32)
+    low, high = (_as_int32(seed), _as_int32(seed >> 32)) if isinstance(seed, int) else seed
     h = torch.arange(start, start + count, dtype=torch.int32, device=device)
     h.mul_(_as_int32(0x9E3779B9)).add_(low)
     h.bitwise_xor_(h.bitwise_right_shift(16).bitwise_and_(0xFFFF)).mul_(_as_int32(0x85EBCA6B))
@@ -62,7 +72,7 @@ def random_bits(count: int, *, seed: int, start: int = 0, device: torch.device |
     return h.bitwise_xor_(h.bitwise_right_shift(16).bitwise_and_(0xFFFF))
 
 
-def round_stochastic_bfloat16(values: Tensor, *, seed: int) -> Tensor:
+def round_stochastic_bfloat16(values: Tensor, *, seed: Seed) -> Tensor:
     """Rounds float32 to bfloat16 up or down at random, so that the expected value is the value itself.
 
     values: float32, any shape.  seed: 64 bits, from mix_seed.  Returns bfloat16 of the same shape.
@@ -75,12 +85,18 @@ def round_stochastic_bfloat16(values: Tensor, *, seed: int) -> Tensor:
     return torch.where(values.isfinite(), rounded, values).to(torch.bfloat16)
 
 
-def read_weight(weight: Tensor, *, dtype: torch.dtype) -> Tensor:
+def open_weight(weight: Any) -> Any:
+    """What read_weight and store_weight work on in compiled code: a weight that is stored otherwise (Int8Weight)
+    steps out of its wrapper, others are plain tensors already."""
+    return weight.unwrapped() if hasattr(weight, "store_") else weight.detach()
+
+
+def read_weight(weight: Any, *, dtype: torch.dtype) -> Tensor:
     """The values of a weight as an ordinary tensor. A weight that is stored otherwise (Int8Weight) decodes them."""
-    return weight.dequantize(dtype) if hasattr(weight, "store_") else weight.to(dtype)  # type: ignore[call-arg]
+    return weight.dequantize(dtype) if hasattr(weight, "store_") else weight.to(dtype)
 
 
-def store_weight(weight: Tensor, values: Tensor, *, seed: int) -> None:
+def store_weight(weight: Any, values: Tensor, *, seed: Seed) -> None:
     """Writes `values` into `weight` in the way that loses no small update on average.
 
     weight: a parameter of any floating dtype, written in place.  values: the same shape, float32 or float64.
@@ -105,7 +121,7 @@ def group_size_for(width: int, *, at_most: int) -> int:
 
 
 def quantize_groups(
-    values: Tensor, *, group_size: int, bits: int = 8, seed: int | None = None
+    values: Tensor, *, group_size: int, bits: int = 8, seed: Seed | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rounds every group of a matrix to its own affine grid.
 
@@ -138,7 +154,7 @@ def _row_chunks(matrix: Tensor) -> Iterator[slice]:
 
 
 def _quantize_rows(
-    values: Tensor, group_size: int, *, levels: int, seed: int | None, start: int
+    values: Tensor, group_size: int, *, levels: int, seed: Seed | None, start: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """quantize_groups of some rows. levels: the highest code.  start: index of their first element in the whole."""
     groups = values.to(torch.float32).unflatten(1, (-1, group_size))  # (m, n/g, g)
@@ -167,7 +183,7 @@ def _grid(groups: Tensor, *, levels: int) -> tuple[Tensor, Tensor]:
     return scale, zero
 
 
-def _round_stochastic(values: Tensor, *, seed: int, start: int = 0) -> Tensor:
+def _round_stochastic(values: Tensor, *, seed: Seed, start: int = 0) -> Tensor:
     """Rounds up with a probability of the fraction, to 24 bits of it, else down. float32, in place.
 
     The fraction is compared with the noise, not added to it: a sum near 100 would keep only 17 of the bits.

@@ -10,7 +10,15 @@ from qgalore.blockwise_state import Moment
 
 
 def adam_direction(
-    R: Tensor, M: Moment, V: Moment, *, beta1: float, beta2: float, eps: float, mass: float, mass_sq: float
+    R: Tensor,
+    M: Moment,
+    V: Moment,
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    mass: float | Tensor,
+    mass_sq: float | Tensor,
 ) -> Tensor:
     """Adam's direction for a (low-rank) gradient.
 

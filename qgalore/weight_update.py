@@ -1,0 +1,88 @@
+"""The update of one weight from its projected gradient: a function of tensors, run as it is or compiled.
+
+A number that compiled code meets becomes a constant of it, and another value means compiling again. So the numbers that
+change from update to update are `Numbers`: Python's in eager code; in compiled code 0-d tensors, on the CPU, from where
+a kernel on a GPU takes them as arguments. What stays the same (shapes, decay rates, the projection's side) is meant to
+be compiled in: one compile for each distinct shape and setting.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qgalore.blockwise_state import Moment
+from qgalore.projectors import Projector
+from qgalore.quantize import Seed, read_weight, seed_tensors, store_weight
+from qgalore.update_rules import adam_direction
+
+MOST_COMPILES = 256  # shapes times settings. torch stops at 8, where it suspects a number that changes
+
+
+class Numbers(NamedTuple):
+    """lr: step size.  shrink: of the weight, by decoupled decay.  mass, mass_sq: see adam_direction.  seed: of the
+    weight's rounding.  coupled_decay: share of the weight that its gradient gets.  clip: largest norm of the gradient.
+    None: none."""
+
+    lr: float | Tensor
+    shrink: float | Tensor
+    mass: float | Tensor
+    mass_sq: float | Tensor
+    seed: Seed
+    coupled_decay: float | Tensor | None
+    clip: float | Tensor | None
+
+    def as_tensors(self, dtype: torch.dtype) -> "Numbers":
+        """The same as 0-d tensors of the gradient's dtype, for compiled code."""
+        assert isinstance(self.seed, int)
+        tensors = {
+            name: torch.tensor(value, dtype=dtype)
+            for name, value in self._asdict().items()
+            if name != "seed" and value is not None
+        }
+        return self._replace(seed=seed_tensors(self.seed), **tensors)
+
+
+def update_weight(
+    R: Tensor,
+    weight: Any,
+    M: Moment,
+    V: Moment,
+    *,
+    bases: dict[str, Tensor],
+    numbers: Numbers,
+    projector: Projector,
+    betas: tuple[float, float],
+    eps: float,
+    scale: float,
+) -> Tensor:
+    """Writes moments and weight, and nothing else.
+
+    R: the projected gradient, float32 or float64, (r or m, r or n).  weight: (m, n), from quantize.open_weight.
+    M, V: its moments, of R's shape.  bases: see Projector.bases.  scale: of the update, where it is projected.
+    Returns the norm of R before clipping. ()
+    """
+    norm = torch.linalg.vector_norm(R)
+    w = read_weight(weight, dtype=R.dtype)
+    if numbers.coupled_decay is not None:
+        R = _add_(R.clone(), w, factor=numbers.coupled_decay)
+    if numbers.clip is not None:
+        R = R * (numbers.clip / (norm + 1e-6)).clamp(max=1)
+    beta1, beta2 = betas
+    D = adam_direction(R, M, V, beta1=beta1, beta2=beta2, eps=eps, mass=numbers.mass, mass_sq=numbers.mass_sq)
+    U = projector.back(D, bases, like=weight).mul_(scale) if projector.sides else D  # (m, n)
+    w = _add_(w * numbers.shrink, U, factor=-numbers.lr)
+    store_weight(weight, w, seed=numbers.seed)
+    return norm
+
+
+def _add_(x: Tensor, y: Tensor, *, factor: float | Tensor) -> Tensor:
+    """x += factor * y. `alpha` takes Python's numbers only."""
+    return x.add_(y * factor) if isinstance(factor, Tensor) else x.add_(y, alpha=factor)
+
+
+def compiled_update() -> Callable[..., Tensor]:
+    """update_weight, compiled for each shape and setting when it first meets them."""
+    compiled = torch.compile(update_weight, dynamic=False, fullgraph=True)
+    return torch._dynamo.config.patch(recompile_limit=MOST_COMPILES)(compiled)
