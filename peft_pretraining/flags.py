@@ -73,8 +73,8 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("grad_clipping", float, 0.0, "NORM", "largest global norm of the gradients; 0: no clipping"),
         Flag("seed", int, 0, "INTEGER", "of initial weights, order of the data, random bases and rounding"),
         Flag("num_threads", int, None, "THREADS", "per process on a CPU", shown="cores / processes of this machine"),
-        Flag("compile", bool, False, "", "compile the decoder layers with torch.compile: a minute or so at the start, "
-             "faster updates from then on"),
+        Flag("compile", bool, False, "", "compile the decoder layers and, with optimizers that are not torch's, the "
+             "updates: a minute or so at the start, faster from then on"),
         Flag("single_gpu", bool, False, "", "one process and no more: an error under several"),
     ),
     "optimizer": (
