@@ -255,6 +255,9 @@ def evaluate_and_log(run: Run) -> None:
         perplexity=evaluation.perplexity,
         tokens=evaluation.tokens,
     )
+    matrices = report.describe_refreshes(split_parameters(run.model), run.updates.optimizer)
+    if matrices:
+        run.metrics.subspaces(update=run.state.update, matrices=matrices)
 
 
 def save(run: Run) -> None:
@@ -270,6 +273,7 @@ def report_end(run: Run) -> None:
     assert state.evaluation is not None
     perplexity = state.evaluation.perplexity
     seconds = time.monotonic() - state.began
+    matrices = report.describe_refreshes(split_parameters(run.model), run.updates.optimizer)
     kept = kept_bytes(run.model, run.updates.optimizer, accumulators=run.updates.sums.values())
     run.metrics.end(
         updates=state.update,
@@ -277,8 +281,10 @@ def report_end(run: Run) -> None:
         perplexity=perplexity,
         seconds=round(seconds, 3),
         kept_bytes=kept,
-        refreshes=sum(state.get("refreshes", 0) for state in run.updates.optimizer.state.values()),
+        refreshes=sum(matrix["refreshes"] for matrix in matrices),
     )
+    if matrices:
+        logger.info(report.summarize_refreshes(matrices))
     logger.info("kept between updates, in bytes:\n" + report.memory_table(kept, adamw=adamw_bytes(run.model)))
     logger.info(
         f"{state.update} updates, {state.tokens_seen:,} tokens in {seconds:.0f} s "

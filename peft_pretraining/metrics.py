@@ -1,6 +1,7 @@
 """Where a run's figures go: metrics.jsonl always, wandb where wanted, a progress bar on a terminal, else log lines.
 
-metrics.jsonl holds one JSON object a line: `start`, one `update` each, `eval`, `end`; a run in an older folder appends.
+metrics.jsonl holds one JSON object a line: `start`, one `update` each, `eval`, `subspaces`, `end`; a run in an older
+folder appends.
 """
 
 import argparse
@@ -102,6 +103,10 @@ class Metrics:
                 f"update {fields['update']}: validation perplexity {fields['perplexity']:.2f} "
                 f"(loss {fields['loss']:.4f} on {fields['tokens']:,} tokens)"
             )
+
+    def subspaces(self, **fields: Any) -> None:
+        """What became of each projected matrix's bases so far: update, matrices (see report.describe_refreshes)."""
+        self._write("subspaces", fields)
 
     def end(self, **fields: Any) -> None:
         """The last line: updates, tokens_seen, perplexity, seconds."""

@@ -12,6 +12,7 @@ import torch
 
 from peft_pretraining.distributed import World
 from qgalore.factory import Recipe, Settings
+from qgalore.low_rank_optimizer import LowRankOptimizer
 from qgalore.param_groups import ParameterGroup
 
 PACKAGES = ("torch", "transformers", "datasets", "sentencepiece", "safetensors", "wandb")
@@ -74,6 +75,25 @@ def circumstances(
         "groups": groups,
         "grad_norm": norm,
     }
+
+
+def describe_refreshes(groups: Sequence[ParameterGroup], optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """One record a projected matrix: its name, and LowRankOptimizer.refreshes. Empty for other optimizers."""
+    if not isinstance(optimizer, LowRankOptimizer):
+        return []
+    pairs = [pair for group in groups for pair in zip(group.names, group.parameters, strict=True)]
+    found = ((name, optimizer.refreshes(p)) for name, p in pairs)
+    return [{"name": name, **refreshes} for name, refreshes in found if refreshes is not None]
+
+
+def summarize_refreshes(matrices: Sequence[dict[str, Any]]) -> str:
+    """What describe_refreshes found, in one line."""
+    total, seconds = (sum(matrix[key] for matrix in matrices) for key in ("refreshes", "seconds"))
+    gaps = [matrix["gap"] for matrix in matrices]
+    return (
+        f"{total} refreshes of {len(matrices)} matrices' bases took {seconds:.1f} s; "
+        f"gaps of {min(gaps)} to {max(gaps)} updates at the end"
+    )
 
 
 def memory_table(kept: dict[str, int], *, adamw: dict[str, int]) -> str:

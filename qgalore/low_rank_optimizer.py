@@ -2,9 +2,9 @@
 
 One parameter, one update (Zhao et al. 2024, GaLore, algorithm 2):
 
-    G = the gradient                 (m, n)      averaged over the ranks where the whole of it is needed
+    G = the gradient                 (m, n)      summed over the ranks where the whole of it is needed
     P refreshed from G, if due       (m, r) and/or (n, r)
-    R = P^T G Q                      in the subspace; averaged over the ranks there, where r numbers travel instead of n
+    R = P^T G Q                      in the subspace; summed over the ranks there: r numbers travel instead of n
     D = rule(R, moments)             the moments, too, have R's shape
     U = scale * P D Q^T              (m, n)
     w = w * (1 - lr * weight_decay) - lr * U, in float32; bfloat16 weights are rounded stochastically
@@ -13,6 +13,7 @@ A parameter of a group without `rank` takes the same road with the identity for 
 """
 
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -174,12 +175,15 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def refresh(self, p: Tensor, group: dict[str, Any], G: Tensor) -> None:
         """Brings the bases of p up to date with its whole gradient, where that is due; its moments follow. G (m, n)."""
-        state, projector = self.state[p], self._projectors[p]
+        state, projector, began = self.state[p], self._projectors[p], time.perf_counter()
+        if not projector.due(state, step=state.get("step", 0) + 1):
+            return
         change = projector.prepare(G, state, step=state.get("step", 0) + 1)
         if self.compile:  # strides are compiled in, and those of a first basis are other than QR's
             state.update({name: basis.contiguous() for name, basis in projector.bases(state).items()})
         if change is not None and "mass" in state:
             self._follow_basis(p, change, like=self.project(p, G), policy=group["moments_on_refresh"])
+        state["refresh_seconds"] = state.get("refresh_seconds", 0.0) + time.perf_counter() - began
 
     def project(self, p: Tensor, G: Tensor) -> Tensor:
         """R = P^T G Q with the bases of p, in float32 or wider. (m, n) -> (r or m, r or n)"""
@@ -205,6 +209,23 @@ class LowRankOptimizer(torch.optim.Optimizer):
         )
         torch.autograd.graph.increment_version(p)  # what was written may be the inside of an Int8Weight
         self._norms.append(norm)
+
+    def refreshes(self, p: Tensor) -> dict[str, Any] | None:
+        """What became of the bases of p; None for a parameter that is not projected.
+
+        `refreshes` (computed so far), `failed`, `seconds` (spent, as the host saw it), `gap` (the present one, in
+        updates), `overlap` (of the last two bases; None where the gap is not lazy).
+        """
+        projector, state = self._projectors[p], self.state[p]
+        if not projector.sides:
+            return None
+        return {
+            "refreshes": state.get("refreshes", 0),
+            "failed": state.get("failed_refreshes", 0),
+            "seconds": state.get("refresh_seconds", 0.0),
+            "gap": state.get("gap", projector.schedule.gap),
+            "overlap": state.get("overlap"),
+        }
 
     def take_norm(self) -> Tensor:
         """The norm of all gradients, as projected, that were applied since the last call; before clipping. ()"""

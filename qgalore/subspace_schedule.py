@@ -20,7 +20,7 @@ class RefreshSchedule:
     principal angles: it does not depend on signs or rotations of the basis vectors.
 
     What is remembered lives in the optimizer's state of the parameter: `refreshes` so far, the update at which the next
-    one is due, `next_refresh`, and where it is lazy the present `gap` and the queue of `overlaps`.
+    one is due, `next_refresh`, and where it is lazy the last `overlap`, the queue of `overlaps` and the present `gap`.
     """
 
     gap: int
@@ -58,6 +58,7 @@ class RefreshSchedule:
         """
         gap = state.get("gap", self.gap)
         if self.threshold is not None and overlap is not None:
+            state["overlap"] = overlap
             gap = self._grow(state, gap, overlap)
         first = "next_refresh" not in state
         state["next_refresh"] = step + (self.offset if first else gap)

@@ -1,4 +1,4 @@
-"""The first twenty losses of llama_9m for each optimizer, as they were when this file was written.
+"""The first twenty losses of llama_9m for each family of optimizers, as they were when this file was written.
 
 Compared exactly on the platform that made them, closely elsewhere. After a change that is meant to change them:
 QGALORE_WRITE_GOLDEN=1 python -m pytest tests/test_golden.py
@@ -15,10 +15,19 @@ import torch
 from runs import ROOT, losses
 
 import torchrun_main
-from qgalore.factory import OPTIMIZERS
 
 GOLDEN = Path(__file__).parent / "golden" / "llama_9m_float32.json"
-LEARNING_RATES = {"sgd": 0.5, "adafactor": 0.02, "galore_adamw": 0.01}
+LOW_RANK = {"rank": 16, "update_proj_gap": 5, "lr": 0.01}
+INT8 = {"weight_quant": True, "stochastic_round": True, "proj_quant": True}
+FAMILIES: dict[str, dict] = {
+    "adam": {},
+    "adamw": {},
+    "sgd": {"lr": 0.5},
+    "adafactor": {"lr": 0.02},
+    "adamw8bit": {},
+    "galore_adamw": LOW_RANK,
+    "q_galore_adamw8bit_per_layer": LOW_RANK | INT8,
+}
 
 
 def platform_key() -> str:
@@ -29,19 +38,11 @@ def platform_key() -> str:
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {digest} torch {torch.__version__}"
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", FAMILIES)
 def test_the_first_twenty_losses(tiny, tmp_path, optimizer):
-    low_rank = {"rank": 16, "update_proj_gap": 5} if OPTIMIZERS[optimizer].low_rank else {}
-    flags = tiny.flags(
-        tmp_path,
-        model_config=ROOT / "configs" / "llama_9m.json",
-        num_training_steps=20,
-        optimizer=optimizer,
-        lr=LEARNING_RATES.get(optimizer, 0.003),
-        eval_tokens="100",
-        **low_rank,
-    )
-    assert torchrun_main.command_line(flags) == 0
+    config = ROOT / "configs" / "llama_9m.json"
+    shared = dict(model_config=config, num_training_steps=20, optimizer=optimizer, lr=0.003, eval_tokens="100")
+    assert torchrun_main.command_line(tiny.flags(tmp_path, **shared | FAMILIES[optimizer])) == 0
     found = losses(tmp_path)
     golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
     if os.environ.get("QGALORE_WRITE_GOLDEN"):

@@ -60,7 +60,14 @@ def test_it_learns_and_says_what_it_keeps(tiny, larger, tmp_path, capsys):
     assert kept["weights"] == dense + matrices, "one byte a projected weight"
     assert kept["scales"] == matrices // 16 * 5
     assert kept["accumulators"] == 0
-    assert "AdamW would keep" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "AdamW would keep" in printed and "refreshes of 14 matrices' bases" in printed
+    first, *_, last = record(tmp_path, "subspaces")
+    assert len(last["matrices"]) == 14 and last["matrices"][0]["name"] == "model.layers.0.self_attn.q_proj.weight"
+    for early, late in zip(first["matrices"], last["matrices"], strict=True):
+        assert 1 <= early["refreshes"] <= late["refreshes"] <= 21 and late["failed"] == 0
+        assert 0 < early["seconds"] < late["seconds"] and 0 <= late["overlap"] <= 1.2 and late["gap"] >= 2
+    assert record(tmp_path, "end")[0]["refreshes"] == sum(m["refreshes"] for m in last["matrices"])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
