@@ -36,6 +36,7 @@ from peft_pretraining.metrics import Metrics, memory_bytes, open_metrics, set_up
 from peft_pretraining.model import (
     DTYPES,
     build_model,
+    check_compiler,
     compile_layers,
     meta_model,
     read_config,
@@ -94,6 +95,8 @@ def main(argv: list[str] | None = None) -> None:
     # What do I train?
     config = read_config(args.model_config)
     dtype = resolve_dtype(args.dtype, world.device)
+    if args.compile:
+        check_compiler(world.device)
     if args.max_length > config.max_position_embeddings:
         raise UserError(
             f"--max_length {args.max_length}: {args.model_config} ends at {config.max_position_embeddings}."

@@ -3,6 +3,8 @@
 import argparse
 import copy
 import json
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -130,6 +132,14 @@ def build_model(
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     return model.train()
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises UserError where torch.compile would find no C++ compiler, which it needs for a CPU."""
+    if device.type == "cpu" and not any(
+        shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")
+    ):
+        raise UserError("--compile needs a C++ compiler on a CPU, such as g++, and finds none. Leave it out.")
 
 
 def compile_layers(model: LlamaForCausalLM) -> None:

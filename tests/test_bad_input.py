@@ -91,6 +91,11 @@ def test_bfloat16_on_a_device_without_it(tiny, tmp_path, capsys, monkeypatch):
     assert "Use --dtype float32" in refusal(tiny.flags(tmp_path / "out", dtype="bfloat16"), capsys)
 
 
+def test_compiling_without_a_compiler(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("peft_pretraining.model.shutil.which", lambda name: None)
+    assert "--compile needs a C++ compiler" in refusal(tiny.flags(tmp_path / "out", compile=True), capsys)
+
+
 @pytest.mark.parametrize("missing", ["c4", "tokenizer"])
 def test_a_hub_that_cannot_be_reached_names_the_offline_ways(tiny, tmp_path, missing):
     more = {"dataset": "c4"} if missing == "c4" else {"tokenizer": None}
