@@ -91,7 +91,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             check_group(group)
         self._index = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
         self._projectors = self._build_projectors()
-        self._norms: list[Tensor] = []
+        self._norms: dict[Tensor, Tensor] = {}  # by parameter, so that it stays small where nobody takes them
 
     def _build_projectors(self) -> dict[Tensor, Projector]:
         """One projector a parameter; refreshes are staggered over all the projected matrices."""
@@ -208,7 +208,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             scale=group["scale"],
         )
         torch.autograd.graph.increment_version(p)  # what was written may be the inside of an Int8Weight
-        self._norms.append(norm)
+        self._norms[p] = norm
 
     def refreshes(self, p: Tensor) -> dict[str, Any] | None:
         """What became of the bases of p; None for a parameter that is not projected.
@@ -229,7 +229,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def take_norm(self) -> Tensor:
         """The norm of all gradients, as projected, that were applied since the last call; before clipping. ()"""
-        norm = torch.stack(self._norms).norm() if self._norms else torch.zeros(())
+        norm = torch.stack(list(self._norms.values())).norm() if self._norms else torch.zeros(())
         self._norms.clear()
         return norm
 

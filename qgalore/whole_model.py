@@ -28,12 +28,14 @@ class WholeModelUpdates:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         gradients = [p.grad for p in parameters]
         self.sync.sum_whole(gradients)
-        norm = torch.stack([torch.linalg.vector_norm(G, dtype=torch.float32) for G in gradients]).norm()
-        if self.clip:
-            clip_grads_with_norm_(parameters, self.clip, norm)
-        self.optimizer.step()
+        if self.sync.at_rank_size:  # whole gradients differ from rank to rank: only the optimizer sees the sums
+            assert isinstance(self.optimizer, LowRankOptimizer)
+            self.optimizer.step()
+            norm = self.optimizer.take_norm()
+        else:
+            norm = torch.stack([torch.linalg.vector_norm(G, dtype=torch.float32) for G in gradients]).norm()
+            if self.clip:
+                clip_grads_with_norm_(parameters, self.clip, norm)
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if isinstance(self.optimizer, LowRankOptimizer):
-            projected = self.optimizer.take_norm()
-            return projected if self.sync.at_rank_size else norm
         return norm

@@ -155,6 +155,7 @@ def test_quantization_is_completed_and_checked():
     assert "8 bits only" in refusal("--weight_bits", 4)
     assert "must be 4 or 8" in refusal("--proj_bits", 3)
     assert "above 0, or -1" in refusal("--weight_group_size", 0)
+    assert "float32" in refusal("--accumulation_dtype", "float16"), "not silently the model's"
     assert "only galore_*, q_galore_* and *8bit can" in refusal("--weight_quant", "--optimizer", "adamw")
 
 

@@ -227,6 +227,19 @@ def test_state_survives_a_round_trip_in_the_middle():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_nothing_piles_up_where_nobody_takes_the_norm():
+    """Used by itself, without the loop that takes the norm after each update, the optimizer holds one a parameter."""
+    (ours,) = parameters(shapes=[(6, 20)])
+    optimizer = LowRankOptimizer([{"params": [ours], "rank": 3}])
+    for _ in range(5):
+        ours.grad = torch.randn_like(ours)
+        optimizer.step()
+    assert len(optimizer._norms) == 1
+    last = optimizer.project(ours, ours.grad).norm().item()
+    assert optimizer.take_norm().item() == pytest.approx(last)
+    assert optimizer.take_norm() == 0
+
+
 def test_moments_are_float32_for_bfloat16_weights():
     ours = parameters(dtype=torch.bfloat16)
     optimizer = LowRankOptimizer([{"params": ours, "rank": 4}])
