@@ -28,7 +28,7 @@ from peft_pretraining.args import parse_args, schedule_of
 from peft_pretraining.checkpoint import choose_save_dir, prepare_save_dir, save_model
 from peft_pretraining.dataloader import IGNORED, Batch, ValidationSet, train_batches
 from peft_pretraining.distributed import World, make_deterministic, use_threads
-from peft_pretraining.documents import open_documents
+from peft_pretraining.documents import DocumentSource, open_documents
 from peft_pretraining.errors import UserError
 from peft_pretraining.evaluate import Evaluation, evaluate
 from peft_pretraining.loss import token_loss_sum
@@ -44,7 +44,7 @@ from peft_pretraining.model import (
     weight_quantizer,
 )
 from peft_pretraining.schedules import lr_ratio
-from peft_pretraining.tokenizer import check_fits, load_tokenizer
+from peft_pretraining.tokenizer import Tokenizer, check_fits, load_tokenizer
 from qgalore.factory import Settings, create_optimizer, create_updates, find_recipe
 from qgalore.grad_sync import GradSync
 from qgalore.memory import adamw_bytes, kept_bytes
@@ -110,15 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     log_plan(args, groups=table, dtype=dtype, world=world, threads=threads)
 
     # What do I read?
-    tokenizer = load_tokenizer(args.tokenizer)
-    check_fits(tokenizer, vocab_size=config.vocab_size)
-    source, held_out = (
-        open_documents(args.dataset, split=split, seed=args.seed, validation=args.validation)
-        for split in ("train", "validation")
-    )
-    source.check()
-    held_out.check()
-    logger.info(f"training on {source.name}, validating on {held_out.name}, tokenizer {tokenizer.name}")
+    tokenizer, source, held_out = open_data(args, vocab_size=config.vocab_size)
     if args.dry_run:
         return
 
@@ -148,23 +140,44 @@ def main(argv: list[str] | None = None) -> None:
         )
         if args.compile:
             compile_layers(model)
-        optimizer = create_optimizer(args.optimizer, groups=split_parameters(model), settings=settings, sync=sync)
+        updates = prepare_updates(args, model=model, settings=settings, sync=sync)
         metrics = open_metrics(args, save_dir=save_dir, enabled=world.is_main)
         cleanup.callback(metrics.close)
-        updates = create_updates(
-            args.optimizer,
-            optimizer=optimizer,
-            sync=sync,
-            accumulation=args.gradient_accumulation,
-            clip=args.grad_clipping,
-            accumulation_dtype=DTYPES.get(args.accumulation_dtype),
-        )
         metrics.start(**report.circumstances(args, world=world, threads=threads, groups=table, norm=updates.norm_of))
 
         # The loop, and what came of it
         run = Run(args, world, save_dir, model, updates, batches, validation, metrics)
         loop(run)
         report_end(run)
+
+
+def open_data(args: argparse.Namespace, *, vocab_size: int) -> tuple[Tokenizer, DocumentSource, DocumentSource]:
+    """The tokenizer, the training and the validation documents, all of them checked. Raises UserError."""
+    tokenizer = load_tokenizer(args.tokenizer)
+    check_fits(tokenizer, vocab_size=vocab_size)
+    source, held_out = (
+        open_documents(args.dataset, split=split, seed=args.seed, validation=args.validation)
+        for split in ("train", "validation")
+    )
+    source.check()
+    held_out.check()
+    logger.info(f"training on {source.name}, validating on {held_out.name}, tokenizer {tokenizer.name}")
+    return tokenizer, source, held_out
+
+
+def prepare_updates(
+    args: argparse.Namespace, *, model: LlamaForCausalLM, settings: Settings, sync: GradSync
+) -> WholeModelUpdates | PerLayerUpdates:
+    """The optimizer that the arguments name over the model's parameters, and what drives it."""
+    optimizer = create_optimizer(args.optimizer, groups=split_parameters(model), settings=settings, sync=sync)
+    return create_updates(
+        args.optimizer,
+        optimizer=optimizer,
+        sync=sync,
+        accumulation=args.gradient_accumulation,
+        clip=args.grad_clipping,
+        accumulation_dtype=DTYPES.get(args.accumulation_dtype),
+    )
 
 
 def log_plan(
