@@ -45,7 +45,7 @@ from peft_pretraining.model import (
 )
 from peft_pretraining.schedules import lr_ratio
 from peft_pretraining.tokenizer import Tokenizer, check_fits, load_tokenizer
-from qgalore.factory import Settings, create_optimizer, create_updates, find_recipe
+from qgalore.factory import Settings, create_optimizer, create_updates, find_recipe, set_lr
 from qgalore.grad_sync import GradSync
 from qgalore.memory import adamw_bytes, kept_bytes
 from qgalore.param_groups import split_parameters
@@ -227,8 +227,7 @@ def train_step(run: Run) -> None:
     targets = sum(int((batch.targets != IGNORED).sum()) for batch in micro_batches)
     targets = max(1, int(run.world.sum(torch.tensor(float(targets), dtype=torch.float64))))
     ratio = lr_ratio(state.update + 1, **schedule_of(args))
-    for group in run.updates.optimizer.param_groups:
-        group["lr"] = args.lr * ratio
+    set_lr(run.updates.optimizer, args.lr * ratio)
     loss = torch.zeros((), device=run.world.device)
     for batch in micro_batches:
         share = token_loss_sum(run.model, batch.input_ids, batch.targets) / targets
@@ -251,7 +250,7 @@ def log_step(run: Run, *, loss: float, norm: float, targets: int, began: float) 
     run.metrics.update(
         update=state.update,
         loss=loss,
-        lr=run.updates.optimizer.param_groups[0]["lr"],
+        lr=max(group["lr"] / group["lr_ratio"] for group in run.updates.optimizer.param_groups),
         grad_norm=norm,
         tokens_seen=state.tokens_seen,
         tokens_per_second=targets / seconds,

@@ -23,10 +23,15 @@ INT8 = ["--weight_quant", "--proj_quant", "--cos_threshold", "1"]
 Methods = dict[str, tuple[str, list[str], tuple[float, ...]]]
 METHODS: Methods = {  # title: optimizer, flags, learning rates
     "AdamW, full rank": ("adamw", [], (0.001, 0.002, 0.004)),
+    "AdamW, full rank, the matrices at a quarter of the rate": (
+        "adamw",
+        ["--matrix_lr_ratio", "0.25"],
+        (0.004, 0.008, 0.016),
+    ),
     "GaLore as the reference: SVD, gap 50, moments kept": (
         "galore_adamw",
         [*LOW_RANK, "--subspace", "svd", "--update_proj_gap", "50", "--moments_on_refresh", "keep"],
-        (0.002, 0.004, 0.008, 0.016),
+        (0.004, 0.008, 0.016),
     ),
     "GaLore: iteration, gap 10, first moment carried over": ("galore_adamw", ITERATE, (0.004, 0.008, 0.016)),
     "Q-GaLore, same settings": (
@@ -56,7 +61,7 @@ def run(args: argparse.Namespace, methods: Methods, method: str, *, lr: float, s
         command += ["--tokenizer", args.tokenizer, "--optimizer", optimizer, *flags, *rank, "--lr", str(lr)]
         command += ["--batch_size", str(args.batch_size), "--num_training_steps", str(args.updates)]
         command += ["--eval_tokens", str(args.eval_tokens), "--eval_every", str(args.updates), "--seed", str(seed)]
-        command += ["--num_threads", "1", "--workers", "0", "--wandb_mode", "disabled", "--save_dir", folder]
+        command += ["--compile"] * args.compile + ["--num_threads", "1", "--workers", "0", "--wandb_mode", "disabled", "--save_dir", folder]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     end = lines[-1]
@@ -65,6 +70,7 @@ def run(args: argparse.Namespace, methods: Methods, method: str, *, lr: float, s
         "lr": lr,
         "seed": seed,
         "updates": args.updates,
+        "compile": args.compile,
         "perplexity": end["perplexity"],
         "refreshes": end.get("refreshes"),
         "seconds": end["seconds"],
@@ -123,8 +129,12 @@ def main(methods: Methods = METHODS, *, doc: str | None = __doc__) -> int:
     for name, default in (("rank", 32), ("updates", 300), ("batch_size", 8), ("eval_tokens", 100_000), ("jobs", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--rates", type=float, nargs="+", help="learning rates in place of each method's own")
+    parser.add_argument("--compile", action="store_true", help="run with --compile: the same to rounding, and faster")
     parser.add_argument("--methods", nargs="+", default=list(methods), choices=list(methods))
     args = parser.parse_args()
+    if args.rates:
+        methods = {title: (optimizer, flags, tuple(args.rates)) for title, (optimizer, flags, _) in methods.items()}
     first, *others = args.seeds
     records = finish(args, methods, [(method, lr, first) for method in args.methods for lr in methods[method][2]])
     records = finish(args, methods, [(m, best_rate(records, m), seed) for seed in others for m in args.methods])

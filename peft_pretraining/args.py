@@ -63,7 +63,7 @@ def _check_ranges(args: argparse.Namespace) -> None:
     at_least_zero = "workers grad_clipping weight_decay warmup_steps restart_warmup_steps seed"
     _require(args, at_least_one, lambda value: value >= 1, "must be at least 1")
     _require(args, at_least_zero, lambda value: 0 <= value < math.inf, "must be 0 or more")
-    _require(args, "lr galore_scale", lambda value: 0 < value < math.inf, "must be above 0")
+    _require(args, "lr matrix_lr_ratio galore_scale", lambda value: 0 < value < math.inf, "must be above 0")
     _require(args, "beta1 beta2", lambda value: 0 <= value < 1, "must lie in [0, 1)")
     _require(args, "cos_threshold", lambda value: 0 <= value <= 1, "must lie in [0, 1]")
     _require(

@@ -80,6 +80,8 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
     "optimizer": (
         Flag("optimizer", str, "adamw", "NAME", ", ".join(OPTIMIZERS)),
         Flag("lr", float, 1e-4, "RATE", "peak learning rate"),
+        Flag("matrix_lr_ratio", float, 1.0, "RATIO", "that of the attention and MLP matrices over --lr; times "
+             "--galore_scale where they are projected"),
         Flag("weight_decay", float, 0.0, "RATE", "decoupled; with adam and sgd added to the gradient"),
         Flag("beta1", float, None, "RATE", "decay of the first moment; sgd's momentum", shown="0.9; 0 for sgd"),
         Flag("beta2", float, None, "RATE", "decay of Adam's second moment", shown="0.999"),

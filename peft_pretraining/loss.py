@@ -99,26 +99,41 @@ def _head_loss(
 ) -> Tensor:
     """The loss. Where `gradients` = (d_hidden, d_weight) are given, fills the first and adds to the second."""
     loss = torch.zeros((), dtype=_wide(hidden.dtype), device=hidden.device)
+    # Allocated once: large CPU tensors are fresh pages each time, and touching those costs more than the products.
+    product = hidden.new_empty(min(chunk_rows, len(hidden)), len(weight))  # (chunk, vocab)
+    logits = product if product.dtype == loss.dtype else product.to(loss.dtype)  # (chunk, vocab)
     for start in range(0, len(hidden), chunk_rows):
         rows = slice(start, start + chunk_rows)
         of_chunk = None if gradients is None else (gradients[0][rows], gradients[1])
-        loss += _chunk_loss(hidden[rows], weight, targets[rows], gradients=of_chunk)
+        size = len(targets[rows])
+        loss += _chunk_loss(
+            hidden[rows], weight, targets[rows], product=product[:size], logits=logits[:size], gradients=of_chunk
+        )
     return loss
 
 
-def _chunk_loss(hidden: Tensor, weight: Tensor, targets: Tensor, *, gradients: tuple[Tensor, Tensor] | None) -> Tensor:
-    """_head_loss of one chunk; a function of its own so that the chunk's logits are freed before the next one's."""
+def _chunk_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    product: Tensor,
+    logits: Tensor,
+    gradients: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """_head_loss of one chunk. product, logits: (chunk, vocab) to work in, in the dtypes of the products and the sums;
+    they may be one tensor."""
     counted = (targets != IGNORED).unsqueeze(1)  # (chunk, 1)
     target = targets.clamp(min=0).unsqueeze(1)  # (chunk, 1)
-    # One buffer, in place, from the logits to their gradient.
-    z = (hidden @ weight.T).to(_wide(hidden.dtype))  # (chunk, vocab)
+    # In place, from the logits to their gradient.
+    z = logits.copy_(torch.mm(hidden, weight.T, out=product))  # (chunk, vocab)
     z -= z.amax(dim=1, keepdim=True)
     chosen = z.gather(1, target)  # (chunk, 1)
     total = z.exp_().sum(dim=1, keepdim=True)  # (chunk, 1)
     if gradients is not None:
         d_hidden, d_weight = gradients
         z *= counted / total
-        dz = z.scatter_add_(1, target, -counted.to(z.dtype)).to(weight.dtype)  # (chunk, vocab)
+        dz = product.copy_(z.scatter_add_(1, target, -counted.to(z.dtype)))  # (chunk, vocab)
         torch.mm(dz, weight, out=d_hidden)
         d_weight += dz.T @ hidden
     return ((total.log() - chosen) * counted).sum()

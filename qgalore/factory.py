@@ -19,13 +19,15 @@ from qgalore.whole_model import WholeModelUpdates
 class Settings:
     """What a user may choose of an optimizer. None: that optimizer's own default.
 
-    lr: step size.  weight_decay: as the optimizer defines it.  beta1, beta2: decay rates of the moments.
+    lr: step size.  matrix_lr_ratio: that of the attention and MLP matrices over lr.  weight_decay: as the optimizer
+    defines it.  beta1, beta2: decay rates of the moments.
     rank and below: of our own optimizers alone, see LowRankOptimizer. proj_bits: of the bases, None for the gradient's
     dtype.  cos_threshold, gamma_proj, queue_size: of the lazy refresh.  embedding_state_bits: of the moments of
     embedding and head where the others have 8.  compile: whether updates run compiled.
     """
 
     lr: float = 1e-3
+    matrix_lr_ratio: float = 1.0
     weight_decay: float = 0.0
     beta1: float | None = None
     beta2: float | None = None
@@ -71,6 +73,8 @@ class Recipe:
         """How the parameters of this group are trained, in a few words."""
         bits = _state_bits(group, self.state_bits, settings)
         title = f"{bits}-bit {self.title}" if bits != 32 else self.title
+        if group.projected and settings.matrix_lr_ratio != 1:
+            title += f" at {settings.matrix_lr_ratio:g} x lr"
         if not (self.low_rank and group.projected):
             return f"{title}, full rank"
         basis = "orthogonal iteration" if settings.subspace == "iterate" else "exact SVD"
@@ -82,8 +86,19 @@ class Recipe:
         )
 
 
-def _named_groups(groups: Sequence[ParameterGroup]) -> list[dict[str, Any]]:
-    return [{"params": list(group.parameters), "name": group.name} for group in groups]
+def _named_groups(groups: Sequence[ParameterGroup], settings: Settings) -> list[dict[str, Any]]:
+    """What torch's optimizers are given. `lr_ratio` is for whoever sets the learning rate: see `set_lr`."""
+    ratios = [settings.matrix_lr_ratio if group.projected else 1.0 for group in groups]
+    return [
+        {"params": list(group.parameters), "name": group.name, "lr": settings.lr * ratio, "lr_ratio": ratio}
+        for group, ratio in zip(groups, ratios, strict=True)
+    ]
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets the learning rate of every group of an optimizer made here; the matrices' is matrix_lr_ratio of it."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_ratio"]
 
 
 def _betas(settings: Settings) -> tuple[float, float]:
@@ -93,19 +108,19 @@ def _betas(settings: Settings) -> tuple[float, float]:
 def _adam(optimizer: type[torch.optim.Optimizer]) -> Builder:
     def build(groups: Sequence[ParameterGroup], settings: Settings, sync: GradSync) -> torch.optim.Optimizer:
         options = dict(lr=settings.lr, betas=_betas(settings), weight_decay=settings.weight_decay)
-        return MasterWeights.around(optimizer, _named_groups(groups), **options)
+        return MasterWeights.around(optimizer, _named_groups(groups, settings), **options)
 
     return build
 
 
 def _sgd(groups: Sequence[ParameterGroup], settings: Settings, sync: GradSync) -> torch.optim.Optimizer:
     options = dict(lr=settings.lr, momentum=settings.beta1 or 0.0, weight_decay=settings.weight_decay)
-    return MasterWeights.around(torch.optim.SGD, _named_groups(groups), **options)
+    return MasterWeights.around(torch.optim.SGD, _named_groups(groups, settings), **options)
 
 
 def _adafactor(groups: Sequence[ParameterGroup], settings: Settings, sync: GradSync) -> torch.optim.Optimizer:
     options = dict(lr=settings.lr, weight_decay=settings.weight_decay)
-    return MasterWeights.around(torch.optim.Adafactor, _named_groups(groups), **options)
+    return MasterWeights.around(torch.optim.Adafactor, _named_groups(groups, settings), **options)
 
 
 def _state_bits(group: ParameterGroup, bits: int, settings: Settings) -> int:
@@ -123,7 +138,7 @@ def _ours(*, low_rank: bool, state_bits: int = 32, decoupled: bool = True) -> Bu
             entry
             | {"state_bits": _state_bits(group, state_bits, settings), "decoupled": decoupled}
             | (_projection(settings) if low_rank and group.projected else {})
-            for group, entry in zip(groups, _named_groups(groups), strict=True)
+            for group, entry in zip(groups, _named_groups(groups, settings), strict=True)
         ]
         return LowRankOptimizer(
             named,

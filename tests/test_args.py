@@ -111,6 +111,7 @@ def test_the_schedule_is_completed_and_checked():
         ("num_training_steps", 0),
         ("update_proj_gap", 0),
         ("galore_scale", "inf"),
+        ("matrix_lr_ratio", 0),
         ("weight_decay", -1),
         ("grad_clipping", "nan"),
         ("beta1", 1.0),

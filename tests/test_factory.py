@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from qgalore.factory import OPTIMIZERS, PLANNED, Settings, create_optimizer, find_recipe
+from qgalore.factory import OPTIMIZERS, PLANNED, Settings, create_optimizer, find_recipe, set_lr
 from qgalore.param_groups import split_parameters
 
 
@@ -60,6 +60,19 @@ def test_settings_reach_the_optimizer():
     assert create_optimizer("adam", groups=split_parameters(Model()), settings=settings).defaults["betas"] == (0.7, 0.8)
     adamw = create_optimizer("adamw", groups=split_parameters(Model()), settings=Settings())
     assert adamw.defaults["betas"] == (0.9, 0.999)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor", "adamw8bit", "galore_adamw_per_layer"])
+def test_the_matrices_may_have_a_learning_rate_of_their_own(name):
+    groups, settings = split_parameters(Model()), Settings(lr=0.4, matrix_lr_ratio=0.25, rank=4)
+    optimizer = create_optimizer(name, groups=groups, settings=settings)
+    for lr in (0.4, 0.8):
+        set_lr(optimizer, lr)
+        rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+        assert rates.pop("attention and MLP") == lr / 4 and set(rates.values()) == {lr}
+    assert [" at 0.25 x lr" in find_recipe(name).describe(group, settings) for group in groups] == [
+        group.projected for group in groups
+    ]
 
 
 def test_bits_of_moments_follow_the_name_and_the_group():

@@ -16,7 +16,8 @@ def run(tiny, save_dir, **flags) -> None:
 
 
 def test_a_run_leaves_its_record_and_a_model(tiny, tmp_path):
-    run(tiny, tmp_path, num_training_steps=30, optimizer="galore_adamw", rank=8, eval_every=10, save_every=20)
+    flags = dict(optimizer="galore_adamw", rank=8, matrix_lr_ratio=0.5)
+    run(tiny, tmp_path, num_training_steps=30, eval_every=10, save_every=20, **flags)
     (start,) = record(tmp_path, "start")
     assert {"args", "versions", "commit", "device", "parameters", "groups"} <= start.keys()
     assert start["args"]["rank"] == 8 and start["versions"]["torch"] == torch.__version__
