@@ -61,7 +61,8 @@ def run(args: argparse.Namespace, methods: Methods, method: str, *, lr: float, s
         command += ["--tokenizer", args.tokenizer, "--optimizer", optimizer, *flags, *rank, "--lr", str(lr)]
         command += ["--batch_size", str(args.batch_size), "--num_training_steps", str(args.updates)]
         command += ["--eval_tokens", str(args.eval_tokens), "--eval_every", str(args.updates), "--seed", str(seed)]
-        command += ["--compile"] * args.compile + ["--num_threads", "1", "--workers", "0", "--wandb_mode", "disabled", "--save_dir", folder]
+        command += ["--num_threads", "1", "--workers", "0", "--wandb_mode", "disabled", "--save_dir", folder]
+        command += ["--compile"] * args.compile
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     end = lines[-1]
