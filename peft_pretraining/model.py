@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from peft_pretraining.errors import UserError
-from qgalore.int8_weight import quantize_module_weight
 from qgalore.param_groups import ParameterGroup
+from qgalore.quantize_model import quantize_module_weight
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp32": torch.float32, "float32": torch.float32}

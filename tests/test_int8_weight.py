@@ -7,9 +7,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qgalore.int8_weight import Int8Weight, SimulatedInt8Weight, quantize_linear_layers, quantize_module_weight
+from qgalore.int8_weight import Int8Weight, SimulatedInt8Weight
 from qgalore.low_rank_optimizer import LowRankOptimizer
 from qgalore.quantize import mix_seed, store_weight
+from qgalore.quantize_model import quantize_linear_layers, quantize_module_weight
 
 KINDS = [Int8Weight, SimulatedInt8Weight]
 

@@ -6,8 +6,8 @@ from ranks import run_distributed
 from torch import nn
 
 from qgalore.grad_sync import GradSync
-from qgalore.int8_weight import quantize_module_weight
 from qgalore.low_rank_optimizer import LowRankOptimizer
+from qgalore.quantize_model import quantize_module_weight
 from qgalore.whole_model import WholeModelUpdates
 
 
