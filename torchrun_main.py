@@ -233,8 +233,8 @@ def train_step(run: Run) -> None:
         share = token_loss_sum(run.model, batch.input_ids, batch.targets) / targets
         share.backward()
         loss += share.detach()
-    norm = run.updates.finish()
-    log_step(run, loss=float(run.world.sum(loss)), norm=float(norm), targets=targets, began=began)
+    outcome = run.updates.finish()
+    log_step(run, loss=float(run.world.sum(loss)), norm=outcome.norm, targets=targets, began=began)
     if micro_batches[-1].epoch > state.epoch:
         state.epoch = micro_batches[-1].epoch
         logger.info(f"the data has ended: epoch {state.epoch + 1} begins, reshuffled")

@@ -106,7 +106,6 @@ def _without_effect(args: argparse.Namespace, recipe: Recipe) -> list[str]:
         *([] if recipe.low_rank and lazy else ["gamma_proj", "queue_size"]),
         *([] if args.weight_quant else ["weight_bits", "weight_group_size", "stochastic_round", "simulation"]),
         *([] if recipe.state_bits == 8 else ["embedding_state_bits"]),
-        *([] if recipe.per_layer else ["accumulation_dtype"]),
         *(beta for beta in ("beta1", "beta2") if beta not in recipe.betas),
     ]
 

@@ -118,7 +118,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("proj_group_size", int, 256, "ELEMENTS", "of a basis' row that share a scale, at most; -1: the whole row"),
         Flag("embedding_state_bits", int, 8, "BITS", "of the moments of embedding and head where the others have 8: 8 "
              "or 32"),
-        Flag("accumulation_dtype", str, None, "TYPE", "of the sums over micro-batches, per layer",
+        Flag("accumulation_dtype", str, None, "TYPE", "of the sums over micro-batches",
              choices=("bfloat16", "float32"), shown="the model's"),
     ),
     "run, evaluation and record": (

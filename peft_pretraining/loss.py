@@ -34,6 +34,7 @@ So there is one implementation for every torch. A price: dW exists in float32 fr
 4 bytes for each element of the head (0.5 GB for the 7B), at a time when no other gradient exists.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -83,7 +84,9 @@ class _HeadLoss(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=_wide(weight.dtype))
         ctx.gradients = d_hidden, d_weight
-        return _head_loss(hidden, weight, targets, chunk_rows, gradients=ctx.gradients)
+        loss = _head_loss(hidden, weight, targets, chunk_rows, gradients=ctx.gradients)
+        ctx.finite = loss.isfinite()
+        return loss
 
     @staticmethod
     @once_differentiable
@@ -91,6 +94,8 @@ class _HeadLoss(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("head_loss_sum: backward a second time; its gradients were handed over the first time")
         (d_hidden, d_weight), ctx.gradients = ctx.gradients, None
+        # Whoever sums gradients over the ranks shall know of a loss that is not finite.
+        d_loss = torch.where(ctx.finite, d_loss, math.nan)
         return d_hidden.mul_(d_loss), d_weight.mul_(d_loss).to(d_hidden.dtype), None, None
 
 

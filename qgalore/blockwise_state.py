@@ -176,11 +176,14 @@ class Moment(Protocol):
     """A moment as a rule of update_rules sees it.
 
     dequantize: its values; the tensor may be overwritten, and only copy_ makes that count.  copy_: stores new values.
+    tensors: what it is stored in.
     """
 
     def dequantize(self) -> Tensor: ...
 
     def copy_(self, values: Tensor) -> None: ...
+
+    def tensors(self) -> tuple[Tensor, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -195,6 +198,9 @@ class PlainMoment:
     def copy_(self, values: Tensor) -> None:
         if values is not self.values:
             self.values.copy_(values)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.values,)
 
 
 @dataclass(frozen=True)
@@ -212,6 +218,9 @@ class QuantizedMoment:
 
     def copy_(self, values: Tensor) -> None:
         quantize_state(values.float(), signed=self.signed, seed=self.seed, out=self.parts)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.parts
 
 
 def create_moment(state: dict[str, Any], name: str, *, like: Tensor, bits: int = 32) -> None:

@@ -223,12 +223,12 @@ def create_updates(
 ) -> WholeModelUpdates | PerLayerUpdates:
     """What makes an update of `accumulation` backward passes, after the last or inside each, as the name says.
 
-    clip: largest norm, of all gradients or per parameter; 0: no limit.  accumulation_dtype: see PerLayerUpdates.
+    clip: largest norm, of all gradients or per parameter; 0: no limit.  accumulation_dtype: of sums over micro-batches.
     """
     if find_recipe(name).per_layer:
         assert isinstance(optimizer, LowRankOptimizer)
         return PerLayerUpdates(optimizer, accumulation=accumulation, dtype=accumulation_dtype, clip=clip)
-    return WholeModelUpdates(optimizer, sync=sync, clip=clip)
+    return WholeModelUpdates(optimizer, sync=sync, clip=clip, dtype=accumulation_dtype if accumulation > 1 else None)
 
 
 def create_optimizer(

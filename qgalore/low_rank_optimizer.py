@@ -23,12 +23,14 @@ from torch import Tensor
 
 from qgalore.blockwise_state import Moment, create_moment, open_moment
 from qgalore.grad_sync import GradSync
+from qgalore.outcome import Outcome
 from qgalore.projectors import PROJ_TYPES, SUBSPACE_METHODS, Projector, Refresh, projection_sides
 from qgalore.quantize import mix_seed, open_weight
 from qgalore.subspace_schedule import RefreshSchedule, staggered_offset
 from qgalore.weight_update import Numbers, compiled_update, update_weight
 
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # name: signed
+COSTS = ("failed_refreshes", "refresh_seconds")
 MOMENT_POLICIES = ("project", "keep", "reset")
 
 
@@ -91,7 +93,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
             check_group(group)
         self._index = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
         self._projectors = self._build_projectors()
-        self._norms: dict[Tensor, Tensor] = {}  # by parameter, so that it stays small where nobody takes them
+        # By parameter, so that they stay small where nobody ends an update.
+        self._norms: dict[Tensor, Tensor] = {}
+        self._before: dict[Tensor, dict[str, Any]] = {}  # the numbers in its state before this update
 
     def _build_projectors(self) -> dict[Tensor, Projector]:
         """One projector a parameter; refreshes are staggered over all the projected matrices."""
@@ -176,8 +180,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def refresh(self, p: Tensor, group: dict[str, Any], G: Tensor) -> None:
         """Brings the bases of p up to date with its whole gradient, where that is due; its moments follow. G (m, n)."""
         state, projector, began = self.state[p], self._projectors[p], time.perf_counter()
+        self._remember(p)
         if not projector.due(state, step=state.get("step", 0) + 1):
             return
+        G = G.to(p.dtype)  # also where micro-batches were summed in float32: bases are kept in the weight's dtype
         change = projector.prepare(G, state, step=state.get("step", 0) + 1)
         if self.compile:  # strides are compiled in, and those of a first basis are other than QR's
             state.update({name: basis.contiguous() for name, basis in projector.bases(state).items()})
@@ -187,11 +193,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def project(self, p: Tensor, G: Tensor) -> Tensor:
         """R = P^T G Q with the bases of p, in float32 or wider. (m, n) -> (r or m, r or n)"""
-        return self._projectors[p].project(G, self.state[p])
+        return self._projectors[p].project(G.to(p.dtype) if self._projectors[p].sides else G, self.state[p])
 
     def apply(self, p: Tensor, group: dict[str, Any], R: Tensor) -> None:
         """Updates moments and weight of p from its projected gradient, summed over micro-batches and ranks."""
         state, projector = self.state[p], self._projectors[p]
+        self._remember(p)
         state["step"] = state.get("step", 0) + 1
         self._weigh(p, group, like=R)
         M, V = self._moments(p, like=R)
@@ -227,11 +234,27 @@ class LowRankOptimizer(torch.optim.Optimizer):
             "overlap": state.get("overlap"),
         }
 
-    def take_norm(self) -> Tensor:
-        """The norm of all gradients, as projected, that were applied since the last call; before clipping. ()"""
-        norm = torch.stack(list(self._norms.values())).norm() if self._norms else torch.zeros(())
+    def end_update(self) -> Outcome:
+        """What came of the gradients, as projected, since the last call. Waits for the device.
+
+        A parameter whose gradient was not finite is as it was before the update: update_weight wrote nothing, and its
+        steps, masses and times of refreshes are taken back here. Only what it cost stays on the bill.
+        """
+        outcome = Outcome.of(self._norms)
+        for p in outcome.bad:
+            state = self.state[p]
+            for key in [key for key, value in state.items() if not (torch.is_tensor(value) or key in COSTS)]:
+                del state[key]
+            state.update({key: value for key, value in self._before[p].items() if key not in COSTS})
         self._norms.clear()
-        return norm
+        self._before.clear()
+        return outcome
+
+    def _remember(self, p: Tensor) -> None:
+        """Keeps the numbers in the state of p, once an update."""
+        state = self.state[p]
+        if p not in self._before or self._before[p].get("step") != state.get("step"):
+            self._before[p] = {key: value for key, value in state.items() if not torch.is_tensor(value)}
 
     def _weigh(self, p: Tensor, group: dict[str, Any], *, like: Tensor) -> None:
         """Advances the sums of the weights that the moments of p hold, which are zeros before the first update."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qgalore.low_rank_optimizer import LowRankOptimizer
+from qgalore.outcome import Outcome
 
 
 class PerLayerUpdates:
@@ -40,12 +41,12 @@ class PerLayerUpdates:
             group["clip"] = clip
         self._hooks = [p.register_post_accumulate_grad_hook(self._on_gradient) for p in self._groups]
 
-    def finish(self) -> Tensor:
-        """Ends the update; call it after the last backward. Returns the norm of all projected gradients. ()"""
+    def finish(self) -> Outcome:
+        """Ends the update; call it after the last backward. The norm is that of all projected gradients."""
         late = sum(0 < seen < self.accumulation for seen in self._seen.values())
         assert not late, f"{late} parameters are still waiting for a micro-batch"
         self._seen = dict.fromkeys(self._seen, 0)
-        return self.optimizer.take_norm()
+        return self.optimizer.end_update()
 
     def remove(self) -> None:
         """Takes the hooks off the parameters."""

@@ -96,6 +96,11 @@ def read_weight(weight: Any, *, dtype: torch.dtype) -> Tensor:
     return weight.dequantize(dtype) if hasattr(weight, "store_") else weight.to(dtype)
 
 
+def weight_tensors(weight: Any) -> tuple[Tensor, ...]:
+    """The plain tensors that hold a weight from open_weight."""
+    return weight.parts if hasattr(weight, "store_") else (weight,)
+
+
 def store_weight(weight: Any, values: Tensor, *, seed: Seed) -> None:
     """Writes `values` into `weight` in the way that loses no small update on average.
 

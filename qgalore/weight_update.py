@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qgalore.blockwise_state import Moment
 from qgalore.projectors import Projector
-from qgalore.quantize import Seed, read_weight, seed_tensors, store_weight
+from qgalore.quantize import Seed, read_weight, seed_tensors, store_weight, weight_tensors
 from qgalore.update_rules import adam_direction
 
 MOST_COMPILES = 256  # shapes times settings. torch stops at 8, where it suspects a number that changes
@@ -57,13 +57,43 @@ def update_weight(
     eps: float,
     scale: float,
 ) -> Tensor:
-    """Writes moments and weight, and nothing else.
+    """Writes moments and weight, and nothing else; nothing at all from a gradient that is not finite.
 
     R: the projected gradient, float32 or float64, (r or m, r or n).  weight: (m, n), from quantize.open_weight.
     M, V: its moments, of R's shape.  bases: see Projector.bases.  scale: of the update, where it is projected.
     Returns the norm of R before clipping. ()
     """
     norm = torch.linalg.vector_norm(R)
+    how = dict(norm=norm, bases=bases, numbers=numbers, projector=projector, betas=betas, eps=eps, scale=scale)
+    finite = norm.isfinite()
+    if norm.device.type == "cpu" and not torch.compiler.is_compiling():
+        if finite:
+            _write(R, weight, M, V, **how)
+        return norm
+    # Asking a GPU would mean waiting for it. Compiled, the copies exist in name only.
+    written = (*M.tensors(), *V.tensors(), *weight_tensors(weight))
+    before = [tensor.clone() for tensor in written]
+    _write(R, weight, M, V, **how)
+    for tensor, old in zip(written, before, strict=True):
+        tensor.copy_(torch.where(finite, tensor, old))
+    return norm
+
+
+def _write(
+    R: Tensor,
+    weight: Any,
+    M: Moment,
+    V: Moment,
+    *,
+    norm: Tensor,
+    bases: dict[str, Tensor],
+    numbers: Numbers,
+    projector: Projector,
+    betas: tuple[float, float],
+    eps: float,
+    scale: float,
+) -> None:
+    """update_weight of a gradient taken to be finite. norm: of R."""
     w = read_weight(weight, dtype=R.dtype)
     if numbers.coupled_decay is not None:
         R = _add_(R.clone(), w, factor=numbers.coupled_decay)
@@ -74,7 +104,6 @@ def update_weight(
     U = projector.back(D, bases, like=weight).mul_(scale) if projector.sides else D  # (m, n)
     w = _add_(w * numbers.shrink, U, factor=-numbers.lr)
     store_weight(weight, w, seed=numbers.seed)
-    return norm
 
 
 def _add_(x: Tensor, y: Tensor, *, factor: float | Tensor) -> Tensor:

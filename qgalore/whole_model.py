@@ -6,36 +6,61 @@ from torch.nn.utils import clip_grads_with_norm_
 
 from qgalore.grad_sync import GradSync
 from qgalore.low_rank_optimizer import LowRankOptimizer
+from qgalore.outcome import Outcome
 
 
 class WholeModelUpdates:
     """One optimizer step an update. Gradients of micro-batches add up in p.grad, as autograd does.
 
     clip: largest global norm of the gradients, 0 for no limit; it needs whole gradients (GradSync.at_rank_size off).
+    dtype: of these sums, None for the parameter's.
     """
 
     norm_of = "all gradients"
     sums: dict[Tensor, Tensor] = {}  # none beside p.grad
 
-    def __init__(self, optimizer: torch.optim.Optimizer, *, sync: GradSync, clip: float = 0.0) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        sync: GradSync,
+        clip: float = 0.0,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         assert not (clip and sync.at_rank_size)
         self.optimizer, self.sync, self.clip = optimizer, sync, clip
         if sync.at_rank_size:
             self.norm_of = "all gradients as projected"
+        if dtype is not None:
+            for p in (p for group in optimizer.param_groups for p in group["params"]):
+                p.grad_dtype = dtype
 
-    def finish(self) -> Tensor:
-        """Does the update and frees the gradients. Returns their norm before clipping. ()"""
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        gradients = [p.grad for p in parameters]
-        self.sync.sum_whole(gradients)
+    def finish(self) -> Outcome:
+        """Does the update and frees the gradients; where one of them is not finite, on any rank, only the latter."""
+        gradients = {p: p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None}
+        self.sync.sum_whole(gradients.values())
+        norms = {p: torch.linalg.vector_norm(G, dtype=torch.float32) for p, G in gradients.items()}
         if self.sync.at_rank_size:  # whole gradients differ from rank to rank: only the optimizer sees the sums
-            assert isinstance(self.optimizer, LowRankOptimizer)
-            self.optimizer.step()
-            norm = self.optimizer.take_norm()
+            outcome = self._step_at_rank_size(norms)
         else:
-            norm = torch.stack([torch.linalg.vector_norm(G, dtype=torch.float32) for G in gradients]).norm()
-            if self.clip:
-                clip_grads_with_norm_(parameters, self.clip, norm)
-            self.optimizer.step()
+            outcome = self._step(norms)
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return outcome
+
+    def _step(self, norms: dict[Tensor, Tensor]) -> Outcome:
+        outcome = Outcome.of(norms)
+        if not outcome.bad:
+            if self.clip:
+                clip_grads_with_norm_(norms, self.clip, torch.tensor(outcome.norm))
+            self.optimizer.step()
+        return outcome
+
+    def _step_at_rank_size(self, norms: dict[Tensor, Tensor]) -> Outcome:
+        """norms: of this rank's own gradients."""
+        assert isinstance(self.optimizer, LowRankOptimizer)
+        stacked = torch.stack(list(norms.values()))
+        summed = Outcome.of(dict(zip(norms, self.sync.sum(stacked), strict=True)))
+        if summed.bad:
+            return summed
+        self.optimizer.step()
+        return self.optimizer.end_update()
