@@ -33,26 +33,36 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate(
-    model: LlamaForCausalLM, batches: Iterable[Tokens], *, reduce_sum: Callable[[Tensor], Tensor] | None = None
-) -> Evaluation:
+    model: LlamaForCausalLM,
+    batches: Iterable[Tokens],
+    *,
+    reduce_sum: Callable[[Tensor], Tensor] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
     """The mean loss over all target tokens of all batches and ranks: not a mean of batch means.
 
+    stop: asked before every batch; where it says yes on any rank, there is no evaluation and None is returned.
     reduce_sum: returns the sum over the ranks of a float64 tensor; None for a process alone. Ranks may hold different
     numbers of batches. The model is put back into the mode it was in, also after an error. Raises UserError where
     there is no target token on any rank.
     """
     device = model.lm_head.weight.device
-    sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, tokens
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, tokens, ranks that were stopped
     was_training = model.training
     model.eval()
     try:
         for batch in batches:
+            if stop():
+                sums[2] += 1
+                break
             input_ids, targets = batch.input_ids.to(device), batch.targets.to(device)
             sums[0] += token_loss_sum(model, input_ids, targets)
             sums[1] += (targets != IGNORED).sum()
     finally:
         model.train(was_training)
-    loss_sum, tokens = (sums if reduce_sum is None else reduce_sum(sums)).tolist()
+    loss_sum, tokens, stopped = (sums if reduce_sum is None else reduce_sum(sums)).tolist()
+    if stopped:
+        return None
     if not tokens:
         raise UserError("the validation data holds no token to predict. Give --validation a file with more text.")
     loss = loss_sum / tokens

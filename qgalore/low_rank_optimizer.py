@@ -185,8 +185,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
             return
         G = G.to(p.dtype)  # also where micro-batches were summed in float32: bases are kept in the weight's dtype
         change = projector.prepare(G, state, step=state.get("step", 0) + 1)
-        if self.compile:  # strides are compiled in, and those of a first basis are other than QR's
-            state.update({name: basis.contiguous() for name, basis in projector.bases(state).items()})
         if change is not None and "mass" in state:
             self._follow_basis(p, change, like=self.project(p, G), policy=group["moments_on_refresh"])
         state["refresh_seconds"] = state.get("refresh_seconds", 0.0) + time.perf_counter() - began

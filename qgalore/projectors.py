@@ -119,7 +119,8 @@ class Projector:
     def _keep(self, basis: Tensor, G: Tensor, state: dict[str, Any], side: str) -> None:
         """Stores a basis: in the gradient's dtype, or packed to `bits`."""
         if self.bits is None:
-            state[side] = basis.to(G.dtype)
+            # Row by row: products of another layout differ in the last bit, and a checkpoint knows only this one.
+            state[side] = basis.to(G.dtype).contiguous()
         else:
             packed = pack_basis(basis, bits=self.bits, group_size=self.group_size)
             state.update({f"{side}.{name}": part for name, part in packed._asdict().items()})

@@ -1,0 +1,53 @@
+"""SIGTERM, SIGUSR1 and Ctrl-C: the update is finished, the run saved, and the exit status says that it may go on."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from loguru import logger
+
+TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
+BY_HAND = 130  # 128 + SIGINT, as shells have it
+SAME_PRESS = 1.0  # seconds: torchrun passes Ctrl-C on to processes that the terminal has already told
+
+
+class Interrupted(Exception):
+    """The run has been saved and should end. status: the exit status."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"exit status {status}")
+        self.status = status
+
+
+class Interruption:
+    """Whether a signal has asked this process to stop. status: what to exit with then."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.status = TRY_AGAIN
+        self._pressed = 0.0
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """From now on signals are requests, until the block ends. A second Ctrl-C leaves at once."""
+        signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        before = {number: signal.signal(number, self._note) for number in signals}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if number == signal.SIGINT:
+            if self._pressed and now - self._pressed > SAME_PRESS:
+                raise KeyboardInterrupt
+            self._pressed = self._pressed or now
+            self.status = BY_HAND
+        if not self.requested:
+            self.requested = True
+            again = " Once more to leave at once." if number == signal.SIGINT else ""
+            logger.warning(f"{signal.Signals(number).name}: finishing this update, then saving.{again}")
