@@ -1,14 +1,25 @@
-"""Models on disk, as transformers folders."""
+"""What a run leaves on disk: models as transformers folders, and checkpoints to resume from, written on the side."""
 
+import contextlib
 import os
 import shutil
+import threading
 import time
 from pathlib import Path
 
+from loguru import logger
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from peft_pretraining.checkpoint_files import (
+    Snapshot,
+    checkpoint_folder,
+    complete_checkpoints,
+    prune,
+    tidy,
+    write_checkpoint,
+)
 from peft_pretraining.errors import UserError
 
 
@@ -47,3 +58,62 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
     model.save_pretrained(beside, state_dict={name: _plain(tensor) for name, tensor in model.state_dict().items()})
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)
+
+
+class CheckpointWriter:
+    """Writes checkpoints into `save_dir` in the background, while training goes on.
+
+    keep_last: how many stay, 0 for all.  keep_every: those of updates that are a multiple of it stay in any case; 0:
+    none.  `last` is the newest complete checkpoint known, or None.
+
+    A snapshot takes as much host memory as model and optimizer. To have one at a time, wait before taking the next:
+
+        writer.wait()
+        writer.save(take_snapshot(model, optimizer, update=update, progress=progress))
+
+    A save that fails is reported, never raised: hours of training are worth more than one checkpoint.
+    """
+
+    def __init__(self, save_dir: Path, *, keep_last: int = 0, keep_every: int = 0) -> None:
+        self.save_dir, self.keep_last, self.keep_every = save_dir, keep_last, keep_every
+        self.last = self._newest()
+        self._saved: Path | None = None
+        self._thread: threading.Thread | None = None
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Starts writing and returns. Waits for the last save first."""
+        self.wait()
+        self._saved = None
+        self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> Path | None:
+        """Waits for the last save. Returns its folder; None where it failed or there was none."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        return self._saved
+
+    def _write(self, snapshot: Snapshot) -> None:
+        try:
+            self._saved = self.last = write_checkpoint(self.save_dir, snapshot)
+        except Exception as error:  # nobody would hear of any other that ends this thread
+            self._give_up(checkpoint_folder(self.save_dir, snapshot.update), error)
+            return
+        try:
+            prune(self.save_dir, newest=self._saved, keep_last=self.keep_last, keep_every=self.keep_every)
+        except OSError as error:
+            logger.warning(f"an old checkpoint in {self.save_dir} could not be deleted ({error.strerror or error})")
+
+    def _give_up(self, folder: Path, error: Exception) -> None:
+        """Removes what was written of a checkpoint and says what there is instead."""
+        with contextlib.suppress(OSError):
+            tidy(self.save_dir)
+        self.last = self._newest()
+        kept = f"the last complete checkpoint is {self.last}" if self.last else "there is no complete checkpoint yet"
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        logger.error(f"could not save {folder} ({reason}): training goes on; {kept}")
+
+    def _newest(self) -> Path | None:
+        complete = complete_checkpoints(self.save_dir)
+        return complete[-1] if complete else None

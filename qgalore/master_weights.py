@@ -4,7 +4,7 @@ In bfloat16 an EMA with decay 0.999 never decays, and an update below 1/256 of t
 work in the dtype of their parameters. So they get float32 copies, and the model gets the result, rounded.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -49,6 +49,18 @@ class MasterWeights(torch.optim.Optimizer):
             p.copy_(master)
             master.grad = None
         return loss
+
+    def states(self) -> dict[Tensor, dict[str, Any]]:
+        """The state of each of the model's parameters: its float32 copy, `master`, and what the optimizer keeps."""
+        return {p: {"master": master, **self.inner.state.get(master, {})} for p, master in self._pairs()}
+
+    @torch.no_grad()
+    def load_states(self, states: Iterable[tuple[Tensor, dict[str, Any]]]) -> None:
+        """Takes back what `states` gave, one parameter after the other."""
+        masters = dict(self._pairs())
+        for p, state in states:
+            masters[p].copy_(state["master"])
+            self.inner.state[masters[p]] = {key: value for key, value in state.items() if key != "master"}
 
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
         return [

@@ -1,0 +1,290 @@
+"""Checkpoints on disk: folders that are complete or absent at any moment, whatever stops the process.
+
+    SAVE_DIR/checkpoint-00000100/       after update 100
+        config.json  model.safetensors  optimizer.safetensors  rng.safetensors  state.json
+        manifest.json                   {"format": 1, "update": 100, "files": {name: {"bytes": n, "sha256": hex}}}
+
+A checkpoint is written under a hidden name, synced to the disk file by file with the manifest last, and renamed. Its
+hidden names, after `.checkpoint-00000100.`, are
+
+    incomplete      being written
+    replaced        complete; makes room for a new one of the same update, and counts until that has its name
+    deleted         being deleted
+
+so that no half folder ever has a checkpoint's name, and each can be told from the others after a kill.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+from safetensors.torch import save_file
+from torch import Tensor
+
+from peft_pretraining.errors import UserError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+CONFIG, MODEL, OPTIMIZER = "config.json", "model.safetensors", "optimizer.safetensors"
+RNG, STATE = "rng.safetensors", "state.json"
+FILES = frozenset((CONFIG, MODEL, OPTIMIZER, RNG, STATE))
+
+_NAME = re.compile(r"checkpoint-(\d{8,})|\.checkpoint-(\d{8,})\.replaced")
+_HEADERS = 1 << 20  # bytes, more than what the files hold beside tensors and texts
+_ADVICE = "Resume from another checkpoint."
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """What goes into a safetensors file: contiguous tensors on the CPU, and its metadata."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a checkpoint holds, in host memory. files: by name, texts or tensors, one of each of FILES."""
+
+    update: int
+    files: Mapping[str, str | TensorFile]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors and texts."""
+        texts = sum(len(file.encode()) for file in self.files.values() if isinstance(file, str))
+        tensors = [t for file in self.files.values() if isinstance(file, TensorFile) for t in file.tensors.values()]
+        return texts + sum(tensor.nbytes for tensor in tensors)
+
+
+def checkpoint_folder(save_dir: Path, update: int) -> Path:
+    """Where the checkpoint of that update belongs."""
+    return save_dir / f"checkpoint-{update:08d}"
+
+
+def _hidden(folder: Path, state: str) -> Path:
+    return folder.with_name(f".{folder.name}.{state}")
+
+
+def _update(folder: Path) -> int | None:
+    """The update in a checkpoint's name; None for any other name."""
+    match = _NAME.fullmatch(folder.name)
+    return int(match[1] or match[2]) if match else None
+
+
+# Writing
+
+
+def write_checkpoint(save_dir: Path, snapshot: Snapshot) -> Path:
+    """Writes a checkpoint into `save_dir`, which may be missing; one of the same update is replaced.
+
+    Returns its folder, which is on the disk for good. Raises OSError or SafetensorError; `tidy` then removes what there
+    is of it.
+    """
+    assert snapshot.files.keys() == FILES
+    folder = checkpoint_folder(save_dir, snapshot.update)
+    save_dir.mkdir(parents=True, exist_ok=True)
+    tidy(save_dir)
+    if shutil.disk_usage(save_dir).free < snapshot.nbytes + _HEADERS:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    partial = _hidden(folder, "incomplete")
+    partial.mkdir()
+    for name, content in snapshot.files.items():
+        _write_file(partial / name, content)
+    files = {name: {"bytes": (partial / name).stat().st_size, "sha256": _sha256(partial / name)} for name in FILES}
+    manifest = {"format": FORMAT, "update": snapshot.update, "files": files}
+    _write_file(partial / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True))
+    _sync(partial)
+    _put_in_place(partial, folder)
+    return folder
+
+
+def _write_file(path: Path, content: str | TensorFile) -> None:
+    if isinstance(content, str):
+        path.write_text(content, encoding="utf-8")
+    else:
+        save_file(content.tensors, path, metadata=content.metadata)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file or a folder's list of names is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _put_in_place(partial: Path, folder: Path) -> None:
+    """Gives a whole folder its name."""
+    replaced = _hidden(folder, "replaced")
+    if folder.exists():
+        os.replace(folder, replaced)
+    os.replace(partial, folder)
+    _sync(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def tidy(save_dir: Path) -> None:
+    """Removes what unfinished saves and deletions left behind; a checkpoint that was to be replaced gets its name back.
+
+    Nothing may be writing there. Raises OSError where that name cannot be given.
+    """
+    for path in sorted(save_dir.glob(".checkpoint-*.*")):
+        name, _, state = path.name[1:].rpartition(".")
+        if state == "replaced" and not (save_dir / name).exists() and _is_complete(path):
+            os.replace(path, save_dir / name)
+        elif state in ("incomplete", "replaced", "deleted"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def prune(save_dir: Path, *, newest: Path, keep_last: int, keep_every: int) -> None:
+    """Deletes the complete checkpoints before `newest` but for the last keep_last, `newest` being one of these.
+
+    keep_last: 0 keeps all.  keep_every: updates that are a multiple of it stay; 0: none for that reason.
+    Checkpoints after `newest`, from an earlier run that got further, stay. Raises OSError.
+    """
+    latest = _update(newest)
+    assert latest is not None
+    older = [(folder, update) for folder in complete_checkpoints(save_dir) if (update := _update(folder) or 0) < latest]
+    surplus = max(0, len(older) + 1 - keep_last) if keep_last else 0
+    for folder, update in older[:surplus]:
+        if not keep_every or update % keep_every:
+            deleted = _hidden(folder, "deleted")
+            os.replace(folder, deleted)
+            shutil.rmtree(deleted, ignore_errors=True)
+
+
+# Reading
+
+
+def complete_checkpoints(save_dir: Path) -> list[Path]:
+    """The folders of all complete checkpoints, oldest first: the manifest is there and the files have their sizes."""
+    return [folder for folder in _candidates(save_dir) if _is_complete(folder)]
+
+
+def _candidates(save_dir: Path) -> list[Path]:
+    """Folders with a checkpoint's name, by update. One that was moved aside counts where nothing has its name."""
+    found: dict[int, Path] = {}
+    for path in sorted(save_dir.glob("*checkpoint-*")):  # hidden names come first
+        if (update := _update(path)) is not None and path.is_dir():
+            found[update] = path
+    return [found[update] for update in sorted(found)]
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        for name, entry in read_manifest(folder).items():
+            _check_size(folder / name, entry)
+    except UserError:
+        return False
+    return True
+
+
+def verify(folder: Path) -> None:
+    """Raises UserError that names the file, where one is missing or differs from what was written."""
+    for name, entry in read_manifest(folder).items():
+        _check(folder / name, entry)
+
+
+def checked_file(folder: Path, name: str) -> Path:
+    """One file of a checkpoint, after its size and checksum were found right. Raises UserError where they are not."""
+    _check(folder / name, read_manifest(folder)[name])
+    return folder / name
+
+
+def newest_sound(save_dir: Path) -> Path | None:
+    """The newest checkpoint that passes `verify`, or None. Warns of each newer one that does not."""
+    for folder in reversed(_candidates(save_dir)):
+        try:
+            verify(folder)
+            return folder
+        except UserError as error:
+            logger.warning(f"{folder.name} is passed over: {error}")
+    return None
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that `path` is, or the newest complete one in it.
+
+    Raises UserError where there is none, or where `path` is an incomplete one.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: there is no such folder. Name a checkpoint or a folder with checkpoints.")
+    if (path / MANIFEST).exists() or _update(path) is not None:
+        for name, entry in read_manifest(path).items():
+            _check_size(path / name, entry)
+        return path
+    complete = complete_checkpoints(path)
+    if complete:
+        return complete[-1]
+    names = sorted(entry.name for entry in path.iterdir())
+    found = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "") or "nothing"
+    raise UserError(f"{path}: no complete checkpoint is there, only {found}. Name a folder with checkpoints.")
+
+
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """{name: {"bytes": n, "sha256": hex}} for each of FILES. Raises UserError where the manifest is broken."""
+    path = folder / MANIFEST
+    if not path.exists():
+        raise UserError(f"{path} is missing: the checkpoint is not complete. {_ADVICE}")
+    manifest = read_json(path)
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"{path}: format {manifest.get('format')!r} is unknown here; this version reads {FORMAT}.")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or files.keys() != FILES:
+        named = sorted(files) if isinstance(files, dict) else files
+        raise UserError(f"{path}: it must list {', '.join(sorted(FILES))}, but lists {named}. {_ADVICE}")
+    for name, entry in files.items():
+        if not isinstance(entry, dict) or {type(entry.get("bytes")), type(entry.get("sha256"))} != {int, str}:
+            raise UserError(f"{path}: size and checksum of {name} are missing. {_ADVICE}")
+    return files
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of a checkpoint. Raises UserError for anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not JSON, or not UTF-8
+        reason = getattr(error, "strerror", None) or "it is not JSON"
+        raise UserError(f"{path}: cannot be read ({reason}). {_ADVICE}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a JSON object is needed, not a {type(value).__name__}. {_ADVICE}")
+    return value
+
+
+def _check(path: Path, entry: dict[str, Any]) -> None:
+    _check_size(path, entry)
+    try:
+        found = _sha256(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). {_ADVICE}") from None
+    if found != entry["sha256"]:
+        raise UserError(f"{path}: its checksum is wrong, the file is damaged. {_ADVICE}")
+
+
+def _check_size(path: Path, entry: dict[str, Any]) -> None:
+    if not path.is_file():
+        raise UserError(f"{path} is missing. {_ADVICE}")
+    if (size := path.stat().st_size) != entry["bytes"]:
+        raise UserError(f"{path}: {size:,} bytes where {entry['bytes']:,} were written. {_ADVICE}")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
