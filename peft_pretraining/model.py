@@ -29,7 +29,7 @@ def read_config(path: str | Path) -> LlamaConfig:
     command line decides. Raises UserError where the file is missing, broken or no LLaMA that can be built.
     """
     path = Path(path)
-    fields = _read_json(path)
+    fields = read_json(path)
     if fields.get("model_type", "llama") != "llama":
         raise UserError(f"{path}: model_type is {fields['model_type']!r}, but only 'llama' can be trained here.")
     _check_sizes(path, fields)
@@ -46,7 +46,8 @@ def read_config(path: str | Path) -> LlamaConfig:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError where there is no file, no valid JSON or no object."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -59,7 +60,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         advice = f"There are: {known}." if known else f"There is no JSON file in {path.parent}."
         raise UserError(f"{path}: cannot be read ({error.strerror}). {advice}") from error
     if not isinstance(fields, dict):
-        raise UserError(f"{path}: a JSON object with the model's sizes is needed, not a {type(fields).__name__}.")
+        raise UserError(f"{path}: a JSON object is needed, not a {type(fields).__name__}.")
     return fields
 
 

@@ -1,0 +1,237 @@
+"""A checkpoint as a transformers folder: `python -m peft_pretraining.hf_export CHECKPOINT OUT`.
+
+OUT gets config.json, generation_config.json, the weights as safetensors, and the tokenizer where transformers has a
+counterpart; AutoModelForCausalLM and AutoTokenizer load it. 8-bit weights are written as the values that they stand
+for. Tensors are read, decoded and written one shard at a time: memory holds --max_shard_size, not the model.
+"""
+
+import argparse
+import contextlib
+import json
+import shutil
+import sys
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from peft_pretraining.errors import UserError
+from peft_pretraining.hf_tokenizer import save_tokenizer, to_transformers
+from peft_pretraining.initial_weights import EMBEDDING, StoredWeights, is_checkpoint, load_weights, open_checkpoint
+from peft_pretraining.model import DTYPES, build_model, meta_model, read_config, read_json
+from peft_pretraining.tokenizer import Tokenizer, check_fits, load_tokenizer
+from qgalore.int8_weight import Int8Weight, SimulatedInt8Weight, quantize_module_weight
+
+FORMAT = 1  # of checkpoints
+ROUNDINGS = 4  # by how many of bfloat16's, at the largest logit, two models may differ that differ by its rounding
+
+
+class NotTheSameModel(Exception):
+    """The exported model computes other logits than the one that was trained."""
+
+
+def export(
+    checkpoint: Path,
+    out: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str = "5GB",
+    verify: bool = False,
+) -> float | None:
+    """Writes the transformers folder `out`, which is complete or absent at any moment.
+
+    checkpoint: a checkpoint, or a run's folder, whose newest is taken.  dtype: of the written weights, by default the
+    one in which they appear in training.  max_shard_size: of one file, such as "500MB".
+    verify: loads what was written and compares logits. Returns the largest difference, None where not verified.
+    Raises UserError where something cannot be read or written, NotTheSameModel where the logits differ.
+    """
+    checkpoint = find_checkpoint(checkpoint)
+    config = read_config(checkpoint / "config.json")
+    weights = open_checkpoint(checkpoint)
+    weights.check({name: parameter.shape for name, parameter in meta_model(config).named_parameters()})
+    dtype = dtype or weights.dtype(EMBEDDING)
+    config.dtype, config.use_cache = dtype, True
+    with appearing(out) as folder:
+        _write_config_and_tokenizer(config, folder, checkpoint=checkpoint)
+        _write_weights(weights, folder, config=config, dtype=dtype, max_shard_size=max_shard_size)
+        return _compare_logits(folder, weights, dtype=dtype) if verify else None
+
+
+def find_checkpoint(path: Path) -> Path:
+    """`path` itself or, where it is a run's folder, its newest checkpoint. Raises UserError where there is none."""
+    found = [path] if is_checkpoint(path) else [folder for folder in path.glob("checkpoint-*") if is_checkpoint(folder)]
+    if not found:
+        raise UserError(f"{path}: neither a checkpoint nor a run's folder with one (checkpoint-*/manifest.json).")
+    manifests = {folder: read_json(folder / "manifest.json") for folder in found}
+    for folder, manifest in manifests.items():
+        if manifest.get("format") != FORMAT:
+            raise UserError(f"{folder}: a checkpoint of format {manifest.get('format')}; {FORMAT} can be read here.")
+    newest = max(manifests, key=lambda folder: manifests[folder]["update"])
+    for name, file in manifests[newest]["files"].items():
+        if not (newest / name).is_file() or (newest / name).stat().st_size != file["bytes"]:
+            raise UserError(f"{newest}: {name} is not as it was written. Take another checkpoint.")
+    return newest
+
+
+@contextlib.contextmanager
+def appearing(folder: Path) -> Generator[Path, None, None]:
+    """Gives an empty folder to write to, which becomes `folder` at the end, or vanishes on an error.
+
+    Raises UserError where `folder` holds something already or cannot be written.
+    """
+    folder = folder.resolve()
+    beside = folder.with_name(f".{folder.name}.incomplete")
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder} exists and is not an empty folder. Choose another one, or remove it.")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        yield beside
+        beside.replace(folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"{folder} cannot be written ({reason}).") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _write_config_and_tokenizer(config: LlamaConfig, folder: Path, *, checkpoint: Path) -> None:
+    """config.json, generation_config.json and the tokenizer's files; says so where the tokenizer has to be left out."""
+    pad = config.pad_token_id
+    try:
+        original, converted = _tokenizer_of(checkpoint, config=config)
+        config.bos_token_id, config.eos_token_id = converted.bos_token_id, converted.eos_token_id
+        pad = converted.pad_token_id  # not in the config, where it would freeze the padding's row
+        config.save_pretrained(folder)  # AutoTokenizer looks there, too
+        save_tokenizer(converted, folder, original=original)
+    except UserError as error:
+        print(f"warning: the tokenizer is left out: {error}", file=sys.stderr)
+    config.save_pretrained(folder)
+    ids = dict(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=pad)
+    GenerationConfig(**ids).save_pretrained(folder)
+
+
+def _tokenizer_of(checkpoint: Path, *, config: LlamaConfig) -> tuple[Tokenizer, PreTrainedTokenizerBase]:
+    """The run's tokenizer, and its counterpart in transformers. Raises UserError where one of them is not to be had."""
+    spec = read_json(checkpoint / "state.json").get("args", {}).get("tokenizer")
+    if spec is None:
+        raise UserError(f"{checkpoint / 'state.json'} does not name it.")
+    original = load_tokenizer(spec)
+    check_fits(original, vocab_size=config.vocab_size)
+    return original, to_transformers(original, max_length=config.max_position_embeddings)
+
+
+def _write_weights(
+    weights: StoredWeights, folder: Path, *, config: LlamaConfig, dtype: torch.dtype, max_shard_size: str
+) -> None:
+    """The weights in `dtype` and, where they are several files, the index."""
+    parameters: dict[str, Tensor] = dict(meta_model(config, dtype=dtype).named_parameters())
+    try:
+        split = split_torch_state_dict_into_shards(parameters, max_shard_size=max_shard_size)
+    except ValueError as error:
+        raise UserError(f"--max_shard_size {max_shard_size}: a number with KB, MB, GB or TB is needed.") from error
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: _plain(weights.read(name)).to(dtype) for name in names}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _plain(weight: Tensor) -> Tensor:
+    """What a linear layer multiplied with in training."""
+    return weight.dequantize() if isinstance(weight, Int8Weight) else weight
+
+
+def _compare_logits(folder: Path, weights: StoredWeights, *, dtype: torch.dtype) -> float:
+    """The largest difference of two logits, of the written model and of the trained one, one after the other.
+
+    Raises NotTheSameModel where it is more than rounding to bfloat16 explains, or anything at all without bfloat16.
+    """
+    trained_dtype = weights.dtype(EMBEDDING)
+    expected = _logits(_as_trained(weights, dtype=trained_dtype))
+    disable_progress_bar()
+    found = _logits(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True))
+    difference = (found - expected).abs().max().item()
+    exact = dtype == trained_dtype == torch.float32
+    allowed = 0.0 if exact else ROUNDINGS * torch.finfo(torch.bfloat16).eps * expected.abs().max().item()
+    if not difference <= allowed:
+        raise NotTheSameModel(
+            f"the exported logits differ by {difference:.3g} from the trained; allowed: {allowed:.3g}."
+        )
+    return difference
+
+
+def _as_trained(weights: StoredWeights, *, dtype: torch.dtype) -> LlamaForCausalLM:
+    """The model that was trained, its 8-bit weights in place."""
+
+    def finish(name: str, module: nn.Module) -> None:
+        if settings := weights.quantized.get(f"{name}.weight"):
+            simulation = settings.kind is SimulatedInt8Weight
+            quantize_module_weight(
+                module, group_size=settings.group_size, stochastic=settings.stochastic, simulation=simulation
+            )
+
+    config = read_config(weights.folder / "config.json")
+    model = build_model(config, device="cpu", dtype=dtype, seed=0, finish=finish)
+    load_weights(model, weights.folder)
+    return model
+
+
+@torch.no_grad()
+def _logits(model: Any) -> Tensor:
+    """The logits of two fixed sequences that go over the vocabulary with a large stride. (2, L, vocab) float32"""
+    length = min(32, model.config.max_position_embeddings)
+    ids = torch.arange(2 * length).view(2, length) * 7919 % model.config.vocab_size
+    return model.eval()(input_ids=ids, use_cache=False).logits.float()
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}. See --help.")
+
+
+def _parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = _Parser(prog="python -m peft_pretraining.hf_export", description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a run: its newest one")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to be made")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: as in training")
+    parser.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="of one file (default: 5GB)")
+    parser.add_argument("--verify", action="store_true", help="compare logits with those of the model as trained")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The whole command. Raises as export."""
+    args = _parse_args(argv)
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    difference = export(args.checkpoint, args.out, dtype=dtype, max_shard_size=args.max_shard_size, verify=args.verify)
+    if difference is not None:
+        print(f"the largest difference of two logits, exported and trained: {difference:.3g}")
+    print(f"{args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}")
+
+
+def command_line(argv: list[str] | None = None) -> int:
+    """Runs main; one line and exit status 2 for what the user can mend, 1 where the models are not the same."""
+    try:
+        main(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except NotTheSameModel as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command_line())
