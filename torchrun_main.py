@@ -6,13 +6,11 @@ Plain `python torchrun_main.py ...` trains in one process. `--help` lists every 
 import argparse
 import contextlib
 import dataclasses
-import math
 import os
 import sys
 import time
 import warnings
-from collections.abc import Generator
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +19,21 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 from loguru import logger
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_pretraining import report
 from peft_pretraining.args import parse_args, schedule_of
-from peft_pretraining.checkpoint import choose_save_dir, prepare_save_dir, save_model
+from peft_pretraining.checkpoint import CheckpointWriter, choose_save_dir, prepare_save_dir, save_model
+from peft_pretraining.checkpoint_files import find_checkpoint
 from peft_pretraining.dataloader import IGNORED, Batch, ValidationSet, train_batches
 from peft_pretraining.distributed import World, make_deterministic, use_threads
 from peft_pretraining.documents import DocumentSource, open_documents
 from peft_pretraining.errors import UserError
-from peft_pretraining.evaluate import Evaluation, evaluate
+from peft_pretraining.evaluate import evaluate
+from peft_pretraining.initial_weights import is_transformers_folder, load_weights
+from peft_pretraining.interruption import BY_HAND, Interrupted, Interruption
 from peft_pretraining.loss import token_loss_sum
-from peft_pretraining.metrics import Metrics, memory_bytes, open_metrics, set_up_log
+from peft_pretraining.metrics import memory_bytes, open_metrics, set_up_log
 from peft_pretraining.model import (
     DTYPES,
     build_model,
@@ -43,54 +44,28 @@ from peft_pretraining.model import (
     resolve_dtype,
     weight_quantizer,
 )
+from peft_pretraining.recovery import begin, give_up, last_checkpoint, react, save
+from peft_pretraining.resume import check_data, choose_start
+from peft_pretraining.run import Run, State
 from peft_pretraining.schedules import lr_ratio
 from peft_pretraining.tokenizer import Tokenizer, check_fits, load_tokenizer
 from qgalore.factory import Settings, create_optimizer, create_updates, find_recipe, set_lr
 from qgalore.grad_sync import GradSync
 from qgalore.memory import adamw_bytes, kept_bytes
-from qgalore.param_groups import split_parameters
+from qgalore.outcome import Outcome
+from qgalore.param_groups import ParameterGroup, split_parameters
 from qgalore.per_layer import PerLayerUpdates
 from qgalore.whole_model import WholeModelUpdates
 
 
-@dataclass
-class State:
-    """What the loop has done so far. update: updates finished.  seconds: spent in them, evaluations left out."""
-
-    began: float = field(default_factory=time.monotonic)
-    update: int = 0
-    tokens_seen: int = 0
-    seconds: float = 0.0
-    epoch: int = 0
-    evaluation: Evaluation | None = None
-
-
-@dataclass
-class Run:
-    """Everything that a training step, an evaluation or a save needs."""
-
-    args: argparse.Namespace
-    world: World
-    save_dir: Path
-    model: LlamaForCausalLM
-    updates: WholeModelUpdates | PerLayerUpdates
-    batches: Generator[Batch, None, None]
-    validation: ValidationSet
-    metrics: Metrics
-    state: State = field(default_factory=State)
-
-
 def main(argv: list[str] | None = None) -> None:
-    """The whole run. Raises UserError, before anything slow, for what the user can mend."""
+    """The whole run. Raises UserError, before anything slow, for what the user can mend; Interrupted after a signal."""
     # Where am I?
     world = World.from_environment()
     set_up_log(is_main=world.is_main)
     args = parse_args(argv, world_size=world.size)
     threads = use_threads(world, num_threads=args.num_threads)
     make_deterministic(args.seed)
-    save_dir = choose_save_dir(args.save_dir, model_config=args.model_config)
-    if world.is_main and not args.dry_run:
-        prepare_save_dir(save_dir)
 
     # What do I train?
     config = read_config(args.model_config)
@@ -107,15 +82,23 @@ def main(argv: list[str] | None = None) -> None:
     settings = Settings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)})
     groups = split_parameters(meta_model(config))
     table = report.describe_groups(groups, recipe=recipe, settings=settings, int8=args.weight_quant)
-    log_plan(args, groups=table, dtype=dtype, world=world, threads=threads)
+    report.log_plan(args, groups=table, dtype=dtype, world=world, threads=threads)
+
+    # From where?
+    start = choose_start(args, config=config)
+    save_dir = choose_save_dir(args.save_dir, model_config=args.model_config, checkpoint=start.checkpoint)
+    if world.is_main and not (args.dry_run or args.eval_only):
+        prepare_save_dir(save_dir)
 
     # What do I read?
     tokenizer, source, held_out = open_data(args, vocab_size=config.vocab_size)
+    fingerprint = check_data(source.fingerprint(), start=start, allowed=args.allow_changed)
     if args.dry_run:
         return
 
     # Across which devices?
     with world.connected(), contextlib.ExitStack() as cleanup:
+        interruption = cleanup.enter_context(Interruption().listening())
         sync = GradSync(at_rank_size=recipe.ours and (recipe.per_layer or not args.grad_clipping))
         reading: dict[str, Any] = dict(
             batch_size=args.batch_size,
@@ -126,27 +109,27 @@ def main(argv: list[str] | None = None) -> None:
             device=world.device,
         )
         validation = ValidationSet(held_out, tokenizer, tokens=args.eval_tokens, **reading)
-        batches = train_batches(source, tokenizer, workers=args.workers, **reading)
+        model = prepare_model(args, config=config, dtype=dtype, device=world.device, groups=groups)
+        if args.eval_only:
+            evaluate_only(args.continue_from, model=model, validation=validation, world=world)
+            return
+        positions = start.saved.get("positions")
+        batches = train_batches(source, tokenizer, workers=args.workers, resume=positions, **reading)
         cleanup.callback(batches.close)
-
-        # From where?
-        model = build_model(
-            config,
-            device=world.device,
-            dtype=dtype,
-            seed=args.seed,
-            activation_checkpointing=args.activation_checkpointing,
-            finish=weight_quantizer(args, groups=groups) if args.weight_quant else None,
-        )
-        if args.compile:
-            compile_layers(model)
         updates = prepare_updates(args, model=model, settings=settings, sync=sync)
-        metrics = open_metrics(args, save_dir=save_dir, enabled=world.is_main)
+        writer = CheckpointWriter(save_dir, keep_last=args.keep_last, keep_every=args.keep_every)
+        cleanup.callback(writer.wait)
+        wandb_id = start.saved.get("wandb_id")
+        metrics = open_metrics(args, save_dir=save_dir, enabled=world.is_main, wandb_id=wandb_id)
         cleanup.callback(metrics.close)
         metrics.start(**report.circumstances(args, world=world, threads=threads, groups=table, norm=updates.norm_of))
 
         # The loop, and what came of it
-        run = Run(args, world, save_dir, model, updates, batches, validation, metrics)
+        run = Run(
+            args, world, save_dir, model, updates, batches, validation, metrics, interruption,
+            writer if world.is_main else None, fingerprint,
+        )  # fmt: skip
+        begin(run, start)
         loop(run)
         report_end(run)
 
@@ -165,6 +148,28 @@ def open_data(args: argparse.Namespace, *, vocab_size: int) -> tuple[Tokenizer, 
     return tokenizer, source, held_out
 
 
+def prepare_model(
+    args: argparse.Namespace,
+    *,
+    config: LlamaConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    groups: Sequence[ParameterGroup],
+) -> LlamaForCausalLM:
+    """The model on its device, with weights drawn from the seed, quantized and compiled as the arguments say."""
+    model = build_model(
+        config,
+        device=device,
+        dtype=dtype,
+        seed=args.seed,
+        activation_checkpointing=args.activation_checkpointing,
+        finish=weight_quantizer(args, groups=groups) if args.weight_quant else None,
+    )
+    if args.compile:
+        compile_layers(model)
+    return model
+
+
 def prepare_updates(
     args: argparse.Namespace, *, model: LlamaForCausalLM, settings: Settings, sync: GradSync
 ) -> WholeModelUpdates | PerLayerUpdates:
@@ -180,36 +185,28 @@ def prepare_updates(
     )
 
 
-def log_plan(
-    args: argparse.Namespace, *, groups: list[dict[str, Any]], dtype: torch.dtype, world: World, threads: int
-) -> None:
-    """Says what is about to happen: the size of the model, who is trained how, the length of the run."""
-    total = sum(group["elements"] for group in groups)
-    kind = str(dtype).removeprefix("torch.")
-    logger.info(f"{args.model_config}: {total:,} parameters in {kind} on {report.device_name(world.device)}")
-    logger.info("who is trained how:\n" + report.format_table(groups))
-    for flag in args.ignored:
-        logger.warning(f"{flag} has no effect with --optimizer {args.optimizer}")
-    if args.grad_clipping and find_recipe(args.optimizer).per_layer:
-        logger.info(f"clipping: each parameter's own projected gradient, to norm {args.grad_clipping:g}")
-    logger.info(
-        f"{args.num_training_steps} updates of {args.total_batch_size} x {args.max_length} tokens: "
-        f"{args.gradient_accumulation} micro-batches of {args.batch_size} on {world.size} x {threads} threads"
-    )
-
-
 def loop(run: Run) -> None:
-    """Updates until num_training_steps, with evaluations and saves where they are due and at the end."""
-    args, state = run.args, run.state
+    """Updates until num_training_steps, with evaluations and checkpoints where they are due and at the end.
+
+    Raises Interrupted, having saved, where a signal has asked to stop.
+    """
+    args = run.args
     while True:
+        state = run.state
         last = state.update == args.num_training_steps
-        if last or due(state, args.eval_every):
+        if (last or due(state, args.eval_every)) and state.evaluated != state.update and not run.stopping:
             evaluate_and_log(run)
-        if last or due(state, args.save_every):
+        if last or run.stopping or due(state, args.save_every):
             save(run)
-        if last:
+        if last or run.stopping:
             break
         train_step(run)
+    if run.stopping:
+        checkpoint = last_checkpoint(run)
+        logger.info(f"stopped after update {state.update}; go on with --continue_from {checkpoint} or --resume auto")
+        raise Interrupted(run.interruption.status)
+    if run.world.is_main:
+        save_model(run.model, run.save_dir / "model")
 
 
 def due(state: State, every: int) -> bool:
@@ -223,25 +220,43 @@ def train_step(run: Run) -> None:
     """
     args, state = run.args, run.state
     began = time.monotonic()
-    micro_batches = [next(run.batches) for _ in range(args.gradient_accumulation)]
+    micro_batches = read_batches(run)
     targets = sum(int((batch.targets != IGNORED).sum()) for batch in micro_batches)
     targets = max(1, int(run.world.sum(torch.tensor(float(targets), dtype=torch.float64))))
-    ratio = lr_ratio(state.update + 1, **schedule_of(args))
-    set_lr(run.updates.optimizer, args.lr * ratio)
+    set_lr(run.updates.optimizer, args.lr * lr_ratio(state.update + 1, **schedule_of(args)))
     loss = torch.zeros((), device=run.world.device)
     for batch in micro_batches:
         share = token_loss_sum(run.model, batch.input_ids, batch.targets) / targets
         share.backward()
         loss += share.detach()
     outcome = run.updates.finish()
-    log_step(run, loss=float(run.world.sum(loss)), norm=outcome.norm, targets=targets, began=began)
+    skipped = [line for batch in micro_batches for line in batch.skipped]
+    # One message for all that the ranks must agree on.
+    told = torch.tensor([float(loss), run.interruption.requested, len(skipped)], dtype=torch.float64)
+    total, stops, bad_documents = run.world.sum(told).tolist()
+    run.stopping = stops > 0
+    log_step(run, loss=total, outcome=outcome, targets=targets, began=began)
+    react(run, loss=total, outcome=outcome, bad_documents=int(bad_documents))
+
+
+def read_batches(run: Run) -> list[Batch]:
+    """The micro-batches of the next update. Where the data fails and this process is alone, the run is saved first."""
+    state = run.state
+    try:
+        micro_batches = [next(run.batches) for _ in range(run.args.gradient_accumulation)]
+    except UserError as error:
+        raise give_up(run, str(error), advice="") if run.world.size == 1 else error from None
+    for line in (line for batch in micro_batches for line in batch.skipped):
+        logger.warning(f"skipped: {line}")
+    state.position = micro_batches[-1].position
     if micro_batches[-1].epoch > state.epoch:
         state.epoch = micro_batches[-1].epoch
         logger.info(f"the data has ended: epoch {state.epoch + 1} begins, reshuffled")
+    return micro_batches
 
 
-def log_step(run: Run, *, loss: float, norm: float, targets: int, began: float) -> None:
-    """Advances the state by one finished update and records it. Raises UserError where the loss is lost."""
+def log_step(run: Run, *, loss: float, outcome: Outcome, targets: int, began: float) -> None:
+    """Advances the state by one finished update and records it."""
     state = run.state
     seconds = time.monotonic() - began
     state.update += 1
@@ -251,35 +266,39 @@ def log_step(run: Run, *, loss: float, norm: float, targets: int, began: float) 
         update=state.update,
         loss=loss,
         lr=max(group["lr"] / group["lr_ratio"] for group in run.updates.optimizer.param_groups),
-        grad_norm=norm,
+        grad_norm=outcome.norm,
         tokens_seen=state.tokens_seen,
         tokens_per_second=targets / seconds,
         memory_bytes=memory_bytes(run.world.device),
     )
-    if not math.isfinite(loss):
-        raise UserError(f"the loss is {loss} at update {state.update}. A lower --lr or --grad_clipping 1.0 may help.")
 
 
 def evaluate_and_log(run: Run) -> None:
     """Loss and perplexity on the validation set, over all ranks."""
-    evaluation = evaluate(run.model, run.validation, reduce_sum=run.world.sum)
-    run.state.evaluation = evaluation
-    run.metrics.evaluation(
-        update=run.state.update,
-        loss=evaluation.loss,
-        perplexity=evaluation.perplexity,
-        tokens=evaluation.tokens,
-    )
+    state = run.state
+    stop = run.interruption
+    evaluation = evaluate(run.model, run.validation, reduce_sum=run.world.sum, stop=lambda: stop.requested)
+    if evaluation is None:
+        run.stopping = True
+        return
+    state.evaluation, state.evaluated = evaluation, state.update
+    run.metrics.evaluation(update=state.update, **evaluation._asdict())
     matrices = report.describe_refreshes(split_parameters(run.model), run.updates.optimizer)
     if matrices:
-        run.metrics.subspaces(update=run.state.update, matrices=matrices)
+        run.metrics.subspaces(update=state.update, matrices=matrices)
 
 
-def save(run: Run) -> None:
-    """The model as a transformers folder: SAVE_DIR/model at the end, SAVE_DIR/model_N after update N."""
-    if run.world.is_main:
-        last = run.state.update == run.args.num_training_steps
-        save_model(run.model, run.save_dir / ("model" if last else f"model_{run.state.update}"))
+def evaluate_only(folder: str, *, model: LlamaForCausalLM, validation: ValidationSet, world: World) -> None:
+    """Prints loss and perplexity of the weights in a checkpoint, a run's folder or a transformers folder."""
+    place = Path(folder) if is_transformers_folder(folder) else find_checkpoint(Path(folder))
+    load_weights(model, place)
+    evaluation = evaluate(model, validation, reduce_sum=world.sum)
+    assert evaluation is not None
+    if world.is_main:
+        print(
+            f"{place}: loss {evaluation.loss:.6f}, perplexity {evaluation.perplexity:.4f} "
+            f"on {evaluation.tokens:,} validation tokens"
+        )
 
 
 def report_end(run: Run) -> None:
@@ -311,7 +330,7 @@ def report_end(run: Run) -> None:
 
 
 def command_line(argv: list[str] | None = None) -> int:
-    """Runs main; turns what the user can mend into one line and exit status 2."""
+    """Runs main; turns what the user can mend into one line and exit status 2, a signal into the status it asks for."""
     warnings.showwarning = lambda message, *_, **__: logger.warning(str(message))
     try:
         main(argv)
@@ -320,8 +339,10 @@ def command_line(argv: list[str] | None = None) -> int:
         if error.on_one_rank or int(os.environ.get("RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except Interrupted as interrupted:
+        return interrupted.status
     except KeyboardInterrupt:
-        return 130
+        return BY_HAND
     return 0
 
 

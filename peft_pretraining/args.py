@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from peft_pretraining.errors import UserError
-from peft_pretraining.flags import FLAGS, NOT_YET, add_flags, defaults
+from peft_pretraining.flags import FLAGS, NOT_YET, add_flags, defaults, required
+from peft_pretraining.resume import inherited_args
 from peft_pretraining.schedules import check_schedule
 from qgalore.factory import Recipe, find_recipe
 
@@ -34,8 +35,12 @@ def parse_args(argv: list[str] | None = None, *, world_size: int = 1) -> argpars
     for flag in NOT_YET:
         if hasattr(given, flag.name):
             raise UserError(f"--{flag.name} ({flag.help}) is not available in this version yet. Leave it out.")
-    args = argparse.Namespace(**defaults() | vars(given))
+    inherited = inherited_args(given.continue_from) if _evaluates(given) else {}
+    if missing := [f"--{name}" for name in required() if name not in vars(given) | inherited]:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
+    args = argparse.Namespace(**defaults() | inherited | vars(given))
     _check_ranges(args)
+    _check_recovery(args)
     _complete_optimizer(args, given)
     _complete_batch(args, world_size)
     _complete_length(args)
@@ -48,6 +53,21 @@ def parse_args(argv: list[str] | None = None, *, world_size: int = 1) -> argpars
     return args
 
 
+def _evaluates(given: argparse.Namespace) -> bool:
+    """Whether only an evaluation is wanted; then what it needs to know comes from what is evaluated."""
+    if getattr(given, "eval_only", False) and not hasattr(given, "continue_from"):
+        raise UserError("--eval_only needs --continue_from DIR: a checkpoint, a run's folder or a transformers folder.")
+    return getattr(given, "eval_only", False)
+
+
+def _check_recovery(args: argparse.Namespace) -> None:
+    if args.resume and not args.save_dir:
+        raise UserError("--resume auto needs --save_dir DIR: the folder that it looks into.")
+    for name in (args.allow_changed or "").split(","):
+        if name and name not in defaults():
+            raise UserError(f"--allow_changed {name}: there is no flag of that name. See --help.")
+
+
 def schedule_of(args: argparse.Namespace) -> dict[str, Any]:
     """What schedules.lr_ratio wants to know besides the update."""
     names = "scheduler num_training_steps warmup_steps min_lr_ratio cycle_length restart_warmup_steps".split()
@@ -57,10 +77,11 @@ def schedule_of(args: argparse.Namespace) -> dict[str, Any]:
 def _check_ranges(args: argparse.Namespace) -> None:
     at_least_one = (
         "batch_size gradient_accumulation total_batch_size max_length num_training_steps max_train_tokens rank "
-        "update_proj_gap save_every eval_every eval_tokens num_threads cycle_length"
+        "update_proj_gap save_every eval_every eval_tokens num_threads cycle_length max_bad_updates"
     )
     at_least_one += " queue_size gamma_proj"
-    at_least_zero = "workers grad_clipping weight_decay warmup_steps restart_warmup_steps seed"
+    at_least_zero = "workers grad_clipping weight_decay warmup_steps restart_warmup_steps seed keep_last keep_every"
+    at_least_zero += " max_bad_documents spike_rollback"
     _require(args, at_least_one, lambda value: value >= 1, "must be at least 1")
     _require(args, at_least_zero, lambda value: 0 <= value < math.inf, "must be 0 or more")
     _require(args, "lr matrix_lr_ratio galore_scale", lambda value: 0 < value < math.inf, "must be above 0")

@@ -23,10 +23,12 @@ from peft_pretraining.checkpoint_files import (
 from peft_pretraining.errors import UserError
 
 
-def choose_save_dir(save_dir: str | None, *, model_config: str) -> Path:
-    """--save_dir, or without it a new folder named after the model and the time."""
+def choose_save_dir(save_dir: str | None, *, model_config: str, checkpoint: Path | None = None) -> Path:
+    """--save_dir, or without it the folder of the checkpoint that the run goes on from, or a new one."""
     if save_dir:
         return Path(save_dir)
+    if checkpoint is not None:
+        return checkpoint.parent
     return Path("checkpoints") / f"{Path(model_config).stem}-{time.strftime('%Y-%m-%d-%H-%M-%S')}"
 
 

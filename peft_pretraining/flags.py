@@ -121,9 +121,27 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("accumulation_dtype", str, None, "TYPE", "of the sums over micro-batches",
              choices=("bfloat16", "float32"), shown="the model's"),
     ),
+    "checkpoints and recovery": (
+        Flag("save_every", int, 10_000, "UPDATES", "between checkpoints; one always ends the run"),
+        Flag("keep_last", int, 3, "CHECKPOINTS", "older ones are deleted; 0: none is"),
+        Flag("keep_every", int, 0, "UPDATES", "whose multiples' checkpoints are never deleted; 0: none"),
+        Flag("continue_from", str, None, "DIR", "a checkpoint, a run's folder (its newest complete checkpoint), or a "
+             "transformers folder, whose weights a new run begins with"),
+        Flag("resume", str, None, "", "auto: go on from the newest sound checkpoint in --save_dir, if there is one",
+             choices=("auto",)),
+        Flag("allow_changed", str, None, "A,B", "flags that may differ from those of the run that goes on",
+             shown="none that alters training"),
+        Flag("eval_only", bool, False, "", "evaluate what --continue_from names, say so, and stop; other flags are "
+             "taken from its run"),
+        Flag("max_bad_updates", int, 10, "UPDATES", "in a row with a loss or gradient that is not finite: each is "
+             "skipped, and after so many the run stops"),
+        Flag("max_bad_documents", parse_count, 100, "DOCUMENTS", "that cannot be read and are skipped, with K, M or B: "
+             "at one more the run stops"),
+        Flag("spike_rollback", float, 0.0, "DEVIATIONS", "above the median of recent losses from which on an update is "
+             "undone: the run goes back to its last checkpoint and on with other data; 0: never"),
+    ),
     "run, evaluation and record": (
         Flag("save_dir", str, None, "DIR", "for metrics.jsonl and models", shown="checkpoints/CONFIG-DATE"),
-        Flag("save_every", int, 10_000, "UPDATES", "between saves of the model; the last is always saved"),
         Flag("eval_every", int, 5_000, "UPDATES", "between evaluations; one always ends the run"),
         Flag("eval_tokens", parse_count, 10_000_000, "TOKENS", "of validation, with K, M or B; always the same ones"),
         Flag("wandb_mode", str, "online", "", "online falls back to offline where there is no account",
@@ -137,10 +155,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
 }  # fmt: skip
 
 # Flags of the reference repositories whose features are still to come. They are refused, never ignored.
-NOT_YET: tuple[Flag, ...] = (
-    Flag("continue_from", str, None, "DIR", "resuming a run"),
-    Flag("log_details", bool, False, "", "the log of the subspaces"),
-)
+NOT_YET: tuple[Flag, ...] = (Flag("log_details", bool, False, "", "the log of the subspaces"),)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -155,10 +170,15 @@ def _options(flag: Flag) -> dict[str, Any]:
     """What argparse wants to know of a flag."""
     shown = flag.shown or flag.default
     text = flag.help if flag.type is bool or flag.required or shown is None else f"{flag.help} (default: {shown})"
-    options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%"), "required": flag.required}
+    options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
     if flag.type is bool:
         return options | {"action": "store_true"}
     return options | {"type": flag.type, "choices": flag.choices, "metavar": None if flag.choices else flag.unit}
+
+
+def required() -> list[str]:
+    """Names of the flags that a run cannot do without."""
+    return [flag.name for flags in FLAGS.values() for flag in flags if flag.required]
 
 
 def defaults() -> dict[str, Any]:

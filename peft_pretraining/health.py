@@ -14,13 +14,15 @@ class Health:
     """What has gone wrong so far.
 
     bad_updates: updates skipped because a gradient or the loss was not finite; bad_in_a_row: up to now.
-    bad_documents: that could not be read.  losses: the last WINDOW finite ones.  rollbacks: to the last checkpoint.
+    bad_documents: that could not be read.  losses: the last WINDOW finite ones.  rollbacks: to a checkpoint;
+    rollbacks_since_save: to the last one.
     """
 
     bad_updates: int = 0
     bad_in_a_row: int = 0
     bad_documents: int = 0
     rollbacks: int = 0
+    rollbacks_since_save: int = 0
     losses: list[float] = field(default_factory=list)
 
     def note(self, loss: float, *, bad: bool) -> None:

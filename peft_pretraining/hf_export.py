@@ -27,7 +27,8 @@ from peft_pretraining.hf_tokenizer import save_tokenizer, to_transformers
 from peft_pretraining.initial_weights import EMBEDDING, StoredWeights, is_checkpoint, load_weights, open_checkpoint
 from peft_pretraining.model import DTYPES, build_model, meta_model, read_config, read_json
 from peft_pretraining.tokenizer import Tokenizer, check_fits, load_tokenizer
-from qgalore.int8_weight import Int8Weight, SimulatedInt8Weight, quantize_module_weight
+from qgalore.int8_weight import Int8Weight, SimulatedInt8Weight
+from qgalore.quantize_model import quantize_module_weight
 
 FORMAT = 1  # of checkpoints
 ROUNDINGS = 4  # by how many of bfloat16's, at the largest logit, two models may differ that differ by its rounding

@@ -30,12 +30,12 @@ class Interruption:
         self._pressed = 0.0
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self) -> Iterator["Interruption"]:
         """From now on signals are requests, until the block ends. A second Ctrl-C leaves at once."""
         signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
         before = {number: signal.signal(number, self._note) for number in signals}
         try:
-            yield
+            yield self
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

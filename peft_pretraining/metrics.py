@@ -1,7 +1,7 @@
 """Where a run's figures go: metrics.jsonl always, wandb where wanted, a progress bar on a terminal, else log lines.
 
-metrics.jsonl holds one JSON object a line: `start`, one `update` each, `eval`, `subspaces`, `end`; a run in an older
-folder appends.
+metrics.jsonl holds one JSON object a line: `start`, one `update` each, `eval`, `subspaces`, `end`; rarely `resume`,
+`bad_update`, `bad_documents`, `rollback`. A run in an older folder appends; the last line of an update counts.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from loguru import logger
@@ -64,13 +64,18 @@ class Metrics:
         project: str = "qgalore",
         name: str = "",
         tags: str | None = None,
+        wandb_id: str | None = None,
     ) -> None:
         self.enabled = enabled
+        self.wandb_id = wandb_id
         self._last_line = -math.inf
         if not enabled:
             return
-        self._file = open(save_dir / "metrics.jsonl", "a", encoding="utf-8")
-        self._wandb = open_wandb(wandb_mode, save_dir=save_dir, project=project, name=name, tags=tags)
+        self._file = open_record(save_dir / "metrics.jsonl")
+        self._wandb = open_wandb(
+            wandb_mode, save_dir=save_dir, project=project, name=name, tags=tags, wandb_id=wandb_id
+        )
+        self.wandb_id = self._wandb.id if self._wandb else wandb_id
         self._bar = tqdm(total=total, unit="update", dynamic_ncols=True, disable=None)
 
     def start(self, **fields: Any) -> None:
@@ -94,6 +99,16 @@ class Metrics:
                 f"update {fields['update']}/{self._bar.total}  loss {fields['loss']:.4f}  lr {fields['lr']:.2e}  "
                 f"{rate} tokens/s"
             )
+
+    def resume(self, **fields: Any) -> None:
+        """The run goes on: update (the last one that counts: lines of later ones are of work lost), checkpoint."""
+        self._write("resume", fields)
+        if self.enabled:
+            self._bar.n = self._bar.last_print_n = fields["update"]
+
+    def note(self, event: str, **fields: Any) -> None:
+        """Something rare: `bad_update`, `bad_documents`, `rollback`."""
+        self._write(event, fields)
 
     def evaluation(self, **fields: Any) -> None:
         """One evaluation: update, loss, perplexity, tokens."""
@@ -131,8 +146,16 @@ class Metrics:
             self._wandb.log({prefix + key: value for key, value in fields.items() if key != "update"}, fields["update"])
 
 
-def open_metrics(args: argparse.Namespace, *, save_dir: Path, enabled: bool) -> Metrics:
-    """The record that the arguments ask for."""
+def open_record(path: Path) -> TextIO:
+    """metrics.jsonl, to append to. The half of a line that a killed run may have left is cut off."""
+    if path.exists():
+        with open(path, "rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
+    return open(path, "a", encoding="utf-8")
+
+
+def open_metrics(args: argparse.Namespace, *, save_dir: Path, enabled: bool, wandb_id: str | None = None) -> Metrics:
+    """The record that the arguments ask for. wandb_id: of the wandb run that goes on."""
     return Metrics(
         save_dir,
         enabled=enabled,
@@ -141,10 +164,13 @@ def open_metrics(args: argparse.Namespace, *, save_dir: Path, enabled: bool) -> 
         project=args.project,
         name=args.name,
         tags=args.tags,
+        wandb_id=wandb_id,
     )
 
 
-def open_wandb(mode: str, *, save_dir: Path, project: str, name: str, tags: str | None) -> Any:
+def open_wandb(
+    mode: str, *, save_dir: Path, project: str, name: str, tags: str | None, wandb_id: str | None = None
+) -> Any:
     """The wandb run, or None. Whatever is wrong with wandb or the account, training goes on.
 
     mode: online (offline where there is no account) | offline | disabled (wandb is not even imported).
@@ -163,6 +189,8 @@ def open_wandb(mode: str, *, save_dir: Path, project: str, name: str, tags: str 
             tags=tags.split(",") if tags else None,
             mode=mode,  # type: ignore[arg-type]
             dir=save_dir,
+            id=wandb_id,
+            resume="allow" if wandb_id else None,
             settings=wandb.Settings(init_timeout=60, silent=True),
         )
     except Exception as error:  # wandb raises its own, requests', and OS errors: none may stop a run

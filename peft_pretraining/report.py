@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from loguru import logger
 
 from peft_pretraining.distributed import World
-from qgalore.factory import Recipe, Settings
+from qgalore.factory import Recipe, Settings, find_recipe
 from qgalore.low_rank_optimizer import LowRankOptimizer
 from qgalore.param_groups import ParameterGroup
 
@@ -58,6 +59,24 @@ def describe_groups(
         }
         for group in groups
     ]
+
+
+def log_plan(
+    args: argparse.Namespace, *, groups: list[dict[str, Any]], dtype: torch.dtype, world: World, threads: int
+) -> None:
+    """Says what is about to happen: the size of the model, who is trained how, the length of the run."""
+    total = sum(group["elements"] for group in groups)
+    kind = str(dtype).removeprefix("torch.")
+    logger.info(f"{args.model_config}: {total:,} parameters in {kind} on {device_name(world.device)}")
+    logger.info("who is trained how:\n" + format_table(groups))
+    for flag in args.ignored:
+        logger.warning(f"{flag} has no effect with --optimizer {args.optimizer}")
+    if args.grad_clipping and find_recipe(args.optimizer).per_layer:
+        logger.info(f"clipping: each parameter's own projected gradient, to norm {args.grad_clipping:g}")
+    logger.info(
+        f"{args.num_training_steps} updates of {args.total_batch_size} x {args.max_length} tokens: "
+        f"{args.gradient_accumulation} micro-batches of {args.batch_size} on {world.size} x {threads} threads"
+    )
 
 
 def circumstances(

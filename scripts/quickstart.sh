@@ -21,5 +21,4 @@ torchrun --standalone torchrun_main.py \
     --eval_every 10 \
     --eval_tokens 20K \
     --wandb_mode disabled \
-    --save_dir runs/quickstart \
     "$@"

@@ -19,10 +19,17 @@ def losses(save_dir: Path) -> list[float]:
     return [line["loss"] for line in record(save_dir, "update")]
 
 
-def torchrun(flags: list[str], *, processes: int = 1, timeout: int = 120) -> subprocess.CompletedProcess[str]:
-    """`torchrun --standalone torchrun_main.py ...` from the repository's root."""
+def torchrun(
+    flags: list[str],
+    *,
+    processes: int = 1,
+    timeout: int = 120,
+    script: str = "torchrun_main.py",
+    options: tuple[str, ...] = (),
+) -> subprocess.CompletedProcess[str]:
+    """`torchrun --standalone torchrun_main.py ...` from the repository's root. options: torchrun's own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return shell([*command, "torchrun_main.py", *flags], timeout=timeout)
+    return shell([*command, *options, script, *flags], timeout=timeout)
 
 
 def shell(command: list[str], *, timeout: int = 120, **environment: str) -> subprocess.CompletedProcess[str]:

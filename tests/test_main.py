@@ -40,7 +40,12 @@ def test_a_run_leaves_its_record_and_a_model(tiny, tmp_path):
     (end,) = record(tmp_path, "end")
     assert end["updates"] == 30 and end["tokens_seen"] == 30 * 128 and end["seconds"] > 0
     assert end["perplexity"] == evaluations[-1]["perplexity"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "model", "model_20"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint-00000020",
+        "checkpoint-00000030",
+        "metrics.jsonl",
+        "model",
+    ]
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
         "config.json",
         "generation_config.json",
@@ -146,17 +151,11 @@ def test_flags_without_effect_are_named(tiny, tmp_path, capsys):
     assert "--rank has no effect with --optimizer adamw" in capsys.readouterr().err
 
 
-def test_a_second_run_into_a_folder_appends_to_the_record(tiny, tmp_path):
-    for _ in range(2):
-        run(tiny, tmp_path, num_training_steps=2)
+def test_half_a_line_of_a_killed_run_is_cut_off(tiny, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"event": "old"}\n{"event": "upda')
+    run(tiny, tmp_path, num_training_steps=2)
     events = [json.loads(line)["event"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert events == ["start", "update", "update", "eval", "end"] * 2
-
-
-def test_a_loss_that_is_lost_ends_the_run(tiny, tmp_path, capsys):
-    assert torchrun_main.command_line(tiny.flags(tmp_path, optimizer="sgd", lr=1e30, num_training_steps=20)) == 2
-    assert "error: the loss is nan at update" in capsys.readouterr().err
-    assert record(tmp_path, "update")[-1]["loss"] is None
+    assert events == ["old", "start", "update", "update", "eval", "end"]
 
 
 def test_wandb_never_stops_a_run(tiny, tmp_path, monkeypatch, capsys):

@@ -1,0 +1,268 @@
+"""N + N updates are 2 N updates, to the last bit; and what a run refuses to go on with."""
+
+import hashlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from runs import ROOT, losses, record, torchrun
+from safetensors.torch import load_file
+from test_bad_input import refusal
+
+import torchrun_main
+from peft_pretraining.resume import HARMLESS
+from qgalore.factory import OPTIMIZERS
+
+LOW_RANK = dict(rank=8, update_proj_gap=3)
+INT8 = dict(weight_quant=True, weight_group_size=16, stochastic_round=True, proj_quant=True)
+
+
+def run(tiny, save_dir: Path, **flags) -> None:
+    assert torchrun_main.command_line(tiny.flags(save_dir, **flags)) == 0
+
+
+def checkpoint(save_dir: Path, update: int) -> Path:
+    return save_dir / f"checkpoint-{update:08}"
+
+
+def digests(save_dir: Path, update: int) -> dict[str, tuple]:
+    """Of the tensors that training goes on from: weights, moments, bases, generators. (Metadata comes in any order.)"""
+    found = {}
+    for path in checkpoint(save_dir, update).glob("*.safetensors"):
+        for name, tensor in load_file(path).items():
+            bits = tensor.flatten().view(torch.uint8).numpy().tobytes()
+            found[path.stem, name] = (tensor.dtype, tensor.shape, hashlib.sha256(bits).hexdigest())
+    return found
+
+
+def assert_halves_make_a_whole(tiny, tmp_path: Path, *, updates: int = 8, **flags) -> None:
+    """A run of `updates`, and one that goes on from its checkpoint half-way, in another folder."""
+    half = updates // 2
+    chosen = flags | dict(num_training_steps=updates, save_every=half, keep_last=0, eval_every=3)
+    run(tiny, tmp_path / "whole", **chosen)
+    shutil.copytree(checkpoint(tmp_path / "whole", half), tmp_path / "half" / f"checkpoint-{half:08}")
+    run(tiny, tmp_path / "half", **chosen, continue_from=tmp_path / "half")
+    assert losses(tmp_path / "half") == losses(tmp_path / "whole")[half:]
+    assert digests(tmp_path / "half", updates) == digests(tmp_path / "whole", updates)
+    ends = [record(tmp_path / name, "end")[0] for name in ("half", "whole")]
+    assert ends[0]["tokens_seen"] == ends[1]["tokens_seen"] and ends[0]["perplexity"] == ends[1]["perplexity"]
+    assert ends[0]["refreshes"] == ends[1]["refreshes"], "counted on, not anew"
+    evaluated = [[line["update"] for line in record(tmp_path / name, "eval")] for name in ("half", "whole")]
+    assert evaluated[0] == [update for update in evaluated[1] if update > half]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer(tiny, tmp_path, optimizer):
+    low_rank = LOW_RANK if "galore" in optimizer else {}
+    int8 = INT8 if optimizer.startswith("q_galore") else {}
+    assert_halves_make_a_whole(tiny, tmp_path, optimizer=optimizer, **low_rank, **int8)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        dict(optimizer="adamw", batch_size=2, total_batch_size=8),
+        dict(optimizer="galore_adamw_per_layer", batch_size=2, total_batch_size=8, **LOW_RANK),
+        dict(optimizer="q_galore_adamw8bit_per_layer", batch_size=2, total_batch_size=6, workers=4, **LOW_RANK, **INT8),
+        dict(optimizer="q_galore_adamw8bit", cos_threshold=0, queue_size=1, rank=8, update_proj_gap=2, **INT8),
+        dict(optimizer="galore_adamw", simulation=True, **LOW_RANK, **INT8 | dict(proj_quant=None)),
+        dict(optimizer="galore_adamw8bit", proj_type="full", subspace="svd", grad_clipping=0.1, **LOW_RANK),
+        dict(optimizer="adamw", batch_size=64, updates=14, workers=0),
+        dict(optimizer="adamw", batch_size=64, updates=14, workers=2),
+        dict(optimizer="adamw", packing="truncate"),
+        dict(optimizer="adamw", activation_checkpointing=True),
+    ],
+    ids=[
+        "accumulation",
+        "accumulation per layer",
+        "workers, INT8, accumulation per layer",
+        "lazy gaps that grow",
+        "simulated INT8",
+        "both sides, SVD, clipping",
+        "over the end of an epoch",
+        "over the end of an epoch, workers",
+        "one document a sequence",
+        "activation checkpointing",
+    ],
+)
+def test_every_way_to_train(tiny, tmp_path, flags):
+    assert_halves_make_a_whole(tiny, tmp_path, **flags)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "galore_adamw", "q_galore_adamw8bit_per_layer"])
+def test_bfloat16(tiny, tmp_path, optimizer, monkeypatch):
+    """Master weights of torch's optimizers are in the checkpoint; ours round stochastically by the update's number."""
+    monkeypatch.setattr("peft_pretraining.model.native_bfloat16", lambda device: True)  # slow elsewhere, but right
+    low_rank = LOW_RANK if "galore" in optimizer else {}
+    int8 = INT8 if optimizer.startswith("q_galore") else {}
+    assert_halves_make_a_whole(tiny, tmp_path, optimizer=optimizer, dtype="bfloat16", **low_rank, **int8)
+
+
+@pytest.mark.slow
+def test_compiled(tiny, tmp_path):
+    optimizer = "q_galore_adamw8bit_per_layer"
+    assert_halves_make_a_whole(tiny, tmp_path, optimizer=optimizer, compile=True, **LOW_RANK, **INT8)
+
+
+def test_two_ranks(tiny, tmp_path):
+    flags = dict(optimizer="galore_adamw", total_batch_size=8, save_every=3, workers=1, **LOW_RANK)
+    assert torchrun(tiny.flags(tmp_path / "whole", **flags), processes=2).returncode == 0
+    resumed = tiny.flags(tmp_path / "half", continue_from=checkpoint(tmp_path / "whole", 3), **flags)
+    result = torchrun(resumed, processes=2)
+    assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "half") == losses(tmp_path / "whole")[3:]
+    assert digests(tmp_path / "half", 6) == digests(tmp_path / "whole", 6)
+
+    alone = flags | dict(continue_from=checkpoint(tmp_path / "whole", 3), total_batch_size=8)
+    result = torchrun(tiny.flags(tmp_path / "alone", **alone), processes=1)
+    assert result.returncode == 0, result.stderr
+    assert "the checkpoint is of 2 processes, this run of 1" in result.stderr
+    (first, *_), (expected, *_) = losses(tmp_path / "alone"), losses(tmp_path / "whole")[3:]
+    assert first == pytest.approx(expected, rel=0.2), "the same weights, other sequences"
+
+
+def test_auto_begins_anew_where_there_is_nothing_and_ends_at_once_what_has_ended(tiny, tmp_path):
+    for _ in range(2):
+        run(tiny, tmp_path, resume="auto")
+    events = [json.loads(line)["event"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert events == ["start", *["update"] * 6, "eval", "end", "start", "resume", "end"]
+    first, last = record(tmp_path, "end")
+    assert first["perplexity"] == last["perplexity"] and (tmp_path / "model").is_dir()
+
+
+def test_auto_takes_the_newest_sound_checkpoint(tiny, tmp_path, capsys):
+    run(tiny, tmp_path, save_every=2)
+    weights = checkpoint(tmp_path, 6) / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 4
+    weights.write_bytes(content)
+    capsys.readouterr()
+    run(tiny, tmp_path, save_every=2, resume="auto")
+    log = capsys.readouterr().err
+    assert str(weights) in log and f"going on from {checkpoint(tmp_path, 4)}" in log
+    assert [line["update"] for line in record(tmp_path, "update")] == [1, 2, 3, 4, 5, 6, 5, 6]
+    assert losses(tmp_path)[4:6] == losses(tmp_path)[6:]
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(tiny, tmp_path, capsys):
+    run(tiny, tmp_path)
+    (checkpoint(tmp_path, 6) / "optimizer.safetensors").write_bytes(b"cposix\nsystem\n(S'echo'\ntR.")
+    flags = tiny.flags(tmp_path, continue_from=checkpoint(tmp_path, 6))
+    assert "optimizer.safetensors" in refusal(flags, capsys)
+
+
+def test_a_folder_with_checkpoints_is_not_begun_anew(tiny, tmp_path, capsys):
+    run(tiny, tmp_path)
+    before = losses(tmp_path)
+    message = refusal(tiny.flags(tmp_path), capsys)
+    assert "holds checkpoints of an earlier run" in message and "--resume auto" in message
+    assert losses(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "changed", [dict(lr=0.02), dict(rank=4), dict(optimizer="galore_adamw8bit"), dict(seed=1), dict(max_length=16)]
+)
+def test_what_alters_training_is_refused_with_its_name(tiny, tmp_path, capsys, changed):
+    flags = dict(optimizer="galore_adamw", rank=8)
+    run(tiny, tmp_path / "one", **flags)
+    ((name, value),) = changed.items()
+    there = dict(continue_from=tmp_path / "one") | flags | changed
+    message = refusal(tiny.flags(tmp_path / "two", **there), capsys)
+    old = (flags | dict(lr=0.01, seed=0, max_length=32))[name]
+    assert f"--{name} {old} -> {value}" in message and f"--allow_changed {name}" in message
+    assert not (tmp_path / "two").exists()
+
+
+def test_another_model_is_refused(tiny, tmp_path, capsys):
+    run(tiny, tmp_path / "one")
+    config = tmp_path / "wider.json"
+    config.write_text(json.dumps(json.loads(tiny.config.read_text()) | {"intermediate_size": 64}))
+    flags = tiny.flags(tmp_path / "two", model_config=config, continue_from=tmp_path / "one")
+    assert "wider.json is another model" in refusal(flags, capsys)
+
+
+def test_changes_that_are_allowed_and_harmless_ones_are_taken(tiny, tmp_path):
+    """A longer run at another rate, cut into other micro-batches, from the files of another place."""
+    run(tiny, tmp_path / "one")
+    moved = shutil.copytree(tiny.data, tmp_path / "elsewhere")
+    more = dict(lr=0.005, num_training_steps=9, dataset=moved, allow_changed="lr,num_training_steps,dataset")
+    more |= dict(batch_size=2, total_batch_size=4, save_every=2, eval_every=2, warmup_steps=0)
+    more["allow_changed"] += ",warmup_steps"
+    run(tiny, tmp_path / "two", continue_from=tmp_path / "one", **more)
+    assert [line["update"] for line in record(tmp_path / "two", "update")] == [7, 8, 9]
+    assert record(tmp_path / "two", "update")[0]["lr"] < 0.005
+
+
+def test_a_changed_shard_is_refused_by_name(tiny, tmp_path, capsys):
+    data = shutil.copytree(tiny.data, tmp_path / "data")
+    run(tiny, tmp_path / "one", dataset=data, save_every=3)
+    shard = data / "en" / "c4-train.00001-of-00002.json.gz"
+    shard.write_bytes((data / "en" / "c4-train.00000-of-00002.json.gz").read_bytes())
+    flags = dict(dataset=data, continue_from=checkpoint(tmp_path / "one", 3))
+    message = refusal(tiny.flags(tmp_path / "two", **flags), capsys)
+    assert shard.name in message and "--allow_changed dataset" in message
+
+
+@pytest.mark.parametrize(
+    "path, message",
+    [("nowhere", "there is no such folder"), ("empty", "no complete checkpoint")],
+)
+def test_nothing_to_go_on_from(tiny, tmp_path, capsys, path, message):
+    (tmp_path / "empty").mkdir()
+    assert message in refusal(tiny.flags(tmp_path / "out", continue_from=tmp_path / path), capsys)
+
+
+def test_harmless_flags_exist():
+    from peft_pretraining.flags import defaults
+
+    assert defaults().keys() | {"ignored"} >= HARMLESS
+
+
+def test_weights_of_a_finished_model_begin_a_new_run(tiny, tmp_path, capsys):
+    """From a transformers folder, into INT8: the first loss is near the last one, the update is the first."""
+    run(tiny, tmp_path / "one", num_training_steps=40)
+    begun = dict(optimizer="q_galore_adamw8bit", continue_from=tmp_path / "one" / "model", **LOW_RANK, **INT8)
+    run(tiny, tmp_path / "two", **begun)
+    assert [line["update"] for line in record(tmp_path / "two", "update")] == [1, 2, 3, 4, 5, 6]
+    assert losses(tmp_path / "two")[0] < 0.7 * losses(tmp_path / "one")[0]
+
+
+def test_evaluation_only(tiny, tmp_path, capsys):
+    """Of a checkpoint, a run's folder and a transformers folder: the perplexity that the run ended with."""
+    run(tiny, tmp_path, optimizer="q_galore_adamw8bit", **LOW_RANK, **INT8)
+    (end,) = record(tmp_path, "end")
+    lines = (tmp_path / "metrics.jsonl").read_text()
+    for place in (checkpoint(tmp_path, 6), tmp_path):
+        capsys.readouterr()
+        assert torchrun_main.command_line(["--eval_only", "--continue_from", str(place)]) == 0
+        assert f"perplexity {end['perplexity']:.4f} on 2,000 validation tokens" in capsys.readouterr().out
+    own = ["--dataset", tiny.data, "--tokenizer", tiny.tokenizer, "--max_length", 32, "--eval_tokens", "2K"]
+    own += ["--dtype", "float32"]
+    flags = ["--eval_only", "--continue_from", tmp_path / "model", *own]
+    assert torchrun_main.command_line([str(flag) for flag in flags]) == 0
+    assert f"perplexity {end['perplexity']:.4f} on 2,000 validation tokens" in capsys.readouterr().out
+    assert (tmp_path / "metrics.jsonl").read_text() == lines, "nothing is recorded"
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_update_saves_and_says_so(tiny, tmp_path, number, status):
+    flags = dict(num_training_steps=400, optimizer="galore_adamw", rank=8)
+    command = [sys.executable, "torchrun_main.py", *tiny.flags(tmp_path / "cut", **flags)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "cut" / "metrics.jsonl"
+    while not (log.exists() and '"update": 5,' in log.read_text()):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status, errors
+    done = record(tmp_path / "cut", "update")[-1]["update"]
+    assert 5 <= done < 400 and checkpoint(tmp_path / "cut", done).is_dir()
+    assert f"go on with --continue_from {checkpoint(tmp_path / 'cut', done)}" in errors
+    assert "Traceback" not in errors
