@@ -100,7 +100,7 @@ class CheckpointWriter:
         try:
             self._saved = self.last = write_checkpoint(self.save_dir, snapshot)
         except Exception as error:  # nobody would hear of any other that ends this thread
-            self._give_up(checkpoint_folder(self.save_dir, snapshot.update), error)
+            self._give_up(checkpoint_folder(self.save_dir, update=snapshot.update), error)
             return
         try:
             prune(self.save_dir, newest=self._saved, keep_last=self.keep_last, keep_every=self.keep_every)

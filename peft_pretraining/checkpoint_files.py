@@ -65,7 +65,7 @@ class Snapshot:
         return texts + sum(tensor.nbytes for tensor in tensors)
 
 
-def checkpoint_folder(save_dir: Path, update: int) -> Path:
+def checkpoint_folder(save_dir: Path, *, update: int) -> Path:
     """Where the checkpoint of that update belongs."""
     return save_dir / f"checkpoint-{update:08d}"
 
@@ -90,7 +90,7 @@ def write_checkpoint(save_dir: Path, snapshot: Snapshot) -> Path:
     is of it.
     """
     assert snapshot.files.keys() == FILES
-    folder = checkpoint_folder(save_dir, snapshot.update)
+    folder = checkpoint_folder(save_dir, update=snapshot.update)
     save_dir.mkdir(parents=True, exist_ok=True)
     tidy(save_dir)
     if shutil.disk_usage(save_dir).free < snapshot.nbytes + _HEADERS:

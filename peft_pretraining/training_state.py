@@ -97,7 +97,7 @@ def _pieces(name: str, p: Tensor) -> dict[str, Tensor]:
 def _settings(p: Any) -> dict[str, Any]:
     """What is needed beside the parts to build an INT8 weight."""
     dtype = str(p.dtype).removeprefix("torch.")
-    return {"class": type(p).__name__, "group_size": p.group_size, "dtype": dtype, "stochastic": p.stochastic}
+    return {"kind": type(p).__name__, "group_size": p.group_size, "dtype": dtype, "stochastic": p.stochastic}
 
 
 def _dimension_order(tensor: Tensor) -> list[int]:
@@ -118,8 +118,8 @@ def _rng_states() -> dict[str, Tensor]:
 def _to_host(files: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
     """Contiguous copies in host memory, after one wait for the device."""
     copies = {file: {key: _host_copy(tensor) for key, tensor in tensors.items()} for file, tensors in files.items()}
-    if any(tensor.is_cuda for tensors in files.values() for tensor in tensors.values()):
-        torch.cuda.synchronize()
+    for device in {tensor.device for tensors in files.values() for tensor in tensors.values() if tensor.is_cuda}:
+        torch.cuda.synchronize(device)
     return copies
 
 

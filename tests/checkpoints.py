@@ -1,53 +1,75 @@
-"""Checkpoints written by hand from a model, to the letter of their format."""
+"""Checkpoints of a few bytes, and file systems that fail."""
 
-import hashlib
+import contextlib
+import io
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors.torch import save_file
-from torch import nn
-from transformers import LlamaForCausalLM
+import torch
+from loguru import logger
 
-from qgalore.int8_weight import Int8Weight, quantize_linear_layers
+from peft_pretraining import checkpoint_files
+from peft_pretraining.checkpoint_files import FILES, Snapshot, TensorFile, complete_checkpoints, read_json, verify
 
-
-def write_checkpoint(model: LlamaForCausalLM, folder: Path, *, update: int = 3, **args: object) -> Path:
-    """The folder with manifest.json, config.json, model.safetensors and state.json; `args` are the run's arguments."""
-    folder.mkdir(parents=True)
-    tensors, quantized = {}, {}
-    for name, parameter in model.named_parameters():
-        weight = parameter.detach()
-        if isinstance(weight, Int8Weight):
-            tensors |= {f"{name}.{part}": tensor for part, tensor in weight.parts().items()}
-            quantized[name] = {
-                "kind": type(weight).__name__,
-                "group_size": weight.group_size,
-                "dtype": str(weight.dtype).removeprefix("torch."),
-                "stochastic": weight.stochastic,
-            }
-        else:
-            tensors[name] = weight
-    save_file(tensors, folder / "model.safetensors", metadata={"quantized": json.dumps(quantized)})
-    model.config.save_pretrained(folder)
-    (folder / "state.json").write_text(json.dumps({"update": update, "args": args}))
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-        for path in folder.iterdir()
-    }
-    (folder / "manifest.json").write_text(json.dumps({"format": 1, "update": update, "files": files}))
-    return folder
+WATCHED = [
+    (os, "mkdir"),
+    (os, "open"),
+    (os, "fsync"),
+    (os, "replace"),
+    (os, "rmdir"),
+    (os, "unlink"),
+    (io, "open"),
+    (checkpoint_files, "save_file"),
+]
 
 
-def quantize(model: LlamaForCausalLM, *, simulation: bool = False, group_size: int = 16) -> LlamaForCausalLM:
-    """The model with all projections in 8 bits."""
-    chosen = quantize_linear_layers(
-        model, select=lambda name: "layers" in name, group_size=group_size, simulation=simulation
-    )
-    assert len(chosen) == 7 * model.config.num_hidden_layers
-    return model
+def snapshot(update: int, *, value: float = 0.0) -> Snapshot:
+    """All files of a checkpoint, which know their update."""
+    tensors = TensorFile({"weight": torch.full((64,), value)})
+    files = {name: tensors if name.endswith("safetensors") else json.dumps({"update": update}) for name in FILES}
+    return Snapshot(update, files)
 
 
-def values(model: nn.Module) -> dict[str, object]:
-    """What every parameter stands for, as ordinary tensors."""
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    return {name: w.dequantize() if isinstance(w, Int8Weight) else w for name, w in weights.items()}
+def saved_updates(save_dir: Path) -> list[int]:
+    """The updates of the complete checkpoints, each of which must be sound."""
+    for folder in complete_checkpoints(save_dir):
+        verify(folder)
+    return [read_json(folder / "state.json")["update"] for folder in complete_checkpoints(save_dir)]
+
+
+def names(save_dir: Path) -> list[str]:
+    return sorted(path.name for path in save_dir.iterdir())
+
+
+def fail_at(call: int, monkeypatch, error: BaseException, *, forever: bool = False) -> list[str]:
+    """Makes the `call`-th of the calls that touch the file system raise, before it does anything. Returns their log.
+
+    forever: all those after it that would write raise, too, as on a full disk.
+    """
+    log: list[str] = []
+
+    def watched(name, original):
+        def wrapper(*args, **kwargs):
+            log.append(name)
+            if len(log) == call or (forever and len(log) > call and name in ("mkdir", "save_file", "fsync")):
+                raise error
+            return original(*args, **kwargs)
+
+        return wrapper
+
+    for module, name in WATCHED:
+        monkeypatch.setattr(module, name, watched(name, getattr(module, name)))
+    return log
+
+
+@contextlib.contextmanager
+def logged(level: str) -> Iterator[list[str]]:
+    """The messages of that level and above, while this is open."""
+    messages: list[str] = []
+    sink = logger.add(messages.append, format="{message}", level=level)
+    try:
+        yield messages
+    finally:
+        logger.remove(sink)

@@ -40,10 +40,12 @@ TOKENS = torch.arange(64 * 8).view(64, 8) * 7919 % 61
 class Training:
     """A small LLaMA with its optimizer. Moments, bases and weights are large enough to be kept in few bits."""
 
-    def __init__(self, optimizer="galore_adamw", *, dtype=torch.float32, int8=False, seed=0, tied=False, **settings):
+    def __init__(
+        self, optimizer="galore_adamw", *, dtype=torch.float32, int8=False, seed=0, tied=False, device="cpu", **settings
+    ):
         config = copy.deepcopy(CONFIG)
         config.tie_word_embeddings = tied
-        self.model = build_model(config, device="cpu", dtype=dtype, seed=seed)
+        self.model = build_model(config, device=device, dtype=dtype, seed=seed)
         if int8:
             simulation = int8 == "simulated"
             quantize_linear_layers(self.model, select=lambda n: "layers" in n, group_size=16, simulation=simulation)
@@ -55,7 +57,7 @@ class Training:
 
     def train(self, updates: int) -> "Training":
         for _ in range(updates):
-            ids = TOKENS[self.done * 4 : self.done * 4 + 4]
+            ids = TOKENS[self.done * 4 : self.done * 4 + 4].to(self.model.device)
             logits = self.model(ids).logits.float()
             torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
             self.updates.finish()
@@ -73,7 +75,7 @@ class Training:
         return self
 
     def everything(self) -> dict[str, object]:
-        """All weights and states: tensors as dtype, strides and bytes. Without refresh_seconds, which are a clock's."""
+        """All weights and states, tensors as bytes and kind. Without refresh_seconds, which are a clock's."""
         held = {}
         for name, p in self.model.named_parameters():
             held |= {f"{name}.{part}": t for part, t in (p.parts() if hasattr(p, "parts") else {"": p}).items()}
@@ -86,7 +88,8 @@ class Training:
 def exactly(value):
     if not torch.is_tensor(value):
         return value
-    return value.dtype, value.shape, value.stride(), value.detach().reshape(-1).view(torch.uint8).tolist()
+    data = value.detach().reshape(-1).view(torch.uint8).tolist()
+    return value.dtype, value.device, value.shape, value.stride(), data
 
 
 CASES = [
@@ -113,6 +116,21 @@ def test_other_projections_resume_as_exactly(settings, tmp_path):
     trained = Training(**settings).train(4)
     folder = write_checkpoint(tmp_path, trained.snapshot(done=4))
     assert Training(seed=1, **settings).restore(folder).train(3).everything() == trained.train(3).everything()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("name", "int8"), [("adamw", False), ("q_galore_adamw8bit_per_layer", True)])
+def test_a_gpu_gets_back_what_it_had(name, int8, tmp_path):
+    """Every tensor on its device, the snapshot taken while later updates are queued already, and the generator."""
+    kind = dict(dtype=torch.bfloat16, int8=int8, device="cuda")
+    trained = Training(name, **kind).train(4)
+    saved, snapshot = trained.everything(), trained.snapshot(done=4)
+    expected = torch.rand(5, device="cuda")
+    trained.train(2)
+    folder = write_checkpoint(tmp_path, snapshot)
+    assert Training(name, seed=1, **kind).restore(folder).everything() == saved
+    restore_rng(folder)
+    assert torch.equal(torch.rand(5, device="cuda"), expected)
 
 
 def test_a_state_without_tensors_is_restored(tmp_path):
