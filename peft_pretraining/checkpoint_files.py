@@ -248,7 +248,7 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
         named = sorted(files) if isinstance(files, dict) else files
         raise UserError(f"{path}: it must list {', '.join(sorted(FILES))}, but lists {named}. {_ADVICE}")
     for name, entry in files.items():
-        if not isinstance(entry, dict) or {type(entry.get("bytes")), type(entry.get("sha256"))} != {int, str}:
+        if not isinstance(entry, dict) or [type(entry.get(key)) for key in ("bytes", "sha256")] != [int, str]:
             raise UserError(f"{path}: size and checksum of {name} are missing. {_ADVICE}")
     return files
 

@@ -163,7 +163,7 @@ def manifest_of(files=None, **changes) -> str:
     (manifest_of(files=[]), "must list .* but lists \\[\\]"),
     (manifest_of(files={"../secret": {}}), "lists .*../secret"),
     (manifest_of(files=dict.fromkeys([*FILES, "/etc/passwd"], {})), "lists .*/etc/passwd"),
-    (manifest_of(files=dict.fromkeys(FILES, {"bytes": "1", "sha256": "0"})), "size and checksum of"),
+    (manifest_of(files=dict.fromkeys(FILES, {"bytes": "1", "sha256": 0})), "size and checksum of"),
     (manifest_of(files=dict.fromkeys(FILES, 3)), "size and checksum of"),
 ])  # fmt: skip
 def test_a_crafted_manifest_is_refused(text, message, tmp_path):
