@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from qgalore.int8_weight import Int8Weight, quantize_linear_layers
+from qgalore.int8_weight import Int8Weight
+from qgalore.quantize_model import quantize_linear_layers
 
 
 def write_checkpoint(model: LlamaForCausalLM, folder: Path, *, update: int = 3, **args: object) -> Path:

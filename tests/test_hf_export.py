@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import quantize, write_checkpoint
+from handmade_checkpoints import quantize, write_checkpoint
 from runs import shell
 from safetensors.torch import load_file, save_file
 from test_tokenizer import train_sentencepiece

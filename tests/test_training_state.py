@@ -22,9 +22,9 @@ from peft_pretraining.training_state import (
 )
 from qgalore.factory import OPTIMIZERS, Settings, create_optimizer, create_updates
 from qgalore.grad_sync import GradSync
-from qgalore.int8_weight import quantize_linear_layers
 from qgalore.memory import kept_bytes
 from qgalore.param_groups import split_parameters
+from qgalore.quantize_model import quantize_linear_layers
 
 CONFIG = LlamaConfig(
     vocab_size=64,
