@@ -14,29 +14,33 @@ import queue
 import signal
 import threading
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections import abc
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import count, islice
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
+from loguru import logger
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from peft_pretraining.data_position import Progress, resume_progress
+from peft_pretraining.document_order import Skipped
 from peft_pretraining.documents import DocumentSource
 from peft_pretraining.errors import UserError
+from peft_pretraining.packing import IGNORED, Packing, Piece, Sequence, encode, make_packer, to_sequence
 
 if TYPE_CHECKING:
     from peft_pretraining.tokenizer import Tokenizer
 
 T = TypeVar("T")
-Packing = Literal["concat", "truncate"]
 
-IGNORED = -100  # the target where nothing is to be predicted: what cross_entropy ignores
-CHUNK = 64  # documents given to the tokenizer at a time
 PREFETCHED = 2  # batches ready before they are asked for
 EMPTY_EPOCHS = 20  # times the number of readers: so many in a row without a document, and there is none
+MOST_SKIPPED = 64  # bad documents that a reader keeps to itself while it looks for a good one
+MOST_WARNINGS = 5  # for bad documents of a validation set
 
 
 @dataclass(frozen=True)
@@ -44,70 +48,15 @@ class Batch:
     """input_ids, targets: (B, L) int64; ``targets[b, t]`` is what follows ``input_ids[b, t]``, or IGNORED.
 
     epoch: 0-based, the latest that a document of this batch came from.
+    position: plain JSON, all that this rank has consumed up to and including the batch; see train_batches.
+    skipped: a line for each document that could not be read on the way to it.
     """
 
     input_ids: torch.Tensor
     targets: torch.Tensor
     epoch: int
-
-
-class Sequence(NamedTuple):
-    """What a worker hands over. tokens: (2, L) int32, input ids above targets."""
-
-    tokens: np.ndarray
-    epoch: int
-
-
-def pack_concat(token_lists: Iterable[list[int]], *, length: int, eos_id: int) -> Iterator[np.ndarray]:
-    """Documents, each followed by EOS, as one stream cut into windows that share just their boundary token.
-
-    Yields (2, length) int32: ``stream[k*L : (k+1)*L]`` above ``stream[k*L+1 : (k+1)*L+1]``, so every transition of the
-    stream is a target exactly once. Only where the documents end is a window padded (EOS above IGNORED).
-    """
-    stream: list[int] = []
-    for ids in token_lists:
-        stream += ids
-        stream.append(eos_id)
-        start = 0
-        while start + length < len(stream):
-            yield _sequence(stream[start : start + length + 1], length=length, pad_id=eos_id)
-            start += length
-        del stream[:start]
-    if len(stream) > 1:
-        yield _sequence(stream, length=length, pad_id=eos_id)
-
-
-def pack_truncate(token_lists: Iterable[list[int]], *, length: int, eos_id: int, pad_id: int) -> Iterator[np.ndarray]:
-    """One document a sequence, as the published baselines do: cut at ``length`` tokens, EOS where it fits, padding.
-
-    Yields (2, length) int32. Nothing is predicted at the last position and on padding, and tails are never seen.
-    """
-    for ids in token_lists:
-        yield _sequence([*ids[:length], eos_id][:length], length=length, pad_id=pad_id)
-
-
-def _sequence(tokens: list[int], *, length: int, pad_id: int) -> np.ndarray:
-    """(2, length) int32 from at most length + 1 tokens: inputs above targets, padded with pad_id above IGNORED."""
-    sequence = np.empty((2, length), dtype=np.int32)
-    inputs, targets = tokens[:length], tokens[1:]
-    sequence[0, : len(inputs)], sequence[0, len(inputs) :] = inputs, pad_id
-    sequence[1, : len(targets)], sequence[1, len(targets) :] = targets, IGNORED
-    return sequence
-
-
-def _pack(
-    token_lists: Iterable[list[int]], tokenizer: Tokenizer, *, packing: Packing, length: int
-) -> Iterator[np.ndarray]:
-    if packing == "concat":
-        return pack_concat(token_lists, length=length, eos_id=tokenizer.eos_id)
-    assert packing == "truncate", packing
-    return pack_truncate(token_lists, length=length, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
-
-
-def _encode(texts: Iterator[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """Token ids of each document that has any, tokenized by the chunk."""
-    while chunk := list(islice(texts, CHUNK)):
-        yield from filter(None, tokenizer.encode(chunk))
+    position: dict[str, Any] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
 
 
 def train_batches(
@@ -121,16 +70,24 @@ def train_batches(
     world_size: int = 1,
     workers: int = 0,
     device: torch.device | str = "cpu",
+    resume: abc.Sequence[dict[str, Any]] | None = None,
 ) -> Generator[Batch, None, None]:
     """Endless batches of this rank, epoch after reshuffled epoch; the same ones for the same arguments.
 
     batch_size: sequences, B. max_length: tokens of a sequence, L. workers: processes that read and tokenize, or 0.
+    resume: ``Batch.position`` of the last batch of each rank, by rank. With as many ranks and workers (0 is 1), the
+        batches go on exactly; with others, no document is lost, and read twice are only those cut in the middle.
     Batches arrive on ``device``, the next ones made in the background. Closing the iterator ends thread and workers.
 
-    Raises UserError, also from inside a worker, where a document cannot be read or there is none.
+    A document that cannot be read is left out and named in ``Batch.skipped``.
+    Raises UserError, also from inside a worker, where a file is gone or there is no document at all.
     """
     assert batch_size >= 1 and max_length >= 2 and 0 <= rank < world_size
-    dataset = _Sequences(source, tokenizer, max_length=max_length, packing=packing, rank=rank, world_size=world_size)
+    if resume is None:
+        progress = Progress.at_start(world_size=world_size, workers=max(1, workers))
+    else:
+        progress = resume_progress(resume, rank=rank, world_size=world_size, workers=max(1, workers))
+    dataset = _Sequences(source, tokenizer, max_length=max_length, packing=packing, rank=rank, progress=progress)
     loader = DataLoader(
         dataset,
         batch_size=None,
@@ -141,7 +98,7 @@ def train_batches(
         generator=torch.Generator(),  # else it takes a number from the global generator, and the model's weights change
     )
     # iter() starts the workers: here, because a process should not be forked from the prefetching thread.
-    return _deliver(iter(loader), batch_size=batch_size, device=torch.device(device))
+    return _deliver(iter(loader), batch_size=batch_size, progress=progress, device=torch.device(device))
 
 
 class _Sequences(IterableDataset):
@@ -155,71 +112,89 @@ class _Sequences(IterableDataset):
         max_length: int,
         packing: Packing,
         rank: int,
-        world_size: int,
+        progress: Progress,
     ) -> None:
         self.source, self.tokenizer = source, tokenizer
         self.max_length, self.packing = max_length, packing
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.progress = rank, progress
 
     def __iter__(self) -> Iterator[Sequence | UserError]:
         """A UserError comes as a value, because DataLoader would wrap a raised one into a page of traceback."""
-        worker = get_worker_info()
-        worker_id, workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
-        documents = _EndlessDocuments(
-            self.source,
-            self.tokenizer,
-            reader=worker_id * self.world_size + self.rank,
-            readers=workers * self.world_size,
-        )
+        info = get_worker_info()
+        # DataLoader asks worker 0 first, so the new worker 0 goes on where it is whose turn it was.
+        worker = ((info.id if info is not None else 0) + self.progress.turn) % len(self.progress.positions)
         try:
-            for tokens in _pack(documents, self.tokenizer, packing=self.packing, length=self.max_length):
-                yield Sequence(tokens, documents.epoch)
+            yield from self._sequences(worker)
         except UserError as error:
             yield error
 
+    def _sequences(self, worker: int) -> Iterator[Sequence]:
+        position = self.progress.positions[worker]
+        length = self.max_length
+        packer = make_packer(self.packing, self.tokenizer, length=length, eos_first=position.eos_first)
+        skipped: list[str] = []
+        for item in self._pieces(worker):
+            if isinstance(item, Piece):
+                for sequence in packer.add(item):
+                    position = sequence.position
+                    yield sequence._replace(skipped=tuple(skipped))
+                    skipped.clear()
+                continue
+            skipped.append(item.reason)
+            if len(skipped) == MOST_SKIPPED:  # a sequence without targets, lest they be reported late or never
+                position = position._replace(reported=position.reported + MOST_SKIPPED)
+                nothing = to_sequence([], length=length, pad_id=self.tokenizer.pad_id)
+                yield Sequence(nothing, position, tuple(skipped))
+                skipped.clear()
 
-class _EndlessDocuments:
-    """A reader's tokenized documents, epoch after epoch; ``epoch`` is that of the last one handed out."""
-
-    def __init__(self, source: DocumentSource, tokenizer: Tokenizer, *, reader: int, readers: int) -> None:
-        self.source, self.tokenizer = source, tokenizer
-        self.reader, self.readers = reader, readers
-        self.epoch = 0
-
-    def __iter__(self) -> Iterator[list[int]]:
-        last = 0  # epoch in which there was a document
-        for epoch in count():
-            for ids in _encode(self.source.read(epoch=epoch, reader=self.reader, readers=self.readers), self.tokenizer):
-                self.epoch = last = epoch
-                yield ids
+    def _pieces(self, worker: int) -> Iterator[Piece | Skipped]:
+        """The reader's tokenized documents from its position on, epoch after epoch."""
+        world_size, start = self.progress.world_size, self.progress.positions[worker]
+        share = {"reader": worker * world_size + self.rank, "readers": len(self.progress.positions) * world_size}
+        reported = start.reported
+        last = start.epoch  # in which there was a document
+        for epoch in count(start.epoch):
+            documents = self.source.read(epoch=epoch, **share, start=start, earlier=self.progress.earlier)
+            for item in encode(documents, self.tokenizer, start=start):
+                if isinstance(item, Piece):
+                    last = epoch
+                elif reported:
+                    reported -= 1
+                    continue
+                yield item
             # Shares move on with the epoch, so even where readers outnumber documents each has one soon.
-            if epoch - last >= EMPTY_EPOCHS * self.readers:
+            if epoch - last >= EMPTY_EPOCHS * share["readers"]:
                 raise UserError(f"no document with text in {self.source.name}. Is it empty?")
 
 
 def _deliver(
-    sequences: Iterator[Sequence | UserError], *, batch_size: int, device: torch.device
+    sequences: Iterator[Sequence | UserError], *, batch_size: int, progress: Progress, device: torch.device
 ) -> Generator[Batch, None, None]:
     # DataLoader has no public way to end its workers. Left to the garbage collector, as after an error that keeps its
     # frames alive, they take 5 seconds each.
     end_workers = getattr(sequences, "_shutdown_workers", lambda: None)
-    prefetcher = _Prefetcher(_collate(sequences, batch_size=batch_size), finish=end_workers)
+    prefetcher = _Prefetcher(_collate(sequences, batch_size=batch_size, progress=progress), finish=end_workers)
     del sequences  # now they end with the thread, not with the interpreter
     with closing(prefetcher) as batches:
         for batch in batches:
             yield _to_device(batch, device)
 
 
-def _collate(sequences: Iterator[Sequence | UserError], *, batch_size: int) -> Iterator[Batch]:
+def _collate(sequences: Iterator[Sequence | UserError], *, batch_size: int, progress: Progress) -> Iterator[Batch]:
     while True:
         chosen: list[Sequence] = []
         for item in islice(sequences, batch_size):
             if isinstance(item, UserError):
                 raise item
             chosen.append(item)
+            progress = progress.advance(item.position)
         assert chosen, "the sequences never end"
         tokens = torch.from_numpy(np.stack([sequence.tokens for sequence in chosen]))  # (B, 2, L) int32
-        yield _batch(tokens, epoch=max(sequence.epoch for sequence in chosen))
+        yield replace(
+            _batch(tokens, epoch=max(sequence.position.epoch for sequence in chosen)),
+            position=progress.to_json(),
+            skipped=tuple(reason for sequence in chosen for reason in sequence.skipped),
+        )
 
 
 class _Prefetcher(Iterator[T]):
@@ -268,12 +243,12 @@ def _batch(tokens: torch.Tensor, *, epoch: int) -> Batch:
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:
     if device.type != "cuda":
-        return Batch(batch.input_ids.to(device), batch.targets.to(device), batch.epoch)
+        return replace(batch, input_ids=batch.input_ids.to(device), targets=batch.targets.to(device))
     # In the caller's thread, because the current GPU is a property of the thread. Pinned, so that nobody waits for it.
     input_ids, targets = (
         tensor.pin_memory().to(device, non_blocking=True) for tensor in (batch.input_ids, batch.targets)
     )
-    return Batch(input_ids, targets, batch.epoch)
+    return replace(batch, input_ids=input_ids, targets=targets)
 
 
 def _identity(item: T) -> T:
@@ -309,13 +284,11 @@ class ValidationSet:
         assert tokens >= 1 and batch_size >= 1 and max_length >= 2 and 0 <= rank < world_size
         self.batch_size = batch_size
         self.device = torch.device(device)
-        documents = _encode(source.read(epoch=0, reader=0, readers=1), tokenizer)
-        sequences, self.tokens = _take_targets(
-            _pack(documents, tokenizer, packing=packing, length=max_length), tokens=tokens
-        )
+        windows = _validation_windows(source, tokenizer, packing=packing, length=max_length)
+        sequences, self.tokens = _take_targets(windows, tokens=tokens)
         if not sequences:
             raise UserError(f"no validation document in {source.name}. Give some with --validation PATH.")
-        nothing = _sequence([], length=max_length, pad_id=tokenizer.pad_id)
+        nothing = to_sequence([], length=max_length, pad_id=tokenizer.pad_id)
         sequences += [nothing] * (-len(sequences) % world_size)
         self.sequences = torch.from_numpy(np.stack(sequences[rank::world_size]))  # (N, 2, L) int32
 
@@ -326,6 +299,26 @@ class ValidationSet:
     def __iter__(self) -> Iterator[Batch]:
         for tokens in self.sequences.split(self.batch_size):
             yield _to_device(_batch(tokens, epoch=0), self.device)
+
+
+def _validation_windows(
+    source: DocumentSource, tokenizer: Tokenizer, *, packing: Packing, length: int
+) -> Iterator[np.ndarray]:
+    """(2, length) int32 each, all of the source. Bad documents are left out with a warning when the reading ends."""
+    packer = make_packer(packing, tokenizer, length=length)
+    skipped: list[str] = []
+    try:
+        for item in encode(source.read(epoch=0, reader=0, readers=1), tokenizer):
+            if isinstance(item, Skipped):
+                skipped.append(item.reason)
+            else:
+                yield from (sequence.tokens for sequence in packer.add(item))
+        yield from packer.end()
+    finally:
+        for reason in skipped[:MOST_WARNINGS]:
+            logger.warning(f"skipped a validation document: {reason}")
+        if len(skipped) > MOST_WARNINGS:
+            logger.warning(f"skipped {len(skipped) - MOST_WARNINGS} more validation documents")
 
 
 def _take_targets(sequences: Iterator[np.ndarray], *, tokens: int) -> tuple[list[np.ndarray], int]:

@@ -2,7 +2,7 @@
 
 A source hands every document to exactly one of its readers in each epoch. The order of local files is global: it
 depends on the seed and the epoch alone, every reader walks it, and reader k of n decodes each n-th record. So a run on
-another number of GPUs or workers reads the same documents in the same order.
+another number of GPUs or workers reads the same documents in the same order. How, document_order.py says.
 """
 
 from __future__ import annotations
@@ -10,17 +10,21 @@ from __future__ import annotations
 import glob
 import hashlib
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Literal, Protocol
 
+from peft_pretraining.data_position import Layout, Position
+from peft_pretraining.document_order import Document, OrderedDocuments, Skipped
 from peft_pretraining.errors import UserError
-from peft_pretraining.records import SUFFIXES, Record, read_records, shuffled
+from peft_pretraining.fingerprint import fingerprint_files
+from peft_pretraining.records import SUFFIXES, Record, read_records
 
 Split = Literal["train", "validation"]
 
 HELD_OUT = 100  # one document in so many is held out for validation where there is no validation split
+MOST_UNREADABLE = 1000  # records in a row from the start: with so many, the data set is not what it should be
 
 
 class DocumentSource(Protocol):
@@ -28,14 +32,28 @@ class DocumentSource(Protocol):
 
     name: str  # what is read, for the log: "10 files in data/books/en"
 
-    def read(self, *, epoch: int, reader: int, readers: int) -> Iterator[str]:
+    def read(
+        self,
+        *,
+        epoch: int,
+        reader: int,
+        readers: int,
+        start: Position | None = None,
+        earlier: Sequence[Layout] = (),
+    ) -> Iterator[Document | Skipped]:
         """This reader's documents of this 0-based epoch: over all ``readers``, each document exactly once.
 
-        Which share a reader gets moves on with the epoch, so that readers outnumbering the documents all get some.
+        start: documents before this position are left out, without reading more than the block it is in.
+        earlier: what these layouts have read is left out, too.
+        A document that cannot be decoded, or the rest of a damaged file, comes as Skipped, in its place in the order.
+        Raises UserError where a file is gone or cannot be opened.
         """
 
     def check(self) -> None:
         """Cheap test before anything slow. Raises UserError where there is nothing to read."""
+
+    def fingerprint(self) -> dict[str, str]:
+        """What the data is, by name of its files, to be compared after a resume; empty where unknown."""
 
 
 def open_documents(dataset: str, *, split: Split, seed: int, validation: str | None = None) -> DocumentSource:
@@ -69,39 +87,55 @@ def open_documents(dataset: str, *, split: Split, seed: int, validation: str | N
     return LocalDocuments(own[split], name=_describe(dataset, own[split]), seed=seed, shuffle=split == "train")
 
 
-class LocalDocuments:
-    """Documents of local files, shuffled anew for each epoch or in file order. ``keep`` restricts them to one split."""
+class LocalDocuments(OrderedDocuments[Path]):
+    """Documents of local files, shuffled anew for each epoch or in file order. ``keep`` restricts them to one split.
+
+    An epoch is one part: blocks of the shuffle span small files.
+    """
 
     def __init__(
         self, files: Sequence[Path], *, name: str, seed: int, shuffle: bool, keep: Split | Literal["all"] = "all"
     ) -> None:
+        super().__init__(seed=seed, shuffle=shuffle)
         self.name = name
-        self.files = tuple(files)
-        self.seed = seed
-        self.shuffle = shuffle
+        self.files = list(files)
         self.keep = keep
 
-    def read(self, *, epoch: int, reader: int, readers: int) -> Iterator[str]:
-        """See DocumentSource.read."""
-        share = (reader + epoch) % readers
-        return self._texts(islice(self._records(epoch), share, None, readers))
+    def parts(self, epoch: int) -> list[list[Path]]:
+        """See OrderedDocuments.parts."""
+        if not self.shuffle:
+            return [self.files]
+        return [random.Random(f"documents {self.seed} {epoch}").sample(self.files, len(self.files))]
+
+    def records(self, file: Path, *, line: int) -> Iterator[Record]:
+        """See OrderedDocuments.records."""
+        return read_records(file, line=line)
+
+    def keeps(self, text: str) -> bool:
+        """See OrderedDocuments.keeps."""
+        return self.keep == "all" or split_of(text) == self.keep
 
     def check(self) -> None:
-        """Decodes records up to the first document that has text."""
-        if not any(text.strip() for text in self._texts(chain.from_iterable(map(read_records, self.files)))):
-            advice = "Give a larger dataset, or --validation PATH." if self.keep != "all" else "Is it empty?"
-            raise UserError(f"no document in {self.name}. {advice}")
+        """Decodes records up to the first document that has text, or up to MOST_UNREADABLE that cannot be read."""
+        problems: list[str] = []
+        for record in chain.from_iterable(map(read_records, self.files)):
+            try:
+                text = record.text()
+            except UserError as error:
+                problems.append(str(error))
+                if len(problems) == MOST_UNREADABLE:
+                    break
+            else:
+                if text.strip() and self.keeps(text):
+                    return
+        if problems:
+            raise UserError(f"no document in {self.name} can be read. The first problem: {problems[0]}")
+        advice = "Give a larger dataset, or --validation PATH." if self.keep != "all" else "Is it empty?"
+        raise UserError(f"no document in {self.name}. {advice}")
 
-    def _texts(self, records: Iterable[Record]) -> Iterator[str]:
-        texts = (record.text() for record in records)
-        return texts if self.keep == "all" else (text for text in texts if split_of(text) == self.keep)
-
-    def _records(self, epoch: int) -> Iterator[Record]:
-        if not self.shuffle:
-            return chain.from_iterable(map(read_records, self.files))
-        rng = random.Random(f"documents {self.seed} {epoch}")
-        files = rng.sample(self.files, len(self.files))
-        return shuffled(chain.from_iterable(map(read_records, files)), rng=rng, size=lambda record: len(record.raw))
+    def fingerprint(self) -> dict[str, str]:
+        """See DocumentSource.fingerprint."""
+        return fingerprint_files(self.files)
 
 
 def split_of(text: str) -> Split:

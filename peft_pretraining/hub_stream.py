@@ -2,8 +2,8 @@
 
 ``datasets`` splits an iterable dataset by DataLoader worker on its own, which divides the data twice when it is already
 divided by reader. So each reader opens its shards one by one, through ``IterableDataset.iter``, which knows nothing of
-workers. Shuffling happens in our own buffer, downstream of the connection: a buffer inside the stream would be lost
-with it, and the documents in it.
+workers. Shuffling happens in our own blocks, downstream of the connection: a buffer inside the stream would be lost
+with it, and the documents in it. A shard is a part of the epoch, so a reader opens only its own.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from loguru import logger
 
+from peft_pretraining.document_order import OrderedDocuments
 from peft_pretraining.errors import UserError
-from peft_pretraining.records import shuffled
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -47,39 +47,57 @@ NETWORK_MODULES = {
 OFFLINE_WAYS = "--dataset PATH (a folder of C4 shards, or your own text) or --dataset pydocs work without a network"
 
 
-class HubDocuments:
-    """One split of C4, English, streamed. Train order: shards shuffled by (seed, epoch), then a shuffle buffer."""
+class HubRecord(NamedTuple):
+    """One row of a shard, which the network has brought already decoded."""
+
+    raw: Any
+    shard: str
+    line: int  # 1-based row
+
+    @property
+    def size(self) -> int:
+        return len(self.raw) if isinstance(self.raw, str) else 0
+
+    def text(self) -> str:
+        """The document. Raises UserError where the row holds none."""
+        if not isinstance(self.raw, str):
+            raise UserError(f'{self.shard} row {self.line}: "text" is not a string but {str(self.raw)[:40]!r}.')
+        return self.raw
+
+
+class HubDocuments(OrderedDocuments[int]):
+    """One split of C4, English, streamed. Train order: shards shuffled by (seed, epoch), then blocks within a shard."""
 
     def __init__(self, *, split: Literal["train", "validation"], seed: int) -> None:
+        super().__init__(seed=seed, shuffle=split == "train")
         self.name = f"{HUB_DATASET} {HUB_CONFIG}, {split}, streamed from the hub"
         self.split = split
-        self.seed = seed
+        self.revision: str | None = None
         self._dataset: IterableDataset | None = None
 
     def check(self) -> None:
         """Finds the dataset's files, so that workers inherit them. Raises UserError within seconds without a hub."""
-        probe_hub()
+        self.revision = probe_hub()
         self._open()
 
-    def read(self, *, epoch: int, reader: int, readers: int) -> Iterator[str]:
-        """See DocumentSource.read. Broken connections are retried and resumed at the document where they broke."""
-        shuffle = self.split == "train"
-        rng = random.Random(f"hub {self.seed} {epoch}")
+    def fingerprint(self) -> dict[str, str]:
+        """The dataset's revision, known after check()."""
+        return {HUB_DATASET: self.revision} if self.revision else {}
+
+    def parts(self, epoch: int) -> list[list[int]]:
+        """See OrderedDocuments.parts: each shard is one."""
         shards = list(range(self._open().num_shards))
-        if shuffle:
-            rng.shuffle(shards)
-        share = (reader + epoch) % readers
-        if readers <= len(shards):
-            texts = self._shards(shards[share::readers])
-        else:  # too few shards to go round: every reader walks all of them
-            texts = islice(self._shards(shards), share, None, readers)
-        return shuffled(texts, rng=rng, size=len) if shuffle else texts
+        if self.shuffle:
+            random.Random(f"hub {self.seed} {epoch}").shuffle(shards)
+        return [[shard] for shard in shards]
 
-    def _shards(self, shards: list[int]) -> Iterator[str]:
-        for shard in shards:
-            yield from resilient(partial(self._shard, shard), name=f"{self.name}, shard {shard}")
+    def records(self, file: int, *, line: int) -> Iterator[HubRecord]:
+        """See OrderedDocuments.records. A broken connection is retried and resumed at the row where it broke."""
+        name = f"{self.name}, shard {file}"
+        rows = resilient(partial(self._shard, file), name=name, first=line - 1)
+        return (HubRecord(raw, name, row) for row, raw in enumerate(rows, start=line))
 
-    def _shard(self, shard: int) -> Iterator[str]:
+    def _shard(self, shard: int) -> Iterator[Any]:
         dataset = self._open()
         for batch in dataset.shard(num_shards=dataset.num_shards, index=shard).iter(batch_size=BATCH):
             yield from batch["text"]
@@ -111,8 +129,11 @@ def limit_inner_retries() -> None:
         setattr(datasets.config, f"STREAMING_{kind}_RETRY_INTERVAL", 0)
 
 
-def probe_hub() -> None:
-    """Asks the hub for the dataset. Raises UserError where ``datasets`` is missing or nobody answers in seconds."""
+def probe_hub() -> str | None:
+    """Asks the hub for the dataset and returns its revision, or None where the hub is too busy to say.
+
+    Raises UserError where ``datasets`` is missing or nobody answers in seconds.
+    """
     try:
         import datasets  # noqa: F401
         from huggingface_hub import HfApi
@@ -121,23 +142,23 @@ def probe_hub() -> None:
     failure: Exception | None = None
     for _ in range(PROBES):
         try:
-            HfApi().dataset_info(HUB_DATASET, timeout=PROBE_SECONDS)
-            return
+            return HfApi().dataset_info(HUB_DATASET, timeout=PROBE_SECONDS).sha
         except Exception as error:
             if not is_transient(error):
                 raise
             if http_status(error) is not None:
-                return  # it answers, if only "too busy": loading is patient
+                return None  # it answers, if only "too busy": loading is patient
             failure = error
     raise UserError(f"the Hugging Face hub cannot be reached ({_brief(failure)}); {OFFLINE_WAYS}.") from failure
 
 
-def resilient(open_stream: Callable[[], Iterator[T]], *, name: str) -> Iterator[T]:
+def resilient(open_stream: Callable[[], Iterator[T]], *, name: str, first: int = 0) -> Iterator[T]:
     """The items of a stream that always gives the same ones, reopened and resumed where the network broke it.
 
+    first: 0-based item to begin with.
     Raises UserError after TRIES failures without a new item; errors that are no network's fault pass unchanged.
     """
-    delivered = failures = 0
+    delivered, failures = first, 0
     while True:
         try:
             for item in islice(open_stream(), delivered, None):

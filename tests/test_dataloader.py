@@ -11,12 +11,11 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from peft_pretraining import dataloader
-from peft_pretraining.dataloader import IGNORED, Batch, ValidationSet, pack_concat, pack_truncate, train_batches
+from peft_pretraining import dataloader, packing, records
+from peft_pretraining.dataloader import IGNORED, Batch, ValidationSet, train_batches
 from peft_pretraining.documents import LocalDocuments
 from peft_pretraining.errors import UserError
 from peft_pretraining.hub_stream import HubDocuments
@@ -74,26 +73,6 @@ def texts_of_first_epochs(batches: Iterator[Batch], *, epochs: int, total: int) 
 # Packing
 
 
-def test_concat_reproduces_the_token_stream() -> None:
-    lists = [[1, 2, 3], [], [4], list(range(10, 31)), [5, 6]]
-    stream = [token for ids in lists for token in (*ids, 0)]
-    for length in (2, 3, 4, 7, 31, 32, 33, 100):
-        windows = list(pack_concat(iter(lists), length=length, eos_id=0))
-        inputs = np.concatenate([window[0] for window in windows])
-        targets = np.concatenate([window[1] for window in windows])
-        count = len(stream) - 1
-        assert targets[:count].tolist() == stream[1:]  # every transition, once, in order
-        assert inputs[:count].tolist() == stream[:-1]
-        assert (targets[count:] == IGNORED).all() and len(targets) - count < length
-        assert all(window.shape == (2, length) and window.dtype == np.int32 for window in windows)
-
-
-def test_truncate_is_one_padded_document_a_sequence() -> None:
-    short, exact, long = pack_truncate([[1, 2], [1, 2, 3, 4], [1, 2, 3, 4, 5]], length=4, eos_id=8, pad_id=9)
-    assert short.tolist() == [[1, 2, 8, 9], [2, 8, IGNORED, IGNORED]]
-    assert exact.tolist() == long.tolist() == [[1, 2, 3, 4], [2, 3, 4, IGNORED]]
-
-
 def test_training_stream_is_carried_over_the_epoch(tmp_path: Path) -> None:
     """No tail is dropped: two epochs of 7 documents come out as one unbroken stream."""
     source = local(tmp_path / "a.jsonl", documents(7))
@@ -102,8 +81,8 @@ def test_training_stream_is_carried_over_the_epoch(tmp_path: Path) -> None:
     expected = [
         token
         for epoch in range(3)
-        for text in source.read(epoch=epoch, reader=0, readers=1)
-        for token in (*text.encode(), TOKENIZER.eos_id)
+        for document in source.read(epoch=epoch, reader=0, readers=1)
+        for token in (*document.text.encode(), TOKENIZER.eos_id)
     ]
     found = rows(taken)
     assert found[:, 0].flatten().tolist() == expected[:180]
@@ -203,16 +182,45 @@ def test_more_workers_than_documents(tmp_path: Path, packing: str) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_user_errors_arrive_as_one_line(tmp_path: Path, workers: int) -> None:
-    path = tmp_path / "a.jsonl"
-    source = local(path, documents(40), shuffle=False)
-    with path.open("a") as file:
-        file.write("{broken\n")
+def test_user_errors_arrive_as_one_line(tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = local(tmp_path / "a.jsonl", documents(40))
+    (tmp_path / "a.jsonl").unlink()
+    monkeypatch.setattr(records, "RETRY_WAITS", ())
     with pytest.raises(UserError) as caught:
-        for _ in train_batches(source, TOKENIZER, batch_size=2, max_length=8, packing="concat", workers=workers):
-            pass
-    assert str(caught.value).startswith(f"{path} line 41: not valid JSON (")
+        next(train_batches(source, TOKENIZER, batch_size=2, max_length=8, packing="concat", workers=workers))
+    assert str(caught.value).startswith(f"cannot read {tmp_path / 'a.jsonl'}: No such file or directory.")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("packing", ["concat", "truncate"])
+def test_bad_documents_are_left_out_and_reported_once_an_epoch(tmp_path: Path, workers: int, packing: str) -> None:
+    path = tmp_path / "a.jsonl"
+    source = local(path, documents(40))
+    lines = path.read_text().splitlines()
+    bad = {4: "{broken", 20: "{}", 43: '{"text": 1}'}
+    for number in sorted(bad):
+        lines.insert(number - 1, bad[number])
+    path.write_text("\n".join(lines))
+    options = {"batch_size": 2, "max_length": 16, "packing": packing, "workers": workers}
+    found = take(train_batches(source, TOKENIZER, **options), 60)
+    reported = Counter(reason.split(": ")[0] for batch in found for reason in batch.skipped)
+    assert set(reported) == {f"{path} line {number}" for number in bad}
+    # 120 sequences of 16 and 14 tokens are three epochs, and a reader's last may lie beyond them.
+    assert all(2 <= count <= 4 for count in reported.values())
+    assert sorted({len(batch.input_ids) for batch in found}) == [2]
+
+
+def test_nothing_but_bad_documents_is_handed_over_all_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("{}\n" * 150)
+    source = LocalDocuments([path], name="a", seed=0, shuffle=False)
+    options = {"batch_size": 1, "max_length": 8, "packing": "concat"}
+    batches = take(train_batches(source, TOKENIZER, **options), 3)
+    assert [len(batch.skipped) for batch in batches] == [64, 64, 64]
+    assert all((batch.targets == IGNORED).all() for batch in batches)
+    (rest,) = take(train_batches(source, TOKENIZER, **options, resume=[batches[0].position]), 1)
+    assert rest.skipped == batches[1].skipped
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -328,7 +336,20 @@ def test_validation_follows_the_stream_and_reads_no_further(tmp_path: Path) -> N
     stream = [token for text in documents(20) for token in (*text.encode(), TOKENIZER.eos_id)]
     targets = rows(list(validation))[:, 1].flatten()
     assert targets[targets != IGNORED].tolist() == stream[1:101]
-    assert len(list(reading)) >= 1000 - 2 * dataloader.CHUNK
+    assert len(list(reading)) >= 1000 - 2 * packing.CHUNK
+
+
+def test_bad_validation_documents_are_skipped_with_a_warning(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "abc"}\n' + "{}\n" * 7 + '{"text": "def"}\n')
+    source = LocalDocuments([path], name="a", seed=0, shuffle=False)
+    warnings: list[str] = []
+    handler = dataloader.logger.add(lambda line: warnings.append(str(line).strip()), format="{message}")
+    validation = ValidationSet(source, TOKENIZER, tokens=100, batch_size=4, max_length=64, packing="concat")
+    dataloader.logger.remove(handler)
+    assert validation.tokens == 7
+    assert warnings[0].startswith(f'skipped a validation document: {path} line 2: no "text" field')
+    assert len(warnings) == 6 and warnings[5] == "skipped 2 more validation documents"
 
 
 def test_tiny_and_empty_validation(tmp_path: Path) -> None:

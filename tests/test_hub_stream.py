@@ -45,6 +45,10 @@ def open_fake(monkeypatch: pytest.MonkeyPatch, *, shards: int, split: str = "tra
     return source
 
 
+def read(source: HubDocuments, *, epoch: int, reader: int, readers: int) -> list[str]:
+    return [item.text for item in source.read(epoch=epoch, reader=reader, readers=readers)]  # type: ignore[union-attr]
+
+
 class Response:
     def __init__(self, status_code: int, headers: dict[str, str] | None = None) -> None:
         self.status_code = status_code
@@ -66,24 +70,24 @@ def test_readers_divide_every_epoch(monkeypatch: pytest.MonkeyPatch, shards: int
     """Shards that go round, that do not go round evenly, and too few of them."""
     source = open_fake(monkeypatch, shards=shards)
     for epoch in range(2):
-        shares = [list(source.read(epoch=epoch, reader=reader, readers=readers)) for reader in range(readers)]
+        shares = [read(source, epoch=epoch, reader=reader, readers=readers) for reader in range(readers)]
         assert Counter(sum(shares, [])) == Counter(everything(shards))
 
 
 def test_train_is_reshuffled_and_validation_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     train = open_fake(monkeypatch, shards=5)
-    orders = [list(train.read(epoch=epoch, reader=0, readers=1)) for epoch in (0, 1, 0)]
+    orders = [read(train, epoch=epoch, reader=0, readers=1) for epoch in (0, 1, 0)]
     assert orders[0] == orders[2] != orders[1]
     other_seed = open_fake(monkeypatch, shards=5, seed=1)
-    assert list(other_seed.read(epoch=0, reader=0, readers=1)) != orders[0]
+    assert read(other_seed, epoch=0, reader=0, readers=1) != orders[0]
     validation = open_fake(monkeypatch, shards=5, split="validation")
-    assert list(validation.read(epoch=0, reader=0, readers=1)) == everything(5)
+    assert read(validation, epoch=0, reader=0, readers=1) == everything(5)
 
 
 def test_source_is_picklable(monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_fake(monkeypatch, shards=3)
     copy = pickle.loads(pickle.dumps(source))
-    assert list(copy.read(epoch=1, reader=0, readers=2)) == list(source.read(epoch=1, reader=0, readers=2))
+    assert read(copy, epoch=1, reader=0, readers=2) == read(source, epoch=1, reader=0, readers=2)
     assert copy.name == "allenai/c4 en, train, streamed from the hub"
 
 
@@ -93,7 +97,7 @@ def test_source_is_picklable(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_broken_stream_gives_the_same_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each third document drops the connection, or is answered 429, before it arrives; the next try gets past it."""
     healthy = open_fake(monkeypatch, shards=4)
-    wanted = [list(healthy.read(epoch=0, reader=reader, readers=2)) for reader in range(2)]
+    wanted = [read(healthy, epoch=0, reader=reader, readers=2) for reader in range(2)]
     seen: set[str] = set()
     waits: list[int] = []
 
@@ -112,7 +116,7 @@ def test_broken_stream_gives_the_same_documents(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(hub_stream, "BATCH", 1)
     flaky = HubDocuments(split="train", seed=0)
     flaky._dataset = datasets.IterableDataset.from_generator(flaky_rows, gen_kwargs={"shards": list(range(4))})
-    assert [list(flaky.read(epoch=0, reader=reader, readers=2)) for reader in range(2)] == wanted
+    assert [read(flaky, epoch=0, reader=reader, readers=2) for reader in range(2)] == wanted
     assert waits == [1] * 4 * (DOCUMENTS // 3)  # a document that arrives ends a row of failures
 
 

@@ -1,0 +1,182 @@
+"""Where a run is in the endless order of its documents, in a few integers that JSON can hold.
+
+The order of documents is a pure function of the seed, so that a position needs no content: an epoch consists of parts
+(one for local files, one a shard for the hub), a part of files, and the records of a part come block by block. To go
+on, a reader opens the file at the line where its block begins, reads this block again and skips what it has read.
+
+Readers (ranks x workers) share documents by a rule, `owner`. A run with another number of readers keeps the old
+readers' positions as a `Layout`: a document has been read where its owner in some earlier layout was past it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from loguru import logger
+
+from peft_pretraining.errors import UserError
+
+
+class Block(NamedTuple):
+    """Where a block of records begins. Blocks of one part compare like their places."""
+
+    file: int  # number of the file within the part
+    line: int  # 1-based line (or row) of the file
+    document: int  # number of its first record within the part
+
+
+PART_START = Block(0, 1, 0)
+PART_END = Block(sys.maxsize, 0, 0)
+
+
+class Position(NamedTuple):
+    """All documents of the reader before this place are done, and of the document at it what the last four fields say.
+
+    document: its number within the part, in shuffled order. It need not belong to the reader, nor exist.
+    """
+
+    epoch: int = 0
+    part: int = 0
+    document: int = 0
+    block: Block = PART_START  # that of the document, or an earlier one of the part
+    piece: int = 0  # long documents are tokenized in pieces: the pieces before this one are done
+    used: int = 0  # tokens of the piece that are done
+    eos_first: bool = False  # whether the EOS of the document before is still to be trained from
+    reported: int = 0  # bad documents from here on that have been reported
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """What positions are compared by: epoch, part, document."""
+        return self[:3]
+
+    def after(self, *, eos_first: bool = False) -> Position:
+        """The position behind this document."""
+        return self._replace(document=self.document + 1, piece=0, used=0, eos_first=eos_first)
+
+    def begin(self, epoch: int, part: int) -> Block:
+        """The block of that part before which nothing is left to read: PART_START, PART_END, or the one in hand."""
+        if (self.epoch, self.part) == (epoch, part):
+            return self.block
+        return PART_END if (self.epoch, self.part) > (epoch, part) else PART_START
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON: integers and a list of them."""
+        return {**self._asdict(), "block": list(self.block)}
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> Position:
+        """The inverse of to_json."""
+        return cls(**{**saved, "block": Block(*saved["block"])})
+
+
+def owner(epoch: int, part: int, document: int, *, parts: int, readers: int) -> int:
+    """The one of ``readers`` that reads this document: whole parts where they go round, else every n-th document.
+
+    Turns move on with the epoch, so that readers that outnumber the documents all get some.
+    """
+    turn = part if readers <= parts else part + document
+    return (turn - epoch) % readers
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How far each reader of an earlier run had come when the number of readers changed."""
+
+    positions: tuple[Position, ...]
+
+    def has_read(self, epoch: int, part: int, document: int, *, parts: int) -> bool:
+        """Whether the document's reader was past it. One that was cut in the middle is read again from its start."""
+        reader = owner(epoch, part, document, parts=parts, readers=len(self.positions))
+        return (epoch, part, document) < self.positions[reader].place
+
+    def begin(self, epoch: int, part: int, *, parts: int) -> Block:
+        """The block of the part before which every document has been read."""
+        readers = len(self.positions)
+        owners = {owner(epoch, part, number, parts=parts, readers=readers) for number in range(readers)}
+        return min(self.positions[reader].begin(epoch, part) for reader in owners)
+
+    @cached_property
+    def json(self) -> list[dict[str, Any]]:
+        return [position.to_json() for position in self.positions]
+
+    @classmethod
+    def from_json(cls, saved: list[dict[str, Any]]) -> Layout:
+        return cls(tuple(map(Position.from_json, saved)))
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What one rank has consumed.
+
+    positions: of each of its workers.  turn: the worker that the next sequence comes from.
+    earlier: the layouts that still matter, oldest first.
+    """
+
+    positions: tuple[Position, ...]
+    world_size: int
+    turn: int = 0
+    earlier: tuple[Layout, ...] = ()
+
+    @classmethod
+    def at_start(cls, *, world_size: int, workers: int, epoch: int = 0, earlier: tuple[Layout, ...] = ()) -> Progress:
+        """That of a rank that has consumed nothing but what ``earlier`` tells. workers: at least 1."""
+        return cls((Position(epoch=epoch),) * workers, world_size=world_size, earlier=earlier)
+
+    def advance(self, position: Position) -> Progress:
+        """After one more sequence, which leaves the worker whose turn it was at ``position``."""
+        positions = (*self.positions[: self.turn], position, *self.positions[self.turn + 1 :])
+        return replace(self, positions=positions, turn=(self.turn + 1) % len(positions))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON of a few integers a worker; the earlier layouts are shared, not copied."""
+        return {
+            "world_size": self.world_size,
+            "turn": self.turn,
+            "readers": [position.to_json() for position in self.positions],
+            "earlier": [layout.json for layout in self.earlier],
+        }
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> Progress:
+        """The inverse of to_json."""
+        positions = tuple(map(Position.from_json, saved["readers"]))
+        earlier = tuple(map(Layout.from_json, saved["earlier"]))
+        return cls(positions, world_size=saved["world_size"], turn=saved["turn"], earlier=earlier)
+
+
+def resume_progress(saved: Sequence[dict[str, Any]], *, rank: int, world_size: int, workers: int) -> Progress:
+    """Where ``rank`` goes on, from the saved positions of all ranks of the run before.
+
+    The same ranks and workers go on exactly where they were. Others share out what is left, document by document: the
+    documents that were cut in the middle, at most one a reader, are read again from their start, with a warning.
+
+    Raises UserError where ``saved`` is not the position of a whole run.
+    """
+    try:
+        ranks = [Progress.from_json(one) for one in saved]
+        if not ranks or {one.world_size for one in ranks} != {len(ranks)}:
+            raise ValueError(f"{len(ranks)} ranks of {ranks[0].world_size if ranks else 'none'}")
+        turns = zip(*(one.positions for one in ranks), strict=True)
+        before = Layout(tuple(position for turn in turns for position in turn))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the saved data position cannot be used ({error}). Resume from another checkpoint.") from error
+    epoch = min(position.epoch for position in before.positions)
+    own = (len(ranks), len(ranks[0].positions))
+    if own == (world_size, workers):
+        return replace(ranks[rank], earlier=_that_matter(ranks[rank].earlier, epoch=epoch))
+    if rank == 0:
+        logger.warning(
+            f"the data was read by {own[0]} ranks x {own[1]} workers, now by {world_size} x {workers}: "
+            "the order goes on, but documents that were cut in the middle are read again from their start"
+        )
+    earlier = _that_matter((*ranks[0].earlier, before), epoch=epoch)
+    return Progress.at_start(world_size=world_size, workers=workers, epoch=epoch, earlier=earlier)
+
+
+def _that_matter(layouts: tuple[Layout, ...], *, epoch: int) -> tuple[Layout, ...]:
+    """The layouts that had reached this epoch, which is the first one that is still being read."""
+    return tuple(layout for layout in layouts if max(position.epoch for position in layout.positions) >= epoch)

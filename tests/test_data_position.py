@@ -1,0 +1,233 @@
+"""Resuming: the batches of an uninterrupted run to the last bit, or on another layout every document all the same."""
+
+import json
+import random
+from collections import Counter
+from dataclasses import replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_dataloader import rows, take
+
+from peft_pretraining import data_position, document_order, packing
+from peft_pretraining.data_position import Layout, Position, Progress, owner, resume_progress
+from peft_pretraining.dataloader import Batch, train_batches
+from peft_pretraining.document_order import Document, OrderedDocuments
+from peft_pretraining.documents import LocalDocuments
+from peft_pretraining.errors import UserError
+from peft_pretraining.hub_stream import HubDocuments
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+COUNT = 90  # documents in all
+SHARDS = 6
+
+
+def text_of(i: int, *, long: bool) -> str:
+    """Document i; its first character names it."""
+    return chr(0x100 + i) + "ab " * (i * 7 % 23 if long else 0)
+
+
+class Characters:
+    """A token a character, so that the documents of a batch can be read off it."""
+
+    name, vocab_size, eos_id, pad_id = "characters", 1000, 0, 1
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return [list(map(ord, text)) for text in texts]
+
+
+class MemoryShards(HubDocuments):
+    """The hub's documents without the hub."""
+
+    def __init__(self, shards: list[list[str]]) -> None:
+        super().__init__(split="train", seed=0)
+        self.shards = shards
+
+    def parts(self, epoch: int) -> list[list[int]]:
+        order = random.Random(epoch).sample(range(len(self.shards)), len(self.shards))
+        return [[shard] for shard in order]
+
+    def _shard(self, shard: int) -> Any:
+        return iter(self.shards[shard])
+
+
+def make_source(kind: str, folder: Path, *, long: bool = True, bad: bool = True) -> OrderedDocuments:
+    """Local files of unequal size, one of them damaged by bad lines; or shards."""
+    texts = [text_of(i, long=long) for i in range(COUNT)]
+    if kind == "hub":
+        return MemoryShards([texts[shard::SHARDS] for shard in range(SHARDS)])
+    files = []
+    for number, (start, end) in enumerate(((0, 50), (50, 53), (53, COUNT))):
+        lines = [json.dumps({"text": text}) for text in texts[start:end]]
+        if bad:
+            lines[2:2] = ["{}", "broken"]
+        files.append(folder / f"{number}.jsonl")
+        files[-1].write_text("\n".join(lines) + "\n")
+    return LocalDocuments(files, name="", seed=0, shuffle=True)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many blocks, chunks and pieces in little text."""
+    monkeypatch.setattr(document_order, "BUFFER_RECORDS", 11)
+    monkeypatch.setattr(packing, "PIECE", 25)
+    monkeypatch.setattr(packing, "CHUNK", 5)
+
+
+def through_json(position: dict[str, Any]) -> dict[str, Any]:
+    copy = json.loads(json.dumps(position))
+    assert copy == position
+    return copy
+
+
+@pytest.mark.parametrize("kind", ["local", "hub"])
+@pytest.mark.parametrize("packing_kind", ["concat", "truncate"])
+@pytest.mark.parametrize("workers, world_size", [(0, 1), (0, 3), (2, 1), (2, 2)])
+def test_batches_after_a_resume_are_those_of_the_uninterrupted_run(
+    tmp_path: Path, kind: str, packing_kind: Any, workers: int, world_size: int
+) -> None:
+    """Stopped anywhere: in the first epoch and in later ones, in a block, in a document, in a piece."""
+    source = make_source(kind, tmp_path)
+    options: dict[str, Any] = dict(batch_size=3, max_length=17, packing=packing_kind, workers=workers)
+    options["world_size"] = world_size
+    rng = random.Random(f"{kind} {packing_kind} {workers} {world_size}")
+    total = 15 if workers or world_size > 1 else 80
+
+    def start(rank: int, resume: list[dict] | None = None) -> Any:
+        return train_batches(source, Characters(), rank=rank, resume=resume, **options)  # type: ignore[arg-type]
+
+    whole = [take(start(rank), total) for rank in range(world_size)]
+    assert workers or world_size > 1 or whole[0][-1].epoch >= 1
+    for stop in rng.sample(range(1, total - 3), 2 if workers else 6):
+        saved = [through_json(ranked[stop - 1].position) for ranked in whole]
+        for rank, ranked in enumerate(whole):
+            again = take(start(rank, saved), min(3, total - stop) if workers else total - stop)
+            for found, wanted in zip(again, ranked[stop:], strict=False):
+                assert torch.equal(found.input_ids, wanted.input_ids) and torch.equal(found.targets, wanted.targets)
+                assert (found.epoch, found.skipped, found.position) == (wanted.epoch, wanted.skipped, wanted.position)
+
+
+def test_no_more_than_the_block_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_source("local", tmp_path, bad=False)
+    taken = take(train_batches(source, Characters(), batch_size=1, max_length=8, packing="truncate"), 70)  # type: ignore
+    read: list[int] = []
+    real = source.records
+
+    def recording(file: Path, *, line: int) -> Any:
+        for record in real(file, line=line):
+            read.append(record.line)
+            yield record
+
+    monkeypatch.setattr(source, "records", recording)
+    batches = source.read(epoch=0, reader=0, readers=1, start=Position.from_json(taken[-1].position["readers"][0]))
+    assert len(list(batches)) == COUNT - 70
+    assert len(read) <= COUNT - 70 + document_order.BUFFER_RECORDS
+
+
+def run_readers(
+    source: OrderedDocuments, ranks: list[Progress], *, rng: random.Random, most: int
+) -> tuple[list[Progress], Counter[tuple[int, ...]]]:
+    """Readers that each read up to so many documents, each at its own pace; the places of these documents."""
+    workers, world_size = len(ranks[0].positions), len(ranks)
+    places: Counter[tuple[int, ...]] = Counter()
+    for rank, progress in enumerate(ranks):
+        positions = []
+        for worker, position in enumerate(progress.positions):
+            share = dict(reader=worker * world_size + rank, readers=workers * world_size)
+            read = (
+                source.read(epoch=epoch, **share, start=position, earlier=progress.earlier)  # type: ignore[arg-type]
+                for epoch in range(position.epoch, position.epoch + 30)
+            )
+            for item in islice(chain.from_iterable(read), rng.randrange(most)):
+                assert isinstance(item, Document)
+                places[item.position.place] += 1
+                position = item.position.after()
+            positions.append(position)
+        ranks[rank] = replace(progress, positions=tuple(positions))
+    return ranks, places
+
+
+@pytest.mark.parametrize("kind", ["local", "hub"])
+def test_other_layouts_read_each_document_once_an_epoch(tmp_path: Path, kind: str) -> None:
+    """However often the layout changes and however far the readers have parted, over epochs even."""
+    source = make_source(kind, tmp_path, bad=False)
+    layouts = [(1, 1), (3, 1), (1, 2), (2, 2), (1, 8), (2, 5)]  # world size and workers
+    for seed in range(10):
+        rng = random.Random(seed)
+        saved: list[dict[str, Any]] | None = None
+        seen: Counter[tuple[int, ...]] = Counter()
+        for world_size, workers in [*rng.choices(layouts, k=4), (1, 1)]:
+            shape: dict[str, int] = dict(world_size=world_size, workers=workers)
+            ranks = [
+                resume_progress(saved, rank=rank, **shape) if saved else Progress.at_start(**shape)
+                for rank in range(world_size)
+            ]
+            last_epoch = max(ranks[0].earlier[-1].positions).epoch if ranks[0].earlier else 0
+            ranks, places = run_readers(source, ranks, rng=rng, most=80)
+            seen += places
+            saved = [through_json(progress.to_json()) for progress in ranks]
+        (only,) = ranks
+        while only.positions[0].epoch <= last_epoch + 3:
+            (only,), places = run_readers(source, [only], rng=rng, most=300)
+            seen += places
+        per_epoch = Counter(epoch for epoch, _, _ in seen)
+        assert set(seen.values()) == {1}
+        assert all(per_epoch[epoch] == COUNT for epoch in range(last_epoch + 3))
+
+
+@pytest.mark.parametrize("kind", ["local", "hub"])
+@pytest.mark.parametrize("batches", [1, 4, 9])
+def test_what_was_cut_is_read_again_and_nothing_else(tmp_path: Path, kind: str, batches: int) -> None:
+    """Two ranks become one: the first tokens of the documents, which name them, come once an epoch as an input."""
+    source = make_source(kind, tmp_path)
+    options: dict[str, Any] = dict(batch_size=2, max_length=17, packing="concat")
+
+    def names(taken: list[Batch]) -> list[int]:
+        inputs = rows(taken)[:, 0].flatten().tolist()
+        return [token for token in inputs if token >= 0x100]
+
+    before = [take(train_batches(source, Characters(), rank=r, world_size=2, **options), batches) for r in range(2)]  # type: ignore[arg-type]
+    saved = [through_json(ranked[-1].position) for ranked in before]
+    (positions,) = zip(*(one["readers"] for one in saved), strict=True)
+    begun = names(before[0]) + names(before[1])
+    cut = sum(position["used"] > 0 or position["piece"] > 0 for position in positions)
+    assert len(set(begun)) == len(begun) < COUNT
+
+    warnings: list[str] = []
+    handler = data_position.logger.add(warnings.append, format="{message}")
+    after = names(take(train_batches(source, Characters(), resume=saved, **options), 210))  # type: ignore[arg-type]
+    data_position.logger.remove(handler)
+    rest = after[: COUNT - len(begun) + cut]
+    assert set(begun) | set(rest) == {0x100 + i for i in range(COUNT)}
+    assert len(set(rest)) == len(rest) and len(set(begun) & set(rest)) == cut
+    assert sorted(after[len(rest) : len(rest) + COUNT]) == [0x100 + i for i in range(COUNT)], "the next epoch is whole"
+    assert len(warnings) == 1
+    assert str(warnings[0]).startswith("the data was read by 2 ranks x 1 workers, now by 1 x 1: the order goes on")
+
+
+def test_layouts_that_no_longer_matter_are_dropped() -> None:
+    old = Layout((Position(epoch=1), Position(epoch=2)))
+    kept = Layout((Position(epoch=2), Position(epoch=3)))
+    progress = Progress((Position(epoch=3),), world_size=1, earlier=(old, kept))
+    for workers in (1, 2):
+        earlier = resume_progress([progress.to_json()], rank=0, world_size=1, workers=workers).earlier
+        assert earlier[0] == kept and len(earlier) == workers
+
+
+def test_whole_parts_go_round_else_documents_do() -> None:
+    shares = [[owner(0, part, 0, parts=6, readers=4) for part in range(6)]]
+    shares.append([owner(0, 5, number, parts=6, readers=4) for number in range(6)])
+    shares.append([owner(1, 0, number, parts=1, readers=4) for number in range(6)])
+    assert shares == [[0, 1, 2, 3, 0, 1], [1] * 6, [3, 0, 1, 2, 3, 0]]
+
+
+@pytest.mark.parametrize("saved", [[], [{}], [{"readers": 3}], "two of three"])
+def test_a_position_that_is_none_is_one_line(saved: Any) -> None:
+    if saved == "two of three":
+        saved = [Progress.at_start(world_size=3, workers=1).to_json()] * 2
+    with pytest.raises(UserError, match="the saved data position cannot be used .*Resume from another checkpoint"):
+        resume_progress(saved, rank=0, world_size=1, workers=1)
