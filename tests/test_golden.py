@@ -23,7 +23,7 @@ FAMILIES: dict[str, dict] = {
     "adam": {},
     "adamw": {},
     "sgd": {"lr": 0.5},
-    "adafactor": {"lr": 0.02},
+    "adafactor": {"lr": 0.03},
     "adamw8bit": {},
     "galore_adamw": LOW_RANK,
     "q_galore_adamw8bit_per_layer": LOW_RANK | INT8,

@@ -116,6 +116,15 @@ def test_broken_stream_gives_the_same_documents(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(hub_stream, "BATCH", 1)
     flaky = HubDocuments(split="train", seed=0)
     flaky._dataset = datasets.IterableDataset.from_generator(flaky_rows, gen_kwargs={"shards": list(range(4))})
+    documents = list(flaky.read(epoch=0, reader=1, readers=2))
+    assert [document.text for document in documents] == wanted[1]  # type: ignore[union-attr]
+    for stop in (1, DOCUMENTS, DOCUMENTS + 3):  # resumed in the middle of a shard, on as bad a connection
+        seen.clear()
+        start = documents[stop - 1].position.after()  # type: ignore[union-attr]
+        rest = flaky.read(epoch=0, reader=1, readers=2, start=start)
+        assert [document.text for document in rest] == wanted[1][stop:]  # type: ignore[union-attr]
+    seen.clear()
+    waits.clear()
     assert [read(flaky, epoch=0, reader=reader, readers=2) for reader in range(2)] == wanted
     assert waits == [1] * 4 * (DOCUMENTS // 3)  # a document that arrives ends a row of failures
 
