@@ -1,6 +1,7 @@
 """Saving a run and getting it back: checkpoints, their restoration, and what follows from an update that went wrong."""
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -63,10 +64,21 @@ def begin(run: Run, start: Start) -> None:
         restore_rng(start.checkpoint)
         run.state = State.from_json(start.saved["state"])
         run.state.position = start.saved["positions"][run.world.rank] if _same_ranks(run, start) else {}
+        if start.checkpoint.parent == run.save_dir:
+            _set_aside(run, start.checkpoint)
         run.metrics.resume(update=run.state.update, checkpoint=str(start.checkpoint))
         logger.info(f"going on from {start.checkpoint}, after update {run.state.update}")
         if not _same_ranks(run, start):
             logger.warning(f"the checkpoint is of {start.saved['processes']} processes, this run of {run.world.size}")
+
+
+def _set_aside(run: Run, checkpoint: Path) -> None:
+    """Later checkpoints in the folder are of a way not taken: --resume auto shall not find them."""
+    later = [other for other in complete_checkpoints(run.save_dir) if other.name > checkpoint.name]
+    for other in later if run.writer is not None else []:
+        aside = other.with_name(f"abandoned-{time.strftime('%Y%m%d-%H%M%S')}-{other.name}")
+        other.rename(aside)
+        logger.warning(f"{other} is later than the checkpoint that the run goes on from: it is now {aside.name}")
 
 
 def _same_ranks(run: Run, start: Start) -> bool:

@@ -165,3 +165,8 @@ def test_names_follow_from_the_rest():
     assert parse("--dataset", "pydocs", "--tokenizer", "x.model").tokenizer == "x.model"
     assert parse("--unset_wandb").wandb_mode == "disabled"
     assert parse("--optimizer", "adamw").name == "llama_9m-adamw"
+
+
+def test_resume_auto_needs_a_folder_to_look_into():
+    assert "--resume auto needs --save_dir" in refusal("--resume", "auto")
+    assert parse("--resume", "auto", "--save_dir", "runs/x").resume == "auto"

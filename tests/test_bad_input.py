@@ -37,7 +37,6 @@ def write_lines(path, *lines: str):
         ({"dataset": "no/such/folder"}, "no such file or folder: no/such/folder"),
         ({"tokenizer": "no/such.model"}, "no/such.model"),
         ({"continue_from": "no/such/run"}, "no/such/run: there is no such folder"),
-        ({"resume": "auto", "save_dir": None}, "--resume auto needs --save_dir"),
         ({"allow_changed": "lr,rnak"}, "--allow_changed rnak: there is no flag of that name"),
         ({"eval_only": True}, "--eval_only needs --continue_from"),
         ({"batch_size": None}, "the following arguments are required: --batch_size"),

@@ -168,8 +168,26 @@ def test_wandb_never_stops_a_run(tiny, tmp_path, monkeypatch, capsys):
 
     broken = types.SimpleNamespace(init=fail, Settings=dict, api=types.SimpleNamespace(api_key="key"))
     monkeypatch.setitem(sys.modules, "wandb", broken)
-    run(tiny, tmp_path, num_training_steps=2, wandb_mode="online")
+    run(tiny, tmp_path / "online", num_training_steps=2, wandb_mode="online")
     assert "wandb is not used: no space left" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "wandb", None)
-    run(tiny, tmp_path, num_training_steps=2, wandb_mode="offline")
+    run(tiny, tmp_path / "offline", num_training_steps=2, wandb_mode="offline")
     assert "wandb is not used" in capsys.readouterr().err
+
+
+def test_a_resumed_run_is_the_same_run_in_wandb(tiny, tmp_path, monkeypatch):
+    import sys
+    import types
+
+    asked = []
+
+    def init(**options):
+        asked.append(options)
+        return types.SimpleNamespace(id=options["id"] or "abc", config={}, log=lambda *_: None, finish=lambda: None)
+
+    known = types.SimpleNamespace(init=init, Settings=dict, api=types.SimpleNamespace(api_key="key"))
+    monkeypatch.setitem(sys.modules, "wandb", known)
+    run(tiny, tmp_path, num_training_steps=2, wandb_mode="online", save_every=1)
+    flags = dict(num_training_steps=2, wandb_mode="online", continue_from=tmp_path / "checkpoint-00000001")
+    run(tiny, tmp_path, **flags)
+    assert [(options["id"], options["resume"]) for options in asked] == [(None, None), ("abc", "allow")]

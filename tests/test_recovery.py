@@ -122,11 +122,11 @@ def broken_data(tiny, folder, *, bad: int):
 def test_bad_documents_are_named_and_counted(tiny, tmp_path, capsys):
     """All of them within one epoch; the count is in the record and in the checkpoint."""
     data = broken_data(tiny, tmp_path / "data", bad=3)
-    flags = tiny.flags(tmp_path / "out", dataset=data, batch_size=64, num_training_steps=8)
+    flags = tiny.flags(tmp_path / "out", dataset=data, batch_size=64, num_training_steps=16, keep_last=1)
     assert torchrun_main.command_line(flags) == 0
     log = capsys.readouterr().err
     assert all(f"c4-train.99999.jsonl line {line}: not valid JSON" in log for line in (1, 2, 3))
-    state = json.loads((tmp_path / "out" / "checkpoint-00000008" / "state.json").read_text())["state"]
+    state = json.loads((tmp_path / "out" / "checkpoint-00000016" / "state.json").read_text())["state"]
     assert state["health"]["bad_documents"] >= 3
     assert record(tmp_path / "out", "bad_documents")[-1]["total"] == state["health"]["bad_documents"]
 
@@ -134,7 +134,7 @@ def test_bad_documents_are_named_and_counted(tiny, tmp_path, capsys):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_bad_documents_end_the_run_and_nothing_is_lost(tiny, tmp_path, capsys, workers):
     data = broken_data(tiny, tmp_path / "data", bad=3)
-    flags = dict(dataset=data, batch_size=64, num_training_steps=8, max_bad_documents=2, workers=workers)
+    flags = dict(dataset=data, batch_size=64, num_training_steps=16, max_bad_documents=2, workers=workers)
     message = refusal(tiny.flags(tmp_path / "out", **flags), capsys)
     assert "3 documents could not be read (see above)" in message and "--max_bad_documents" in message
     done = len(losses(tmp_path / "out"))

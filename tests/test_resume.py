@@ -146,6 +146,8 @@ def test_auto_takes_the_newest_sound_checkpoint(tiny, tmp_path, capsys):
     run(tiny, tmp_path, save_every=2, resume="auto")
     log = capsys.readouterr().err
     assert str(weights) in log and f"going on from {checkpoint(tmp_path, 4)}" in log
+    (aside,) = tmp_path.glob("abandoned-*-checkpoint-00000006")
+    assert (aside / "model.safetensors").read_bytes() == content, "kept, under a name that nobody resumes from"
     assert [line["update"] for line in record(tmp_path, "update")] == [1, 2, 3, 4, 5, 6, 5, 6]
     assert losses(tmp_path)[4:6] == losses(tmp_path)[6:]
 
