@@ -1,0 +1,107 @@
+"""Nothing that is read can run: no pickles, no code from data or configs, no paths out of --save_dir."""
+
+import ast
+import pickle
+from pathlib import Path
+
+import pytest
+from test_bad_input import refusal
+
+import torchrun_main
+from peft_pretraining.checkpoint import choose_save_dir
+
+ROOT = Path(__file__).parent.parent
+CODE = [
+    ROOT / "torchrun_main.py",
+    *sorted(path for folder in ("qgalore", "peft_pretraining", "benchmarks") for path in (ROOT / folder).glob("*.py")),
+]
+UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+RUNNERS = {"eval", "exec", "compile", "__import__"}
+OBJECT_COLLECTIVES = {"all_gather_object", "broadcast_object_list", "gather_object", "scatter_object_list"}
+
+
+def dangers(source: str) -> list[str]:
+    """What in a file could run what it reads."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name.split(".")[0] in UNPICKLERS]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in UNPICKLERS:
+            found.append(str(node.module))
+        elif isinstance(node, ast.Call):
+            found += _dangers_of_call(node)
+    return found
+
+
+def _dangers_of_call(call: ast.Call) -> list[str]:
+    name = ast.unparse(call.func)
+    given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+    found = []
+    if isinstance(call.func, ast.Name) and name in RUNNERS:
+        found.append(name)
+    if name.endswith("torch.load") and given.get("weights_only") != "True":
+        found.append("torch.load")
+    if name.split(".")[-1] in OBJECT_COLLECTIVES or name in ("os.system", "os.popen"):
+        found.append(name)
+    return found + [key for key in ("shell", "trust_remote_code", "allow_pickle") if given.get(key, "False") != "False"]
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_code_runs_what_it_reads(path):
+    assert not dangers(path.read_text())
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from dill import loads",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "eval(text)",
+        "subprocess.run(text, shell=True)",
+        "AutoModel.from_pretrained(name, trust_remote_code=True)",
+        "np.load(path, allow_pickle=True)",
+        "dist.all_gather_object(objects, mine)",
+        "os.system(text)",
+    ],
+)
+def test_the_walk_finds_what_it_looks_for(source):
+    assert len(dangers(source)) == 1
+
+
+class Bomb:
+    """A pickle of it, read, makes a file."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "config.json"]
+)
+def test_a_pickle_in_place_of_a_checkpoints_file_is_refused_unread(tiny, tmp_path, capsys, name):
+    """Even where the manifest vouches for it: whoever can write one can write the other."""
+    import hashlib
+    import json
+
+    assert torchrun_main.command_line(tiny.flags(tmp_path / "run")) == 0
+    folder, mark = tmp_path / "run" / "checkpoint-00000006", tmp_path / "boom"
+    content = pickle.dumps(Bomb(mark))
+    (folder / name).write_bytes(content)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    message = refusal(tiny.flags(tmp_path / "other", continue_from=folder), capsys)
+    assert name in message and not mark.exists()
+    pickle.loads(content)
+    assert mark.exists(), "it would have gone off"
+
+
+def test_names_from_outside_become_no_paths():
+    """The model's file gives the folder its name; whatever else it is called stays a label."""
+    assert choose_save_dir(None, model_config="../../etc/x.json").parent == Path("checkpoints")
+    assert choose_save_dir(None, model_config="a/../../b.json").name.startswith("b-")
