@@ -57,6 +57,9 @@ def test_pretraining_scripts_run(script, tiny, tmp_path):
 @pytest.mark.parametrize("command", [c for c in readme_commands() if not c.startswith("bash scripts/t")])
 def test_readme_commands_run(command, tiny, tmp_path):
     """As they stand there, with shorter arguments after them; `scripts/test.sh` is what runs this."""
+    if "runs/60m" in command and "--save_dir" not in command:
+        check_a_command_on_a_finished_run(command, tiny, tmp_path)
+        return
     more = shortened(tiny, tmp_path)
     if "quickstart" in command:  # its own model and data, the embedded ones; the whole of it is the slow test below
         more = ["--num_training_steps", "10", "--warmup_steps", "1", "--save_dir", str(tmp_path)]
@@ -66,6 +69,19 @@ def test_readme_commands_run(command, tiny, tmp_path):
         assert "who is trained how" in result.stderr
     else:
         assert record(tmp_path, "end")[0]["updates"] in (2, 10)
+
+
+def check_a_command_on_a_finished_run(command: str, tiny, folder) -> None:
+    import torchrun_main
+
+    assert torchrun_main.command_line(tiny.flags(folder / "runs" / "60m")) == 0
+    result = shell(command.replace("runs/60m", f"{folder}/runs/60m").split())
+    assert result.returncode == 0, result.stderr
+    if "--eval_only" in command:
+        perplexity = record(folder / "runs" / "60m", "end")[0]["perplexity"]
+        assert f"perplexity {perplexity:.4f}" in result.stdout
+    else:
+        assert (folder / "runs" / "60m-hf" / "model.safetensors").exists()
 
 
 @pytest.mark.slow
