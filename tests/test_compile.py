@@ -10,7 +10,7 @@ import json
 
 import pytest
 import torch
-from runs import losses, record
+from runs import losses, record, torchrun
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig
 
@@ -180,3 +180,16 @@ def test_compile_flag_end_to_end(tiny, tmp_path):
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-3)
     ours, eager = (record(tmp_path / name, "eval") for name in ("compiled", "eager"))
     assert [e["loss"] for e in ours] == pytest.approx([e["loss"] for e in eager], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["galore_adamw", "q_galore_adamw8bit_per_layer"])
+def test_two_ranks_compiled_are_two_ranks_eager(tiny, tmp_path, optimizer):
+    """Sums over the ranks lie between backward and the compiled update, inside backward or after it."""
+    config = tmp_path / "llama_square.json"
+    config.write_text(json.dumps(json.loads(tiny.config.read_text()) | {"intermediate_size": 32}))
+    flags = dict(model_config=config, optimizer=optimizer, rank=8, update_proj_gap=2, total_batch_size=16)
+    for name, switch in (("eager", None), ("compiled", True)):
+        result = torchrun(tiny.flags(tmp_path / name, compile=switch, **flags), processes=2, timeout=500)
+        assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-3)

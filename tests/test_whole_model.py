@@ -65,3 +65,34 @@ def test_the_norm_is_that_of_the_sum_over_the_ranks():
         assert norm.item() == pytest.approx(whole.item(), rel=1e-5)
     for norm, whole, projected in run_distributed(norms_on_a_rank, True):
         assert projected < norm < whole, "the matrix as projected, the vector whole"
+
+
+@pytest.mark.parametrize("optimizer", ["torch's", "ours"])
+def test_micro_batches_can_be_summed_in_float32_for_bfloat16_weights(optimizer):
+    """Of 512 gradients of 1, a bfloat16 sum stops at 256; a float32 one is exact."""
+    sums = {}
+    for dtype in (None, torch.float32):
+        p = torch.nn.Parameter(torch.zeros(8, 8, dtype=torch.bfloat16))
+        chosen = LowRankOptimizer([p], lr=0.0) if optimizer == "ours" else torch.optim.SGD([p], lr=0.0)
+        updates = WholeModelUpdates(chosen, sync=GradSync(), dtype=dtype)
+        for _ in range(512):
+            p.sum().backward()
+        sums[dtype] = updates.finish().norm / 8
+    assert sums == {None: 256, torch.float32: 512}
+
+
+def test_projected_gradients_summed_in_float32_keep_bases_in_the_weights_dtype():
+    """And the direction is that of the sum: the twin gets the rounded sum as one gradient."""
+    torch.manual_seed(1)
+    parts = [torch.randn(12, 20) for _ in range(4)]
+    found = []
+    for micro_batches in (parts, [torch.stack(parts).bfloat16().float().sum(0)]):
+        p = torch.nn.Parameter(torch.zeros(12, 20, dtype=torch.bfloat16))
+        optimizer = LowRankOptimizer([{"params": [p], "rank": 4, "subspace": "svd"}], lr=0.1)
+        updates = WholeModelUpdates(optimizer, sync=GradSync(), dtype=torch.float32)
+        for part in micro_batches:
+            (p * part.bfloat16()).sum().backward() if len(micro_batches) > 1 else (p.float() * part).sum().backward()
+        updates.finish()
+        assert optimizer.state[p]["left"].dtype == torch.bfloat16
+        found.append(optimizer.state[p]["exp_avg"])
+    assert torch.allclose(*found, atol=2e-2)
