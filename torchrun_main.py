@@ -23,13 +23,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_pretraining import report
 from peft_pretraining.args import parse_args, schedule_of
-from peft_pretraining.checkpoint import CheckpointWriter, choose_save_dir, prepare_save_dir, save_model
+from peft_pretraining.checkpoint import CheckpointWriter, choose_save_dir, prepare_save_dir
 from peft_pretraining.checkpoint_files import find_checkpoint
 from peft_pretraining.dataloader import IGNORED, Batch, ValidationSet, train_batches
 from peft_pretraining.distributed import World, make_deterministic, use_threads
 from peft_pretraining.documents import DocumentSource, open_documents
 from peft_pretraining.errors import UserError
 from peft_pretraining.evaluate import evaluate
+from peft_pretraining.hf_folder import save_model
 from peft_pretraining.initial_weights import is_transformers_folder, load_weights
 from peft_pretraining.interruption import BY_HAND, Interrupted, Interruption
 from peft_pretraining.loss import token_loss_sum

@@ -4,18 +4,13 @@ import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from peft_pretraining.errors import UserError
+from peft_pretraining.errors import Parser, UserError
 from peft_pretraining.flags import FLAGS, NOT_YET, add_flags, defaults, required
 from peft_pretraining.resume import inherited_args
 from peft_pretraining.schedules import check_schedule
 from qgalore.factory import Recipe, find_recipe
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}. See --help.")
 
 
 def parse_args(argv: list[str] | None = None, *, world_size: int = 1) -> argparse.Namespace:
@@ -25,7 +20,7 @@ def parse_args(argv: list[str] | None = None, *, world_size: int = 1) -> argpars
     argv: the command line without the program, None for sys.argv.  world_size: processes of this run.
     Raises UserError for anything that cannot be meant.
     """
-    parser = _Parser(
+    parser = Parser(
         prog="torchrun_main.py",
         description="Pre-trains a LLaMA model from scratch with a memory-efficient optimizer.",
         allow_abbrev=False,

@@ -1,16 +1,12 @@
-"""What a run leaves on disk: models as transformers folders, and checkpoints to resume from, written on the side."""
+"""The folder of a run, and the checkpoints that are written into it while training goes on."""
 
 import contextlib
 import os
-import shutil
 import threading
 import time
 from pathlib import Path
 
 from loguru import logger
-from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
 
 from peft_pretraining.checkpoint_files import (
     Snapshot,
@@ -42,24 +38,6 @@ def prepare_save_dir(save_dir: Path) -> None:
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise UserError(f"--save_dir {save_dir} cannot be written ({reason}). Choose another folder.") from None
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """An ordinary tensor in the model's dtype: INT8 weights are written as the values that they stand for."""
-    return tensor.dequantize() if hasattr(tensor, "store_") else tensor
-
-
-def save_model(model: PreTrainedModel, folder: Path) -> None:
-    """Writes config.json and model.safetensors into `folder`, which is complete or absent at any moment.
-
-    AutoModelForCausalLM.from_pretrained(folder) loads it. An older folder of that name is replaced.
-    """
-    beside = folder.with_name(f".{folder.name}.incomplete")
-    shutil.rmtree(beside, ignore_errors=True)
-    disable_progress_bar()  # transformers' own would break ours
-    model.save_pretrained(beside, state_dict={name: _plain(tensor) for name, tensor in model.state_dict().items()})
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
 
 
 class CheckpointWriter:

@@ -1,5 +1,8 @@
 """The one exception that speaks to the user."""
 
+import argparse
+from typing import NoReturn
+
 
 class UserError(ValueError):
     """Something the user gave cannot be used.
@@ -10,3 +13,10 @@ class UserError(ValueError):
     """
 
     on_one_rank = False
+
+
+class Parser(argparse.ArgumentParser):
+    """Whose complaints are UserErrors: one line, no usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}. See --help.")

@@ -6,18 +6,10 @@ for. Tensors are read, decoded and written one shard at a time: memory holds --m
 """
 
 import argparse
-import contextlib
-import json
-import shutil
 import sys
-from collections.abc import Generator
 from pathlib import Path
-from typing import NoReturn
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -29,15 +21,16 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from peft_pretraining.errors import UserError
+from peft_pretraining.checkpoint_files import find_checkpoint
+from peft_pretraining.checkpoint_files import verify as verify_checkpoint
+from peft_pretraining.errors import Parser, UserError
+from peft_pretraining.hf_folder import SHARD, appearing, write_weights
 from peft_pretraining.hf_tokenizer import save_tokenizer, to_transformers
-from peft_pretraining.initial_weights import EMBEDDING, StoredWeights, is_checkpoint, load_weights, open_checkpoint
+from peft_pretraining.initial_weights import EMBEDDING, StoredWeights, load_weights, open_checkpoint
 from peft_pretraining.model import DTYPES, build_model, meta_model, read_config, read_json
 from peft_pretraining.tokenizer import Tokenizer, check_fits, load_tokenizer
-from qgalore.int8_weight import Int8Weight, SimulatedInt8Weight
+from qgalore.int8_weight import SimulatedInt8Weight
 from qgalore.quantize_model import quantize_module_weight
-
-FORMAT = 1  # of checkpoints
 
 
 class NotTheSameModel(Exception):
@@ -49,7 +42,7 @@ def export(
     out: Path,
     *,
     dtype: torch.dtype | None = None,
-    max_shard_size: str = "5GB",
+    max_shard_size: str = SHARD,
     verify: bool = False,
 ) -> float | None:
     """Writes the transformers folder `out`, which is complete or absent at any moment.
@@ -62,6 +55,7 @@ def export(
     the trained weights' in the same dtype by anything at all.
     """
     checkpoint = find_checkpoint(checkpoint)
+    verify_checkpoint(checkpoint)
     config = read_config(checkpoint / "config.json")
     weights = open_checkpoint(checkpoint)
     weights.check({name: parameter.shape for name, parameter in meta_model(config).named_parameters()})
@@ -69,46 +63,9 @@ def export(
     config.dtype, config.use_cache = dtype, True
     with appearing(out) as folder:
         _write_config_and_tokenizer(config, folder, checkpoint=checkpoint)
-        _write_weights(weights, folder, config=config, dtype=dtype, max_shard_size=max_shard_size)
+        like: dict[str, Tensor] = dict(meta_model(config, dtype=dtype).named_parameters())
+        write_weights(like, folder, read=weights.read, max_shard_size=max_shard_size)
         return _compare_logits(folder, weights, dtype=dtype) if verify else None
-
-
-def find_checkpoint(path: Path) -> Path:
-    """`path` itself or, where it is a run's folder, its newest checkpoint. Raises UserError where there is none."""
-    found = [path] if is_checkpoint(path) else [folder for folder in path.glob("checkpoint-*") if is_checkpoint(folder)]
-    if not found:
-        raise UserError(f"{path}: neither a checkpoint nor a run's folder with one (checkpoint-*/manifest.json).")
-    manifests = {folder: read_json(folder / "manifest.json") for folder in found}
-    for folder, manifest in manifests.items():
-        if manifest.get("format") != FORMAT:
-            raise UserError(f"{folder}: a checkpoint of format {manifest.get('format')}; {FORMAT} can be read here.")
-    newest = max(manifests, key=lambda folder: manifests[folder]["update"])
-    for name, file in manifests[newest]["files"].items():
-        if not (newest / name).is_file() or (newest / name).stat().st_size != file["bytes"]:
-            raise UserError(f"{newest}: {name} is not as it was written. Take another checkpoint.")
-    return newest
-
-
-@contextlib.contextmanager
-def appearing(folder: Path) -> Generator[Path, None, None]:
-    """Gives an empty folder to write to, which becomes `folder` at the end, or vanishes on an error.
-
-    Raises UserError where `folder` holds something already or cannot be written.
-    """
-    folder = folder.resolve()
-    beside = folder.with_name(f".{folder.name}.incomplete")
-    try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder} exists and is not an empty folder. Choose another one, or remove it.")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        yield beside
-        beside.replace(folder)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise UserError(f"{folder} cannot be written ({reason}).") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _write_config_and_tokenizer(config: LlamaConfig, folder: Path, *, checkpoint: Path) -> None:
@@ -135,28 +92,6 @@ def _tokenizer_of(checkpoint: Path, *, config: LlamaConfig) -> tuple[Tokenizer, 
     original = load_tokenizer(spec)
     check_fits(original, vocab_size=config.vocab_size)
     return original, to_transformers(original, max_length=config.max_position_embeddings)
-
-
-def _write_weights(
-    weights: StoredWeights, folder: Path, *, config: LlamaConfig, dtype: torch.dtype, max_shard_size: str
-) -> None:
-    """The weights in `dtype` and, where they are several files, the index."""
-    parameters: dict[str, Tensor] = dict(meta_model(config, dtype=dtype).named_parameters())
-    try:
-        split = split_torch_state_dict_into_shards(parameters, max_shard_size=max_shard_size)
-    except ValueError as error:
-        raise UserError(f"--max_shard_size {max_shard_size}: a number with KB, MB, GB or TB is needed.") from error
-    for file, names in split.filename_to_tensors.items():
-        shard = {name: _plain(weights.read(name), dtype=dtype) for name in names}
-        save_file(shard, folder / file, metadata={"format": "pt"})
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _plain(weight: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """An ordinary tensor; the values of 8-bit weights are rounded once."""
-    return weight.dequantize(dtype) if isinstance(weight, Int8Weight) else weight.to(dtype)
 
 
 def _compare_logits(folder: Path, weights: StoredWeights, *, dtype: torch.dtype) -> float:
@@ -198,17 +133,12 @@ def _logits(model: PreTrainedModel) -> Tensor:
     return model.eval()(input_ids=ids, use_cache=False).logits.float()
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}. See --help.")
-
-
 def _parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="python -m peft_pretraining.hf_export", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m peft_pretraining.hf_export", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a run: its newest one")
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to be made")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: as in training")
-    parser.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="of one file (default: 5GB)")
+    parser.add_argument("--max_shard_size", default=SHARD, metavar="SIZE", help=f"of one file (default: {SHARD})")
     parser.add_argument("--verify", action="store_true", help="compare logits with those of the model as trained")
     return parser.parse_args(argv)
 

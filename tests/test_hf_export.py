@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from handmade_checkpoints import quantize, write_checkpoint
+from checkpointed_models import quantize, write_checkpoint
 from runs import shell
 from safetensors.torch import load_file, save_file
 from test_tokenizer import train_sentencepiece
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from peft_pretraining import hf_export
-from peft_pretraining.hf_export import command_line, export, find_checkpoint
+from peft_pretraining import hf_folder
+from peft_pretraining.hf_export import command_line, export
 from peft_pretraining.loss import token_loss_sum
 from peft_pretraining.model import build_model
 from peft_pretraining.tokenizer import load_tokenizer
@@ -63,7 +63,7 @@ def checkpoint(tmp_path_factory) -> Path:
     """Of a quantized model, in a run's folder."""
     run = tmp_path_factory.mktemp("run")
     tokenizer = train_sentencepiece(run / "tiny.model")
-    return write_checkpoint(quantize(untrained()), run / "checkpoint-3", tokenizer=str(tokenizer))
+    return write_checkpoint(quantize(untrained()), run / "checkpoint-00000003", tokenizer=str(tokenizer))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -118,7 +118,7 @@ def test_tensors_are_decoded_one_shard_at_a_time(checkpoint, tmp_path, monkeypat
         sizes.append(sum(tensor.numel() for tensor in tensors.values()))
         return save_file(tensors, *args, **kwargs)
 
-    monkeypatch.setattr(hf_export, "save_file", save)
+    monkeypatch.setattr(hf_folder, "save_file", save)
     export(checkpoint, tmp_path / "out", max_shard_size="10KB")
     total = sum(parameter.numel() for parameter in untrained().parameters())
     assert sum(sizes) == total and max(sizes) <= 2500
@@ -157,20 +157,12 @@ def test_a_tokenizer_that_is_not_to_be_had_is_left_out_aloud(args, reason, tmp_p
     assert names == ["config.json", "generation_config.json", "model.safetensors"]
 
 
-def test_the_newest_checkpoint_of_a_run_is_taken(tmp_path):
-    for update in (9, 10, 100):
-        write_checkpoint(untrained(), tmp_path / f"checkpoint-{update}", update=update)
-    (tmp_path / "checkpoint-100" / "manifest.json").unlink()  # not finished
-    assert find_checkpoint(tmp_path).name == "checkpoint-10"
-    assert find_checkpoint(tmp_path / "checkpoint-9").name == "checkpoint-9"
-
-
 def test_verification_notices_a_bit_and_leaves_nothing(checkpoint, tmp_path, monkeypatch, capsys):
     def disturb(tensors, path, **kwargs):
         tensors[UP_PROJ] = tensors[UP_PROJ] * (1 + 2**-20)
         return save_file(tensors, path, **kwargs)
 
-    monkeypatch.setattr(hf_export, "save_file", disturb)
+    monkeypatch.setattr(hf_folder, "save_file", disturb)
     message = refusal([checkpoint, tmp_path / "out", "--verify"], capsys, status=1)
     assert 0 < float(message.removeprefix("the exported logits differ from the trained by ")[:-1]) < 1e-4
     assert list(tmp_path.iterdir()) == []
@@ -184,8 +176,8 @@ def test_mistakes_are_one_line_and_leave_nothing(checkpoint, tmp_path, capsys):
         ([checkpoint, full], f"{full} exists and is not an empty folder"),
         ([checkpoint, full / "precious.txt"], "exists and is not an empty folder"),
         ([checkpoint, full / "precious.txt" / "out"], "cannot be written"),
-        ([tmp_path, out], f"{tmp_path}: neither a checkpoint nor a run's folder"),
-        ([tmp_path / "nowhere", out], "neither a checkpoint nor"),
+        ([tmp_path, out], f"{tmp_path}: no complete checkpoint is there"),
+        ([tmp_path / "nowhere", out], "there is no such folder"),
         ([checkpoint], "the following arguments are required: OUT"),
         ([checkpoint, out, "--dtype", "int4"], "invalid choice: 'int4'"),
         ([checkpoint, out, "--max_shard_size", "5 apples"], "--max_shard_size 5 apples: a number with KB, MB"),
@@ -196,15 +188,13 @@ def test_mistakes_are_one_line_and_leave_nothing(checkpoint, tmp_path, capsys):
 
 def test_damaged_checkpoints_are_refused(tmp_path, capsys):
     folder = write_checkpoint(untrained(), tmp_path / "run")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 2}))
-    assert "a checkpoint of format 2; 1 can be read here" in refusal([folder, tmp_path / "out"], capsys)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    weights = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(weights[:-4])
-    assert "model.safetensors is not as it was written" in refusal([folder, tmp_path / "out"], capsys)
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-9] ^= 1
+    (folder / "model.safetensors").write_bytes(weights)
+    assert "model.safetensors: its checksum is wrong" in refusal([folder, tmp_path / "out"], capsys)
     (folder / "manifest.json").write_text("{")
-    assert "manifest.json line 1, column 2: not valid JSON" in refusal([folder, tmp_path / "out"], capsys)
+    assert "manifest.json: cannot be read (it is not JSON)" in refusal([folder, tmp_path / "out"], capsys)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_empty_folder_is_filled(checkpoint, tmp_path):

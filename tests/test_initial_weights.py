@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from handmade_checkpoints import quantize, values, write_checkpoint
+from checkpointed_models import quantize, values, write_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
