@@ -93,12 +93,13 @@ def main(argv: list[str] | None = None) -> None:
 
     # What do I read?
     tokenizer, source, held_out = open_data(args, vocab_size=config.vocab_size)
-    fingerprint = check_data(source.fingerprint(), start=start, allowed=args.allow_changed)
+    fingerprint = check_data(source.fingerprint(), start=start, args=args)
     if args.dry_run:
         return
 
     # Across which devices?
     with world.connected(), contextlib.ExitStack() as cleanup:
+        save_dir = Path(world.gather(str(save_dir))[0])  # its name may hold the time, which ranks read for themselves
         interruption = cleanup.enter_context(Interruption().listening())
         sync = GradSync(at_rank_size=recipe.ours and (recipe.per_layer or not args.grad_clipping))
         reading: dict[str, Any] = dict(

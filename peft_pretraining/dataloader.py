@@ -94,7 +94,7 @@ def train_batches(
         num_workers=workers,
         collate_fn=_identity,
         prefetch_factor=max(2, 2 * batch_size // workers) if workers else None,
-        worker_init_fn=_leave_interrupts_to_the_main_process,
+        worker_init_fn=_leave_signals_to_the_main_process,
         generator=torch.Generator(),  # else it takes a number from the global generator, and the model's weights change
     )
     # iter() starts the workers: here, because a process should not be forked from the prefetching thread.
@@ -255,8 +255,14 @@ def _identity(item: T) -> T:
     return item
 
 
-def _leave_interrupts_to_the_main_process(worker_id: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # else ctrl-C prints one traceback per worker
+def _leave_signals_to_the_main_process(worker_id: int) -> None:
+    """What the whole process group is told, the main process obeys: it needs its workers until the update is done.
+
+    A second SIGTERM counts: it is how a worker that does not end by itself is ended.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 class ValidationSet:

@@ -5,13 +5,14 @@ metrics.jsonl holds one JSON object a line: `start`, one `update` each, `eval`, 
 """
 
 import argparse
+import io
 import json
 import math
 import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from loguru import logger
@@ -71,7 +72,7 @@ class Metrics:
         self._last_line = -math.inf
         if not enabled:
             return
-        self._file = open_record(save_dir / "metrics.jsonl")
+        self._file, self._pending = open_record(save_dir / "metrics.jsonl"), b""
         self._wandb = open_wandb(
             wandb_mode, save_dir=save_dir, project=project, name=name, tags=tags, wandb_id=wandb_id
         )
@@ -139,19 +140,23 @@ class Metrics:
     def _write(self, event: str, fields: dict[str, Any]) -> None:
         if not self.enabled:
             return
-        self._file.write(json.dumps(_finite({"event": event, **fields}), allow_nan=False) + "\n")
-        self._file.flush()
+        self._pending += json.dumps(_finite({"event": event, **fields}), allow_nan=False).encode() + b"\n"
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
+        except OSError as error:  # what is left comes with the next line
+            logger.error(f"{self._file.name} could not be written ({error.strerror}): training goes on")
         if self._wandb and event in ("update", "eval"):
             prefix = "" if event == "update" else "eval/"
             self._wandb.log({prefix + key: value for key, value in fields.items() if key != "update"}, fields["update"])
 
 
-def open_record(path: Path) -> TextIO:
+def open_record(path: Path) -> io.FileIO:
     """metrics.jsonl, to append to. The half of a line that a killed run may have left is cut off."""
     if path.exists():
         with open(path, "rb+") as file:
             file.truncate(file.read().rfind(b"\n") + 1)
-    return open(path, "a", encoding="utf-8")
+    return open(path, "ab", buffering=0)  # so that it is known what has been written when a disk is full
 
 
 def open_metrics(args: argparse.Namespace, *, save_dir: Path, enabled: bool, wandb_id: str | None = None) -> Metrics:

@@ -15,7 +15,7 @@ from peft_pretraining.checkpoint_files import complete_checkpoints
 from peft_pretraining.errors import UserError
 from peft_pretraining.health import is_spike
 from peft_pretraining.initial_weights import load_initial_weights
-from peft_pretraining.resume import Start
+from peft_pretraining.resume import Start, same_folder
 from peft_pretraining.run import Run, State
 from peft_pretraining.training_state import read_state, restore_model, restore_optimizer, restore_rng, take_snapshot
 from qgalore.outcome import Outcome
@@ -64,7 +64,7 @@ def begin(run: Run, start: Start) -> None:
         restore_rng(start.checkpoint)
         run.state = State.from_json(start.saved["state"])
         run.state.position = start.saved["positions"][run.world.rank] if _same_ranks(run, start) else {}
-        if start.checkpoint.parent == run.save_dir:
+        if same_folder(start.checkpoint.parent, run.save_dir):
             _set_aside(run, start.checkpoint)
         run.metrics.resume(update=run.state.update, checkpoint=str(start.checkpoint))
         logger.info(f"going on from {start.checkpoint}, after update {run.state.update}")

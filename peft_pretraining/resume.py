@@ -17,10 +17,10 @@ from peft_pretraining.training_state import read_state
 
 # Flags that may change from one part of a run to the next: where and how it runs, what it records, when it saves.
 HARMLESS = frozenset(
-    "activation_checkpointing allow_changed batch_size compile continue_from dry_run eval_every eval_only eval_tokens "
-    "gradient_accumulation ignored keep_every keep_last max_bad_documents max_bad_updates max_train_tokens "
-    "model_config name num_threads project resume save_dir save_every single_gpu spike_rollback tags unset_wandb "
-    "wandb_mode workers".split()
+    "activation_checkpointing allow_changed batch_size compile continue_from dataset dry_run eval_every eval_only "
+    "eval_tokens gradient_accumulation ignored keep_every keep_last max_bad_documents max_bad_updates "
+    "max_train_tokens model_config name num_threads project resume save_dir save_every single_gpu spike_rollback "
+    "tags unset_wandb wandb_mode workers".split()
 )
 INHERITED_NOT = ("continue_from", "eval_only", "dry_run", "save_dir", "resume", "ignored", "batch_size", "single_gpu")
 EVALUATION_BATCH = 8  # sequences, where nobody says
@@ -52,13 +52,18 @@ def choose_start(args: argparse.Namespace, *, config: LlamaConfig) -> Start:
             return Start(weights=Path(args.continue_from))
         checkpoint = find_checkpoint(Path(args.continue_from))
         verify(checkpoint)
-    if checkpoint is None or checkpoint.parent != Path(args.save_dir or checkpoint.parent):
+    if checkpoint is None or not same_folder(checkpoint.parent, args.save_dir):
         _refuse_a_taken_folder(args.save_dir)
     if checkpoint is None:
         return Start()
     saved = read_state(checkpoint)
     check_unchanged(checkpoint, saved["args"], args, config=config)
     return Start(checkpoint=checkpoint, saved=saved)
+
+
+def same_folder(folder: Path, save_dir: str | Path | None) -> bool:
+    """Whether --save_dir is this folder, or not given at all."""
+    return save_dir is None or folder.resolve() == Path(save_dir).resolve()
 
 
 def _refuse_a_taken_folder(save_dir: str | None) -> None:
@@ -99,14 +104,20 @@ def _shape(config: LlamaConfig) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if name not in ignored}
 
 
-def check_data(now: dict[str, str], *, start: Start, allowed: str | None) -> dict[str, str]:
+def check_data(now: dict[str, str], *, start: Start, args: argparse.Namespace) -> dict[str, str]:
     """Returns `now`, the fingerprint of the training data (see DocumentSource).
 
-    Raises UserError where it is not that of the checkpoint, whose position in the data would mean nothing.
+    Raises UserError where it is not that of the checkpoint, whose position in the data would mean nothing. The same
+    files may be in another place; where there are no fingerprints, --dataset must be the same.
     """
-    saved = start.saved.get("fingerprint")
-    change = describe_change(saved, now) if saved and now else None
-    if change is not None and "dataset" not in (allowed or "").split(","):
+    if start.checkpoint is None:
+        return now
+    saved, dataset = start.saved["fingerprint"], start.saved["args"]["dataset"]
+    if saved and now:
+        change = describe_change(saved, now)
+    else:
+        change = None if dataset == args.dataset else f"--dataset {dataset} -> {args.dataset}"
+    if change is not None and "dataset" not in (args.allow_changed or "").split(","):
         raise UserError(
             f"the training data has changed since {start.checkpoint}: {change}. Bring the files back, or go on "
             "regardless: --allow_changed dataset"

@@ -1,5 +1,6 @@
 """Numbers and documents that go bad in the middle of a run."""
 
+import io
 import json
 import math
 
@@ -10,6 +11,7 @@ from test_bad_input import refusal
 
 import torchrun_main
 from peft_pretraining.health import FEWEST, Health, is_spike
+from peft_pretraining.metrics import Metrics
 
 LOSS = torchrun_main.token_loss_sum
 
@@ -181,6 +183,29 @@ def test_a_full_disk_stops_no_run(tiny, tmp_path, capsys, monkeypatch):
     assert log.count("could not save") == 2 and log.count("No space left on device") == 2
     assert sorted(path.name for path in tmp_path.glob("*checkpoint*")) == ["checkpoint-00000002"]
     assert len(losses(tmp_path)) == 6 and (tmp_path / "model").is_dir()
+
+
+def test_a_full_disk_costs_the_record_no_line(tmp_path):
+    """Half a line fits, then nothing for a while: when there is room again, all of them are there, each once."""
+
+    class Full(io.FileIO):
+        room = 30
+
+        def write(self, data):
+            if not self.room:
+                no_space()
+            written = super().write(data[: self.room])
+            self.room -= written
+            return written
+
+    metrics = Metrics(tmp_path, enabled=True, total=9)
+    metrics._file = Full(tmp_path / "metrics.jsonl", "ab")
+    for number in range(3):
+        metrics.note("noted", number=number)
+    metrics._file.room = 1000
+    metrics.note("noted", number=3)
+    metrics.close()
+    assert [line["number"] for line in record(tmp_path, "noted")] == [0, 1, 2, 3]
 
 
 def no_space():

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -190,12 +191,11 @@ def test_another_model_is_refused(tiny, tmp_path, capsys):
 
 
 def test_changes_that_are_allowed_and_harmless_ones_are_taken(tiny, tmp_path):
-    """A longer run at another rate, cut into other micro-batches, from the files of another place."""
+    """A longer run at another rate, cut into other micro-batches, with the same files in another place."""
     run(tiny, tmp_path / "one")
     moved = shutil.copytree(tiny.data, tmp_path / "elsewhere")
-    more = dict(lr=0.005, num_training_steps=9, dataset=moved, allow_changed="lr,num_training_steps,dataset")
-    more |= dict(batch_size=2, total_batch_size=4, save_every=2, eval_every=2, warmup_steps=0)
-    more["allow_changed"] += ",warmup_steps"
+    more = dict(lr=0.005, num_training_steps=9, warmup_steps=1, allow_changed="lr,num_training_steps,warmup_steps")
+    more |= dict(batch_size=2, total_batch_size=4, save_every=2, eval_every=2, dataset=moved)
     run(tiny, tmp_path / "two", continue_from=tmp_path / "one", **more)
     assert [line["update"] for line in record(tmp_path / "two", "update")] == [7, 8, 9]
     assert record(tmp_path / "two", "update")[0]["lr"] < 0.005
@@ -254,14 +254,15 @@ def test_evaluation_only(tiny, tmp_path, capsys):
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
 def test_a_signal_finishes_the_update_saves_and_says_so(tiny, tmp_path, number, status):
-    flags = dict(num_training_steps=400, optimizer="galore_adamw", rank=8)
+    """The whole process group is told, workers included, as by a terminal or a scheduler."""
+    flags = dict(num_training_steps=400, optimizer="galore_adamw", rank=8, workers=2)
     command = [sys.executable, "torchrun_main.py", *tiny.flags(tmp_path / "cut", **flags)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     log = tmp_path / "cut" / "metrics.jsonl"
     while not (log.exists() and '"update": 5,' in log.read_text()):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == status, errors
     done = record(tmp_path / "cut", "update")[-1]["update"]
