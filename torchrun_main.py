@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,13 +112,15 @@ def main(argv: list[str] | None = None) -> None:
             device=world.device,
         )
         validation = ValidationSet(held_out, tokenizer, tokens=args.eval_tokens, **reading)
-        model = prepare_model(args, config=config, dtype=dtype, device=world.device, groups=groups)
+        prepare = partial(prepare_model, args, config=config, dtype=dtype, device=world.device, groups=groups)
         if args.eval_only:
-            evaluate_only(args.continue_from, model=model, validation=validation, world=world)
+            evaluate_only(args.continue_from, model=prepare(), validation=validation, world=world)
             return
+        # Before the model is there: the workers are forks of this process.
         positions = start.saved.get("positions")
         batches = train_batches(source, tokenizer, workers=args.workers, resume=positions, **reading)
         cleanup.callback(batches.close)
+        model = prepare()
         updates = prepare_updates(args, model=model, settings=settings, sync=sync)
         writer = CheckpointWriter(save_dir, keep_last=args.keep_last, keep_every=args.keep_every)
         cleanup.callback(writer.wait)
