@@ -42,6 +42,8 @@ class Flag(NamedTuple):
 
 FLAGS: dict[str, tuple[Flag, ...]] = {
     "model": (
+        Flag("preset", str, None, "NAME", "a recipe of configs/presets, such as galore_60m: flags for everything that "
+             "the command line does not give", shown="none"),
         Flag("model_config", str, None, "JSON", "shape of the model, such as configs/llama_60m.json", required=True),
         Flag("dtype", str, None, "TYPE", "of weights and activations: bfloat16 or float32",
              shown="bfloat16 where the device multiplies it natively"),
@@ -126,9 +128,9 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("keep_last", int, 3, "CHECKPOINTS", "older ones are deleted; 0: none is"),
         Flag("keep_every", int, 0, "UPDATES", "whose multiples' checkpoints are never deleted; 0: none"),
         Flag("continue_from", str, None, "DIR", "a checkpoint, a run's folder (its newest complete checkpoint), or a "
-             "transformers folder, whose weights a new run begins with"),
+             "transformers folder, whose weights a new run begins with", shown="a new run"),
         Flag("resume", str, None, "", "auto: go on from the newest sound checkpoint in --save_dir, if there is one",
-             choices=("auto",)),
+             choices=("auto",), shown="begin anew"),
         Flag("allow_changed", str, None, "A,B", "flags that may differ from those of the run that goes on",
              shown="none that alters training"),
         Flag("eval_only", bool, False, "", "evaluate what --continue_from names, say so, and stop; other flags are "

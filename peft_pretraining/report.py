@@ -12,6 +12,7 @@ import torch
 from loguru import logger
 
 from peft_pretraining.distributed import World
+from peft_pretraining.presets import load_preset
 from qgalore.factory import Recipe, Settings, find_recipe
 from qgalore.low_rank_optimizer import LowRankOptimizer
 from qgalore.param_groups import ParameterGroup
@@ -65,6 +66,8 @@ def log_plan(
     args: argparse.Namespace, *, groups: list[dict[str, Any]], dtype: torch.dtype, world: World, threads: int
 ) -> None:
     """Says what is about to happen: the size of the model, who is trained how, the length of the run."""
+    if args.preset is not None:
+        logger.info(f"preset {args.preset}: {load_preset(args.preset).describe()}")
     total = sum(group["elements"] for group in groups)
     kind = str(dtype).removeprefix("torch.")
     logger.info(f"{args.model_config}: {total:,} parameters in {kind} on {device_name(world.device)}")

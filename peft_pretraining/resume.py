@@ -19,8 +19,8 @@ from peft_pretraining.training_state import read_state
 HARMLESS = frozenset(
     "activation_checkpointing allow_changed batch_size compile continue_from dataset dry_run eval_every eval_only "
     "eval_tokens gradient_accumulation ignored keep_every keep_last max_bad_documents max_bad_updates "
-    "max_train_tokens model_config name num_threads project resume save_dir save_every single_gpu spike_rollback "
-    "tags unset_wandb wandb_mode workers".split()
+    "max_train_tokens model_config name num_threads preset project resume save_dir save_every single_gpu "
+    "spike_rollback tags unset_wandb wandb_mode workers".split()
 )
 INHERITED_NOT = ("continue_from", "eval_only", "dry_run", "save_dir", "resume", "ignored", "batch_size", "single_gpu")
 EVALUATION_BATCH = 8  # sequences, where nobody says

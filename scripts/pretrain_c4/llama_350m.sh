@@ -3,18 +3,4 @@
 # One process; for N GPUs: NPROC=N bash scripts/pretrain_c4/llama_350m.sh
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-torchrun --standalone --nproc_per_node "${NPROC:-1}" torchrun_main.py \
-    --model_config configs/llama_350m.json \
-    --lr 0.01 \
-    --galore_scale 0.25 \
-    --rank 256 \
-    --update_proj_gap 200 \
-    --batch_size 128 \
-    --total_batch_size 512 \
-    --num_training_steps 60000 \
-    --warmup_steps 6000 \
-    --weight_decay 0 \
-    --dtype bfloat16 \
-    --eval_every 1000 \
-    --optimizer galore_adamw \
-    "$@"
+torchrun --standalone --nproc_per_node "${NPROC:-1}" torchrun_main.py --preset galore_350m "$@"

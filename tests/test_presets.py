@@ -1,0 +1,67 @@
+"""Presets: data files that a run can begin from, the published figures among them."""
+
+import json
+import re
+
+import pytest
+from runs import ROOT
+from test_args import refusal
+
+from peft_pretraining.args import parse_args
+from peft_pretraining.flags import defaults
+from peft_pretraining.presets import FOLDER, load_preset, preset_names
+
+PERPLEXITY = {  # Zhang et al. 2024, table 1, on C4
+    "galore": {"60m": 34.88, "130m": 25.36, "350m": 18.95, "1b": 15.64, "7b": None},
+    "q_galore": {"60m": 34.88, "130m": 25.53, "350m": 19.79, "1b": 16.25, "7b": None},
+}
+
+
+def test_every_published_recipe_is_there():
+    assert set(preset_names()) == {f"{method}_{size}" for method, sizes in PERPLEXITY.items() for size in sizes}
+    for method, sizes in PERPLEXITY.items():
+        assert {size: load_preset(f"{method}_{size}").perplexity for size in sizes} == sizes
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_is_a_run_that_can_be_meant(name):
+    args = parse_args(["--preset", name])
+    preset = load_preset(name)
+    assert {flag: getattr(args, flag) for flag in preset.flags} == preset.flags
+    assert args.model_config == f"configs/llama_{name.split('_')[-1]}.json" and args.total_batch_size == 512
+    assert args.warmup_steps == args.num_training_steps // 10
+    assert not args.ignored, "it sets nothing that has no effect"
+    assert {type(preset.flags[flag]) for flag in preset.flags if defaults()[flag] is False} <= {bool}
+    assert preset.source.split(", ")[-1].startswith("table") or "scripts/" in preset.source
+
+
+def test_the_command_line_wins():
+    args = parse_args(["--preset", "q_galore_60m", "--lr", "0.5", "--batch_size", "4", "--rank", "7"])
+    assert (args.lr, args.batch_size, args.rank) == (0.5, 4, 7)
+    assert args.weight_quant and args.optimizer == "q_galore_adamw8bit" and args.gradient_accumulation == 128
+
+
+def test_a_preset_works_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parse_args(["--preset", "galore_60m"]).model_config == str(ROOT / "configs" / "llama_60m.json")
+
+
+def test_an_unknown_preset_lists_the_known_ones():
+    message = refusal("--preset", "galore_60")
+    assert message.startswith("unknown --preset 'galore_60'. Did you mean galore_60m? Known: galore_130m, ")
+
+
+def test_a_preset_with_an_unknown_flag_is_refused(tmp_path, monkeypatch):
+    content = json.loads((FOLDER / "galore_60m.json").read_text())
+    content["flags"]["rnak"] = 4
+    (tmp_path / "own.json").write_text(json.dumps(content))
+    monkeypatch.setattr("peft_pretraining.presets.FOLDER", tmp_path)
+    assert "own.json: there is no flag --rnak" in refusal("--preset", "own")
+
+
+def test_the_readme_lists_every_preset_with_its_figure():
+    rows = re.findall(r"^\| `(\w+)` \| .* \| ([\d.]+|-) \|$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    assert {name: figure for name, figure in rows if name in preset_names()} == {
+        name: "-" if load_preset(name).perplexity is None else f"{load_preset(name).perplexity:g}"
+        for name in preset_names()
+    }
