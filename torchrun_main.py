@@ -25,14 +25,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from peft_pretraining import report
 from peft_pretraining.args import parse_args, schedule_of
 from peft_pretraining.checkpoint import CheckpointWriter, choose_save_dir, prepare_save_dir
-from peft_pretraining.checkpoint_files import find_checkpoint
 from peft_pretraining.dataloader import IGNORED, Batch, ValidationSet, train_batches
 from peft_pretraining.distributed import World, make_deterministic, use_threads
 from peft_pretraining.documents import DocumentSource, open_documents
 from peft_pretraining.errors import UserError
-from peft_pretraining.evaluate import evaluate
+from peft_pretraining.evaluate import evaluate, evaluate_only
 from peft_pretraining.hf_folder import save_model
-from peft_pretraining.initial_weights import is_transformers_folder, load_weights
 from peft_pretraining.interruption import BY_HAND, Interrupted, Interruption
 from peft_pretraining.loss import token_loss_sum
 from peft_pretraining.metrics import memory_bytes, open_metrics, set_up_log
@@ -291,19 +289,6 @@ def evaluate_and_log(run: Run) -> None:
     matrices = report.describe_refreshes(split_parameters(run.model), run.updates.optimizer)
     if matrices:
         run.metrics.subspaces(update=state.update, matrices=matrices)
-
-
-def evaluate_only(folder: str, *, model: LlamaForCausalLM, validation: ValidationSet, world: World) -> None:
-    """Prints loss and perplexity of the weights in a checkpoint, a run's folder or a transformers folder."""
-    place = Path(folder) if is_transformers_folder(folder) else find_checkpoint(Path(folder))
-    load_weights(model, place)
-    evaluation = evaluate(model, validation, reduce_sum=world.sum)
-    assert evaluation is not None
-    if world.is_main:
-        print(
-            f"{place}: loss {evaluation.loss:.6f}, perplexity {evaluation.perplexity:.4f} "
-            f"on {evaluation.tokens:,} validation tokens"
-        )
 
 
 def report_end(run: Run) -> None:

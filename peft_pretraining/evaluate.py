@@ -2,14 +2,18 @@
 
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from peft_pretraining.checkpoint_files import find_checkpoint
 from peft_pretraining.dataloader import IGNORED
+from peft_pretraining.distributed import World
 from peft_pretraining.errors import UserError
+from peft_pretraining.initial_weights import is_transformers_folder, load_weights
 from peft_pretraining.loss import token_loss_sum
 
 
@@ -67,6 +71,19 @@ def evaluate(
         raise UserError("the validation data holds no token to predict. Give --validation a file with more text.")
     loss = loss_sum / tokens
     return Evaluation(loss, perplexity(loss), int(tokens))
+
+
+def evaluate_only(folder: str, *, model: LlamaForCausalLM, validation: Iterable[Tokens], world: World) -> None:
+    """Prints loss and perplexity of the weights in a checkpoint, a run's folder or a transformers folder."""
+    place = Path(folder) if is_transformers_folder(folder) else find_checkpoint(Path(folder))
+    load_weights(model, place)
+    evaluation = evaluate(model, validation, reduce_sum=world.sum)
+    assert evaluation is not None
+    if world.is_main:
+        print(
+            f"{place}: loss {evaluation.loss:.6f}, perplexity {evaluation.perplexity:.4f} "
+            f"on {evaluation.tokens:,} validation tokens"
+        )
 
 
 def perplexity(loss: float) -> float:
