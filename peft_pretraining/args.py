@@ -106,7 +106,9 @@ def _complete_optimizer(args: argparse.Namespace, given: argparse.Namespace) -> 
     except ValueError as error:
         raise UserError(str(error)) from None
     if args.weight_quant and not recipe.ours:
-        raise UserError(f"--weight_quant with --optimizer {args.optimizer}: only galore_*, q_galore_* and *8bit can.")
+        raise UserError(
+            f"--weight_quant with --optimizer {args.optimizer}: only galore_*, q_galore_*, lion and *8bit can."
+        )
     args.ignored = [f"--{name}" for name in dict.fromkeys(_without_effect(args, recipe)) if hasattr(given, name)]
     args.proj_bits = args.proj_bits if args.proj_quant else None
     if args.cos_threshold is None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from qgalore.factory import LAZY_THRESHOLD, OPTIMIZERS
-from qgalore.low_rank_optimizer import MOMENT_POLICIES
+from qgalore.moments import MOMENT_POLICIES
 from qgalore.projectors import PROJ_TYPES, SUBSPACE_METHODS
 
 _SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9}
@@ -86,7 +86,8 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
              "--galore_scale where they are projected"),
         Flag("weight_decay", float, 0.0, "RATE", "decoupled; with adam and sgd added to the gradient"),
         Flag("beta1", float, None, "RATE", "decay of the first moment; sgd's momentum", shown="0.9; 0 for sgd"),
-        Flag("beta2", float, None, "RATE", "decay of Adam's second moment", shown="0.999"),
+        Flag("beta2", float, None, "RATE", "decay of Adam's second moment, of Lion's momentum",
+             shown="0.999; 0.99 for lion"),
         Flag("scheduler", str, "cosine", "", "of the learning rate, after the warm-up",
              choices=("linear", "cosine", "cosine_restarts")),
         Flag("warmup_steps", int, None, "UPDATES", "of linear warm-up", shown="a tenth of the run, at most 1000"),

@@ -12,6 +12,7 @@ from qgalore.low_rank_optimizer import LowRankOptimizer
 from qgalore.master_weights import MasterWeights
 from qgalore.param_groups import ParameterGroup
 from qgalore.per_layer import PerLayerUpdates
+from qgalore.update_rules import RULES
 from qgalore.whole_model import WholeModelUpdates
 
 
@@ -56,8 +57,8 @@ class Recipe:
 
     title: what the log calls it.  low_rank: whether it projects gradients.  ours: whether it is a LowRankOptimizer,
     which sums gradients over the ranks itself, may have INT8 weights and may be driven per layer.  per_layer: whether
-    it is.  state_bits: of its moments.  betas: which of Settings.beta1 and beta2 it listens to.  lazy: the threshold of
-    the lazy refresh where the user names none; None: not lazy.
+    it is.  rule: of update_rules, where it is ours.  state_bits: of its moments.  betas: which of Settings.beta1 and
+    beta2 it listens to.  lazy: the threshold of the lazy refresh where the user names none; None: not lazy.
     """
 
     title: str
@@ -65,6 +66,7 @@ class Recipe:
     low_rank: bool = False
     ours: bool = False
     per_layer: bool = False
+    rule: str = "adam"
     state_bits: int = 32
     betas: tuple[str, ...] = ("beta1", "beta2")
     lazy: float | None = None
@@ -101,8 +103,9 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_ratio"]
 
 
-def _betas(settings: Settings) -> tuple[float, float]:
-    return (0.9 if settings.beta1 is None else settings.beta1, 0.999 if settings.beta2 is None else settings.beta2)
+def _betas(settings: Settings, rule: str = "adam") -> tuple[float, float]:
+    beta1, beta2 = RULES[rule].betas
+    return (beta1 if settings.beta1 is None else settings.beta1, beta2 if settings.beta2 is None else settings.beta2)
 
 
 def _adam(optimizer: type[torch.optim.Optimizer]) -> Builder:
@@ -130,27 +133,28 @@ def _state_bits(group: ParameterGroup, bits: int, settings: Settings) -> int:
     return max(bits, settings.embedding_state_bits) if group.name in ("embedding", "head") else bits
 
 
-def _ours(*, low_rank: bool, state_bits: int = 32, decoupled: bool = True) -> Builder:
-    """A LowRankOptimizer, with or without projections."""
+def _ours(title: str, *, rule: str = "adam", low_rank: bool = False, state_bits: int = 32, decoupled: bool = True,
+          **recipe: Any) -> Recipe:  # fmt: skip
+    """The entry of a LowRankOptimizer, with or without projections."""
 
     def build(groups: Sequence[ParameterGroup], settings: Settings, sync: GradSync) -> torch.optim.Optimizer:
         named = [
             entry
-            | {"state_bits": _state_bits(group, state_bits, settings), "decoupled": decoupled}
+            | {"rule": rule, "decoupled": decoupled, "state_bits": _state_bits(group, state_bits, settings)}
             | (_projection(settings) if low_rank and group.projected else {})
             for group, entry in zip(groups, _named_groups(groups, settings), strict=True)
         ]
         return LowRankOptimizer(
             named,
             lr=settings.lr,
-            betas=_betas(settings),
+            betas=_betas(settings, rule),
             weight_decay=settings.weight_decay,
             seed=settings.seed,
             sync=sync,
             compile=settings.compile,
         )
 
-    return build
+    return Recipe(title, build, low_rank=low_rank, ours=True, rule=rule, state_bits=state_bits, **recipe)
 
 
 def _projection(settings: Settings) -> dict[str, Any]:
@@ -181,22 +185,21 @@ def _recipes() -> dict[str, Recipe]:
         "sgd": Recipe("SGD", _sgd, betas=("beta1",)),
         "adafactor": Recipe("Adafactor", _adafactor, betas=()),
     }
-    galore8bit = _ours(low_rank=True, state_bits=8)
     ours = {
-        "adamw8bit": Recipe("AdamW", _ours(low_rank=False, state_bits=8), ours=True, state_bits=8),
-        "galore_adamw": Recipe("AdamW", _ours(low_rank=True), ours=True, low_rank=True),
-        "galore_adamw8bit": Recipe("AdamW", galore8bit, ours=True, low_rank=True, state_bits=8),
-        "q_galore_adamw8bit": Recipe("AdamW", galore8bit, ours=True, low_rank=True, state_bits=8, lazy=LAZY_THRESHOLD),
+        "adamw8bit": _ours("AdamW", state_bits=8),
+        "lion": _ours("Lion", rule="lion"),
+        "galore_adamw": _ours("AdamW", low_rank=True),
+        "galore_adamw8bit": _ours("AdamW", low_rank=True, state_bits=8),
+        "galore_adafactor": _ours("Adafactor", rule="adafactor", low_rank=True, betas=("beta1",)),
+        "galore_lion": _ours("Lion", rule="lion", low_rank=True),
+        "q_galore_adamw8bit": _ours("AdamW", low_rank=True, state_bits=8, lazy=LAZY_THRESHOLD),
     }
     per_layer = {f"{name}_per_layer": replace(recipe, per_layer=True) for name, recipe in ours.items()}
-    adam8bit = Recipe("Adam", _ours(low_rank=False, state_bits=8, decoupled=False), ours=True, state_bits=8)
+    adam8bit = _ours("Adam", state_bits=8, decoupled=False)
     return torchs | {"adam8bit": adam8bit} | ours | per_layer
 
 
 OPTIMIZERS = _recipes()
-
-# Known to users of the reference repositories; each comes with a feature that is not here yet.
-PLANNED = ("galore_adafactor", "galore_lion", "lion")
 
 
 def find_recipe(name: str) -> Recipe:
@@ -205,8 +208,6 @@ def find_recipe(name: str) -> Recipe:
     if name in OPTIMIZERS:
         return OPTIMIZERS[name]
     known = ", ".join(OPTIMIZERS)
-    if name in PLANNED:
-        raise ValueError(f"--optimizer {name} is not available in this version yet. Available: {known}.")
     close = difflib.get_close_matches(name, OPTIMIZERS, n=1)
     hint = f"Did you mean {close[0]}? " if close else ""
     raise ValueError(f"unknown --optimizer '{name}'. {hint}Known: {known}.")

@@ -12,30 +12,28 @@ One parameter, one update (Zhao et al. 2024, GaLore, algorithm 2):
 A parameter of a group without `rank` takes the same road with the identity for a projector.
 """
 
-import math
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qgalore.blockwise_state import Moment, create_moment, open_moment
 from qgalore.grad_sync import GradSync
+from qgalore.group_options import DEFAULTS, check_group
+from qgalore.moments import count_update, create_moments, follow_basis, open_moments
 from qgalore.outcome import Outcome
-from qgalore.projectors import PROJ_TYPES, SUBSPACE_METHODS, Projector, Refresh, projection_sides
+from qgalore.projectors import Projector, projection_sides
 from qgalore.quantize import mix_seed, open_weight
 from qgalore.subspace_schedule import RefreshSchedule, staggered_offset
+from qgalore.update_rules import RULES
 from qgalore.weight_update import Numbers, compiled_update, update_weight
 
-MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # name: signed
 COSTS = ("failed_refreshes", "refresh_seconds")
-MOMENT_POLICIES = ("project", "keep", "reset")
 
 
 class LowRankOptimizer(torch.optim.Optimizer):
-    """AdamW whose moments and directions live in a low-rank subspace of each matrix.
+    """AdamW, Adafactor or Lion whose moments and directions live in a low-rank subspace of each matrix.
 
     params: parameters, or groups as for any torch optimizer. A group with a `rank` is projected; its matrices (m, n)
         may also set `update_proj_gap` (updates between refreshes), `scale` (of the update), `proj_type` (see
@@ -43,10 +41,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
         see RefreshSchedule) and `moments_on_refresh`:
         project: the first moment is carried over by P_new^T P_old; keep: left as it is (the reference); reset: zeroed.
         A rank beyond a matrix's shorter side is clamped to it. `basis_bits` 4 or 8 packs the bases, in groups of at
-        most `basis_group_size`. In any group, `state_bits` 8 keeps the moments in 8 bits, and `clip` limits the norm of
-        each parameter's projected gradient (0: no limit).
-    lr: step size.  betas, eps: Adam's.  weight_decay: decoupled, as in torch.optim.AdamW; in an unprojected group with
-        `decoupled` False added to the gradient, as in torch.optim.Adam.
+        most `basis_group_size`. In any group, `rule` names how gradients become directions (see update_rules.RULES),
+        `state_bits` 8 keeps its moments in 8 bits, and `clip` limits the norm of each parameter's projected gradient
+        (0: no limit).
+    lr: step size.  betas: decay rates, None for the rule's usual ones.  eps: Adam's.  weight_decay: decoupled, as in
+        torch.optim.AdamW; in an unprojected group with `decoupled` False added to the gradient, as in torch.optim.Adam.
     seed: of the randomized bases and of the stochastic rounding.  sync: sums gradients over data-parallel ranks.
     compile: whether updates run compiled; refreshes never do.
     Raises ValueError for settings out of range.
@@ -57,39 +56,22 @@ class LowRankOptimizer(torch.optim.Optimizer):
         params: Iterable[Any],
         *,
         lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float, float] | None = None,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         seed: int = 0,
         sync: GradSync | None = None,
         compile: bool = False,
     ) -> None:
-        defaults = dict(
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            rank=None,
-            update_proj_gap=200,
-            scale=1.0,
-            proj_type="std",
-            subspace="iterate",
-            threshold=None,
-            growth=2.0,
-            queue_size=5,
-            moments_on_refresh="project",
-            decoupled=True,
-            state_bits=32,
-            basis_bits=None,
-            basis_group_size=256,
-            clip=0.0,
-        )
+        defaults = DEFAULTS | dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         super().__init__(params, defaults)
         self.seed = seed
         self.sync = sync or GradSync()
         self.compile = compile
         self._update = compiled_update() if compile else update_weight
         for group in self.param_groups:
+            if group["betas"] is None and group["rule"] in RULES:
+                group["betas"] = RULES[group["rule"]].betas
             check_group(group)
         self._index = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
         self._projectors = self._build_projectors()
@@ -141,7 +123,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 projector.allocate(state, like=p)
                 shape = projector.projected_shape(p.shape)
                 wide = torch.promote_types(p.dtype, torch.float32)
-                self._create_moments(p, group, like=torch.empty(shape, dtype=wide, device=p.device))
+                like = torch.empty(shape, dtype=wide, device=p.device)
+                create_moments(state, RULES[group["rule"]], like=like, bits=group["state_bits"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -186,7 +169,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         G = G.to(p.dtype)  # also where micro-batches were summed in float32: bases are kept in the weight's dtype
         change = projector.prepare(G, state, step=state.get("step", 0) + 1)
         if change is not None and "mass" in state:
-            self._follow_basis(p, change, like=self.project(p, G), policy=group["moments_on_refresh"])
+            rule, policy = RULES[group["rule"]], group["moments_on_refresh"]
+            seed = mix_seed(self.seed, state["step"], self._index[p], True)  # another one than in the update
+            follow_basis(state, rule, change, like=self.project(p, G), policy=policy, seed=seed)
         state["refresh_seconds"] = state.get("refresh_seconds", 0.0) + time.perf_counter() - began
 
     def project(self, p: Tensor, G: Tensor) -> Tensor:
@@ -195,19 +180,23 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def apply(self, p: Tensor, group: dict[str, Any], R: Tensor) -> None:
         """Updates moments and weight of p from its projected gradient, summed over micro-batches and ranks."""
-        state, projector = self.state[p], self._projectors[p]
+        state, projector, rule = self.state[p], self._projectors[p], RULES[group["rule"]]
         self._remember(p)
-        state["step"] = state.get("step", 0) + 1
-        self._weigh(p, group, like=R)
-        M, V = self._moments(p, like=R)
+        if "mass" not in state:
+            create_moments(state, rule, like=R, bits=group["state_bits"])
+        count_update(state, rule, betas=group["betas"])
+        numbers = self._numbers(p, group)
+        moments = open_moments(
+            state, rule, like=R, seed=mix_seed(self.seed, state["step"], self._index[p], False), compiled=self.compile
+        )
         norm = self._update(
             R,
             open_weight(p),
-            M,
-            V,
+            moments,
             bases=projector.bases(state),
-            numbers=self._numbers(p, group, like=R),
+            numbers=numbers.as_tensors(R.dtype) if self.compile else numbers,
             projector=projector,
+            rule=rule,
             betas=group["betas"],
             eps=group["eps"],
             scale=group["scale"],
@@ -254,88 +243,16 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if p not in self._before or self._before[p].get("step") != state.get("step"):
             self._before[p] = {key: value for key, value in state.items() if not torch.is_tensor(value)}
 
-    def _weigh(self, p: Tensor, group: dict[str, Any], *, like: Tensor) -> None:
-        """Advances the sums of the weights that the moments of p hold, which are zeros before the first update."""
-        state = self.state[p]
-        if "mass" not in state:
-            self._create_moments(p, group, like=like)
-        beta1, beta2 = group["betas"]
-        state["mass"] = beta1 * state["mass"] + 1 - beta1
-        state["mass_sq"] = beta2 * state["mass_sq"] + 1 - beta2
-
-    def _numbers(self, p: Tensor, group: dict[str, Any], *, like: Tensor) -> Numbers:
-        """What is different in this update of p from others. like: R."""
-        state, lr, weight_decay = self.state[p], group["lr"], group["weight_decay"]
-        numbers = Numbers(
+    def _numbers(self, p: Tensor, group: dict[str, Any]) -> Numbers:
+        """What is different in this update of p from others."""
+        state, lr, weight_decay, rule = self.state[p], group["lr"], group["weight_decay"], RULES[group["rule"]]
+        return Numbers(
             lr=lr,
             shrink=1 - lr * weight_decay * group["decoupled"],
-            coupled_decay=None if group["decoupled"] else weight_decay,
-            clip=group["clip"] or None,
             mass=state["mass"],
             mass_sq=state["mass_sq"],
             seed=mix_seed(self.seed, state["step"], self._index[p]),
-        )
-        return numbers.as_tensors(like.dtype) if self.compile else numbers
-
-    def _create_moments(self, p: Tensor, group: dict[str, Any], *, like: Tensor) -> None:
-        """Moments of zeros, and the sums of their weights. like: R."""
-        for name in MOMENTS:
-            create_moment(self.state[p], name, like=like, bits=group["state_bits"])
-        self.state[p].update(mass=0.0, mass_sq=0.0)
-
-    def _moments(self, p: Tensor, *, like: Tensor, refresh: bool = False) -> list[Moment]:
-        """The first and the second moment of p, in whatever precision they are kept. like: R.
-
-        refresh: whether they are about to follow the basis; rounding then needs another noise than in the update.
-        """
-        seed = mix_seed(self.seed, self.state[p]["step"], self._index[p], refresh)
-        compiled = self.compile and not refresh
-        return [
-            open_moment(self.state[p], name, like=like, signed=signed, seed=seed, compiled=compiled)
-            for name, signed in MOMENTS.items()
-        ]
-
-    def _follow_basis(self, p: Tensor, change: Refresh, *, like: Tensor, policy: str) -> None:
-        """What becomes of the moments of p when its basis changes: project | keep | reset, see the class. like: R."""
-        M, V = self._moments(p, like=like, refresh=True)
-        if policy == "project":
-            M.copy_(change.carry(M.dequantize()))
-        elif policy == "reset":
-            for moment in (M, V):
-                moment.copy_(torch.zeros_like(like))
-            self.state[p]["mass"] = self.state[p]["mass_sq"] = 0.0
-
-
-def check_group(group: dict[str, Any]) -> None:
-    """Refuses settings out of range, and warns of a rank that some matrices are too small for."""
-    rules = {
-        "lr": group["lr"] >= 0,
-        "weight_decay": group["weight_decay"] >= 0,
-        "eps": group["eps"] >= 0,
-        "betas": all(0 <= beta < 1 for beta in group["betas"]),
-        "rank": group["rank"] is None or group["rank"] >= 1,
-        "update_proj_gap": group["update_proj_gap"] >= 1,
-        "scale": math.isfinite(group["scale"]),
-        "clip": group["clip"] >= 0,
-        "state_bits": group["state_bits"] in (8, 32),
-        "decoupled": group["decoupled"] or group["rank"] is None,
-        "basis_bits": group["basis_bits"] in (None, 4, 8),
-        "proj_type": group["proj_type"] in PROJ_TYPES,
-        "subspace": group["subspace"] in SUBSPACE_METHODS,
-        "moments_on_refresh": group["moments_on_refresh"] in MOMENT_POLICIES,
-    }
-    for name, fits in rules.items():
-        if not fits:
-            raise ValueError(f"{name} = {group[name]} is out of range")
-    if group["rank"] is None:
-        return
-    if any(p.ndim != 2 for p in group["params"]):
-        raise ValueError("a group with a rank may hold matrices only")
-    small = [p for p in group["params"] if min(p.shape) < group["rank"]]
-    if small:
-        shortest = min(min(p.shape) for p in small)
-        warnings.warn(
-            f"rank {group['rank']} is larger than the shorter side of {len(small)} of {len(group['params'])} matrices "
-            f"(the shortest: {shortest}): it is clamped there",
-            stacklevel=3,
+            beta2=rule.decay(state["step"]) if rule.decay else None,
+            coupled_decay=None if group["decoupled"] else weight_decay,
+            clip=group["clip"] or None,
         )

@@ -6,7 +6,7 @@ a kernel on a GPU takes them as arguments. What stays the same (shapes, decay ra
 be compiled in: one compile for each distinct shape and setting.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,23 +15,24 @@ from torch import Tensor
 from qgalore.blockwise_state import Moment
 from qgalore.projectors import Projector
 from qgalore.quantize import Seed, read_weight, seed_tensors, store_weight, weight_tensors
-from qgalore.update_rules import adam_direction
+from qgalore.update_rules import Rule
 
 MOST_COMPILES = 256  # shapes times settings. torch stops at 8, where it suspects a number that changes
 
 
 class Numbers(NamedTuple):
-    """lr: step size.  shrink: of the weight, by decoupled decay.  mass, mass_sq: see adam_direction.  seed: of the
-    weight's rounding.  coupled_decay: share of the weight that its gradient gets.  clip: largest norm of the gradient.
-    None: none."""
+    """lr: step size.  shrink: of the weight, by decoupled decay.  mass, mass_sq: see update_rules.  beta2: the second
+    moment's decay, where it changes.  seed: of the weight's rounding.  coupled_decay: share of the weight that its
+    gradient gets.  clip: largest norm of the gradient.  None: none."""
 
     lr: float | Tensor
     shrink: float | Tensor
     mass: float | Tensor
     mass_sq: float | Tensor
     seed: Seed
-    coupled_decay: float | Tensor | None
-    clip: float | Tensor | None
+    beta2: float | Tensor | None = None
+    coupled_decay: float | Tensor | None = None
+    clip: float | Tensor | None = None
 
     def as_tensors(self, dtype: torch.dtype) -> "Numbers":
         """The same as 0-d tensors of the gradient's dtype, for compiled code."""
@@ -47,12 +48,12 @@ class Numbers(NamedTuple):
 def update_weight(
     R: Tensor,
     weight: Any,
-    M: Moment,
-    V: Moment,
+    moments: Sequence[Moment],
     *,
     bases: dict[str, Tensor],
     numbers: Numbers,
     projector: Projector,
+    rule: Rule,
     betas: tuple[float, float],
     eps: float,
     scale: float,
@@ -60,20 +61,23 @@ def update_weight(
     """Writes moments and weight, and nothing else; nothing at all from a gradient that is not finite.
 
     R: the projected gradient, float32 or float64, (r or m, r or n).  weight: (m, n), from quantize.open_weight.
-    M, V: its moments, of R's shape.  bases: see Projector.bases.  scale: of the update, where it is projected.
+    moments: those that the rule keeps for R's shape.  bases: see Projector.bases.  scale: of the update, where it is
+    projected.
     Returns the norm of R before clipping. ()
     """
     norm = torch.linalg.vector_norm(R)
-    how = dict(norm=norm, bases=bases, numbers=numbers, projector=projector, betas=betas, eps=eps, scale=scale)
+    how = dict(
+        norm=norm, bases=bases, numbers=numbers, projector=projector, rule=rule, betas=betas, eps=eps, scale=scale
+    )
     finite = norm.isfinite()
     if norm.device.type == "cpu" and not torch.compiler.is_compiling():
         if finite:
-            _write(R, weight, M, V, **how)
+            _write(R, weight, moments, **how)
         return norm
     # Asking a GPU would mean waiting for it. Compiled, the copies exist in name only.
-    written = (*M.tensors(), *V.tensors(), *weight_tensors(weight))
+    written = (*(tensor for moment in moments for tensor in moment.tensors()), *weight_tensors(weight))
     before = [tensor.clone() for tensor in written]
-    _write(R, weight, M, V, **how)
+    _write(R, weight, moments, **how)
     for tensor, old in zip(written, before, strict=True):
         tensor.copy_(torch.where(finite, tensor, old))
     return norm
@@ -82,13 +86,13 @@ def update_weight(
 def _write(
     R: Tensor,
     weight: Any,
-    M: Moment,
-    V: Moment,
+    moments: Sequence[Moment],
     *,
     norm: Tensor,
     bases: dict[str, Tensor],
     numbers: Numbers,
     projector: Projector,
+    rule: Rule,
     betas: tuple[float, float],
     eps: float,
     scale: float,
@@ -99,9 +103,14 @@ def _write(
         R = _add_(R.clone(), w, factor=numbers.coupled_decay)
     if numbers.clip is not None:
         R = R * (numbers.clip / (norm + 1e-6)).clamp(max=1)
-    beta1, beta2 = betas
-    D = adam_direction(R, M, V, beta1=beta1, beta2=beta2, eps=eps, mass=numbers.mass, mass_sq=numbers.mass_sq)
-    U = projector.back(D, bases, like=weight).mul_(scale) if projector.sides else D  # (m, n)
+    beta2 = betas[1] if numbers.beta2 is None else numbers.beta2
+    masses = dict(mass=numbers.mass, mass_sq=numbers.mass_sq)
+    D = rule.direction(R, *moments, beta1=betas[0], beta2=beta2, eps=eps, **masses)
+    U = projector.back(D, bases, like=weight)  # (m, n)
+    if rule.finish is not None:
+        U = rule.finish(U)
+    if projector.sides:
+        U = U.mul_(scale)
     w = _add_(w * numbers.shrink, U, factor=-numbers.lr)
     store_weight(weight, w, seed=numbers.seed)
 

@@ -126,7 +126,7 @@ def test_numbers_out_of_range_are_refused(flag, value):
 
 def test_unknown_names_are_refused_with_the_known_ones():
     assert "Did you mean galore_adamw? Known: adam, adamw" in refusal("--optimizer", "galore_adam")
-    assert "not available in this version yet" in refusal("--optimizer", "galore_lion")
+    assert "not available in this version yet" in refusal("--log_details")
     assert "std" in refusal("--proj_type", "middle")
     assert "--learning_rate" in refusal("--learning_rate", 1)
     assert "--lr" in refusal("--lr", "fast")
@@ -157,7 +157,7 @@ def test_quantization_is_completed_and_checked():
     assert "must be 4 or 8" in refusal("--proj_bits", 3)
     assert "above 0, or -1" in refusal("--weight_group_size", 0)
     assert "float32" in refusal("--accumulation_dtype", "float16"), "not silently the model's"
-    assert "only galore_*, q_galore_* and *8bit can" in refusal("--weight_quant", "--optimizer", "adamw")
+    assert "only galore_*, q_galore_*, lion and *8bit can" in refusal("--weight_quant", "--optimizer", "adamw")
 
 
 def test_names_follow_from_the_rest():

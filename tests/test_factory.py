@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from qgalore.factory import OPTIMIZERS, PLANNED, Settings, create_optimizer, find_recipe, set_lr
+from qgalore.factory import OPTIMIZERS, Settings, create_optimizer, find_recipe, set_lr
 from qgalore.param_groups import split_parameters
 
 
@@ -124,9 +124,3 @@ def test_an_unknown_name_lists_the_known_ones():
         ValueError, match=r"unknown --optimizer 'galore_adam'. Did you mean galore_adamw\? Known: adam,"
     ):
         find_recipe("galore_adam")
-
-
-@pytest.mark.parametrize("name", PLANNED)
-def test_a_name_of_a_feature_to_come_says_so(name):
-    with pytest.raises(ValueError, match="not available in this version yet"):
-        find_recipe(name)

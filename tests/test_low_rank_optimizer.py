@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from qgalore.low_rank_optimizer import MOMENT_POLICIES, LowRankOptimizer
+from qgalore.low_rank_optimizer import LowRankOptimizer
+from qgalore.moments import MOMENT_POLICIES
 from qgalore.projectors import PROJ_TYPES
 
 SHAPES = [(12, 20), (20, 12), (16, 16)]
