@@ -79,13 +79,20 @@ class Recipe:
             title += f" at {settings.matrix_lr_ratio:g} x lr"
         if not (self.low_rank and group.projected):
             return f"{title}, full rank"
-        basis = "orthogonal iteration" if settings.subspace == "iterate" else "exact SVD"
         packed = f"INT{settings.proj_bits} " if settings.proj_bits else ""
-        lazy = ", lazily" if settings.cos_threshold is not None else ""
         return (
-            f"{title}, rank {settings.rank} ({settings.proj_type}), {packed}{basis} every "
-            f"{settings.update_proj_gap} updates{lazy}, scale {settings.galore_scale:g}"
+            f"{title}, rank {settings.rank} ({settings.proj_type}), {packed}{_basis(settings)}, "
+            f"scale {settings.galore_scale:g}"
         )
+
+
+def _basis(settings: Settings) -> str:
+    """How the bases of projected matrices come about."""
+    if settings.proj_type == "random":
+        return f"random bases every {settings.update_proj_gap} updates"
+    method = "orthogonal iteration" if settings.subspace == "iterate" else "exact SVD"
+    lazy = ", lazily" if settings.cos_threshold is not None else ""
+    return f"{method} every {settings.update_proj_gap} updates{lazy}"
 
 
 def _named_groups(groups: Sequence[ParameterGroup], settings: Settings) -> list[dict[str, Any]]:

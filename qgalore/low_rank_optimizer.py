@@ -37,8 +37,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     params: parameters, or groups as for any torch optimizer. A group with a `rank` is projected; its matrices (m, n)
         may also set `update_proj_gap` (updates between refreshes), `scale` (of the update), `proj_type` (see
-        projectors.projection_sides), `subspace` (iterate | svd), `threshold`, `growth` and `queue_size` (of a lazy gap,
-        see RefreshSchedule) and `moments_on_refresh`:
+        projectors.projection_sides; random: bases are drawn, not computed), `subspace` (iterate | svd), `threshold`,
+        `growth` and `queue_size` (of a lazy gap, see RefreshSchedule) and `moments_on_refresh`:
         project: the first moment is carried over by P_new^T P_old; keep: left as it is (the reference); reset: zeroed.
         A rank beyond a matrix's shorter side is clamped to it. `basis_bits` 4 or 8 packs the bases, in groups of at
         most `basis_group_size`. In any group, `rule` names how gradients become directions (see update_rules.RULES),
@@ -88,11 +88,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
             projectors[p] = Projector(
                 sides=projection_sides((p.shape[0], p.shape[1]), proj_type=group["proj_type"]),
                 rank=min(group["rank"], *p.shape),
-                method=group["subspace"],
+                method="random" if group["proj_type"] == "random" else group["subspace"],
                 schedule=RefreshSchedule(
                     gap=gap,
                     offset=staggered_offset(index, count=len(projected), gap=gap),
-                    threshold=group["threshold"],
+                    threshold=None if group["proj_type"] == "random" else group["threshold"],
                     growth=group["growth"],
                     queue_size=group["queue_size"],
                 ),
@@ -119,12 +119,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """
         for group in self.param_groups:
             for p in group["params"]:
-                projector, state = self._projectors[p], self.state[p]
-                projector.allocate(state, like=p)
-                shape = projector.projected_shape(p.shape)
-                wide = torch.promote_types(p.dtype, torch.float32)
-                like = torch.empty(shape, dtype=wide, device=p.device)
-                create_moments(state, RULES[group["rule"]], like=like, bits=group["state_bits"])
+                state = self.state[p]
+                self._projectors[p].allocate(state, like=p)
+                create_moments(state, RULES[group["rule"]], like=self._like_projected(p), bits=group["state_bits"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -148,20 +145,25 @@ class LowRankOptimizer(torch.optim.Optimizer):
             self.refresh(p, group, G)
             R = self.project(p, G)
         else:
+            self.refresh(p, group, p.grad)
             R = self.sync.sum(self.project(p, p.grad))
         self.apply(p, group, R)
 
     def needs_whole_gradient(self, p: Tensor) -> bool:
-        """Whether this update of p needs more of its gradient than the projection: none is there, or it is due."""
+        """Whether this update of p needs more of its gradient than the projection: none is there, or a basis is due
+        that is computed from it."""
         projector, state = self._projectors[p], self.state[p]
-        return not projector.sides or projector.due(state, step=state.get("step", 0) + 1)
+        return not projector.sides or (projector.sees_gradient and projector.due(state, step=state.get("step", 0) + 1))
 
     def awaits_first_basis(self, p: Tensor) -> bool:
-        """Whether p is to be projected but has no basis yet."""
-        return bool(self._projectors[p].sides) and "step" not in self.state[p]
+        """Whether p is to be projected but has no basis yet, and none without a gradient."""
+        return self._projectors[p].sees_gradient and "step" not in self.state[p]
 
     def refresh(self, p: Tensor, group: dict[str, Any], G: Tensor) -> None:
-        """Brings the bases of p up to date with its whole gradient, where that is due; its moments follow. G (m, n)."""
+        """Brings the bases of p up to date with its whole gradient, where that is due; its moments follow. G (m, n).
+
+        Random bases need no more of G than its shape and dtype: any micro-batch's will do.
+        """
         state, projector, began = self.state[p], self._projectors[p], time.perf_counter()
         self._remember(p)
         if not projector.due(state, step=state.get("step", 0) + 1):
@@ -171,8 +173,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if change is not None and "mass" in state:
             rule, policy = RULES[group["rule"]], group["moments_on_refresh"]
             seed = mix_seed(self.seed, state["step"], self._index[p], True)  # another one than in the update
-            follow_basis(state, rule, change, like=self.project(p, G), policy=policy, seed=seed)
+            follow_basis(state, rule, change, like=self._like_projected(p), policy=policy, seed=seed)
         state["refresh_seconds"] = state.get("refresh_seconds", 0.0) + time.perf_counter() - began
+
+    def _like_projected(self, p: Tensor) -> Tensor:
+        """A tensor of R's shape and dtype. Its values do not matter."""
+        shape, wide = self._projectors[p].projected_shape(p.shape), torch.promote_types(p.dtype, torch.float32)
+        return torch.empty(shape, dtype=wide, device=p.device)
 
     def project(self, p: Tensor, G: Tensor) -> Tensor:
         """R = P^T G Q with the bases of p, in float32 or wider. (m, n) -> (r or m, r or n)"""

@@ -3,7 +3,8 @@
 So only one layer's gradients exist at a time. With several micro-batches to an update the gradient is not complete
 before the last one; until then its projection is accumulated, at rank size. The exceptions accumulate in full: those
 that are not projected, and a matrix whose refresh is due, for that one update. Refreshes are staggered, so they are
-few. At the first update every matrix is due; its first basis comes from the first micro-batch alone.
+few. At the first update every matrix is due; its first basis comes from the first micro-batch alone. Random bases are
+drawn before the first micro-batch, so nothing projected by them ever accumulates in full.
 
 The clock is the update: schedules, refreshes and bias corrections count updates, never micro-batches.
 """
@@ -70,6 +71,8 @@ class PerLayerUpdates:
         if first and optimizer.awaits_first_basis(p):
             optimizer.refresh(p, group, optimizer.sync.sum(G.clone()))
         whole = optimizer.needs_whole_gradient(p)
+        if first and not whole:
+            optimizer.refresh(p, group, G)  # a random basis, if one is due
         part = (G if whole else optimizer.project(p, G)).to(self.dtype or p.dtype)
         self.sums[p] = part if first else self.sums[p].add_(part)
         if last:

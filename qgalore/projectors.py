@@ -19,7 +19,8 @@ from qgalore.quantize import mix_seed
 from qgalore.subspace import align, exact_basis, iterate_basis, orthonormalize, product, randomized_basis, turn_towards
 from qgalore.subspace_schedule import RefreshSchedule
 
-PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
+SIDE_TYPES = ("std", "reverse_std", "left", "right", "full")
+PROJ_TYPES = (*SIDE_TYPES, "random")
 SUBSPACE_METHODS = ("iterate", "svd")
 
 
@@ -27,7 +28,7 @@ def projection_sides(shape: tuple[int, int], *, proj_type: str) -> tuple[str, ..
     """Which sides of an (m, n) gradient are projected, as the reference names them.
 
     std: the shorter side (the right one where m >= n), so that R keeps the longer.  reverse_std: the longer side.
-    left: P^T G.  right: G Q.  full: P^T G Q.
+    left: P^T G.  right: G Q.  full: P^T G Q.  Any other type of projection: as std.
     """
     wide = shape[0] < shape[1]
     sides = {
@@ -37,7 +38,7 @@ def projection_sides(shape: tuple[int, int], *, proj_type: str) -> tuple[str, ..
         "right": ("right",),
         "full": ("left", "right"),
     }
-    return sides[proj_type]
+    return sides.get(proj_type, sides["std"])
 
 
 class Refresh(NamedTuple):
@@ -66,10 +67,11 @@ class Projector:
     """The projection of one parameter's gradient.
 
     sides: of `left`, `right`; none is the identity, for any shape.  rank: columns of each basis.
-    method: `iterate` (randomized start, then one warm orthogonal iteration a refresh) or `svd` (exact, every time).
-        At gaps too short for the moments, a refresh goes only part of the way (RefreshSchedule.share).
-    seed: 64 bits, decides the randomized start.  bits: 4 or 8 to pack the bases, in groups of at most group_size
-    elements; None keeps them in the gradient's dtype.
+    method: `iterate` (randomized start, then one warm orthogonal iteration a refresh), `svd` (exact, every time) or
+        `random` (of the gradient nothing but the shape; another one at every refresh).
+        At gaps too short for the moments, a refresh goes only part of the way (RefreshSchedule.share), unless random.
+    seed: 64 bits, decides the randomized start and the random bases.  bits: 4 or 8 to pack the bases, in groups of at
+    most group_size elements; None keeps them in the gradient's dtype.
     """
 
     sides: tuple[str, ...] = ()
@@ -81,8 +83,13 @@ class Projector:
     group_size: int = 256
 
     def due(self, state: dict[str, Any], *, step: int) -> bool:
-        """Whether `prepare` will compute bases from this update's whole gradient."""
+        """Whether `prepare` will compute bases."""
         return bool(self.sides) and self.schedule.due(state, step=step)
+
+    @property
+    def sees_gradient(self) -> bool:
+        """Whether bases are computed from the gradient, the whole of it."""
+        return bool(self.sides) and self.method != "random"
 
     def prepare(self, G: Tensor, state: dict[str, Any], *, step: int) -> Refresh | None:
         """Brings the bases up to date with G, where a refresh is due. G (m, n).
@@ -104,7 +111,10 @@ class Projector:
         """Replaces one basis. Returns P_new^T P_old (r, r), or None where it is the first one or stays as it was."""
         wide = torch.promote_types(G.dtype, torch.float32)
         old = self._basis(G, state, side).to(wide) if has_basis(state, side) else None
-        new = self._new_basis(G if side == "left" else G.mT, old, state)
+        if self.method == "random":
+            new = self._random_basis(G, side, state)
+        else:
+            new = self._new_basis(G if side == "left" else G.mT, old, state)
         if new is None:
             state["failed_refreshes"] = state.get("failed_refreshes", 0) + 1
             warnings.warn(
@@ -112,7 +122,7 @@ class Projector:
             )
             if old is not None:
                 return None
-            new = self._random_basis(G, side)
+            new = self._random_basis(G, side, state)
         self._keep(new, G, state, side)
         return None if old is None else self._basis(G, state, side).to(wide).mT @ old
 
@@ -159,11 +169,15 @@ class Projector:
             basis = align(basis, basis=old) if share < 1 else basis
         return turn_towards(basis, basis=old, share=share) if share < 1 else basis
 
-    def _random_basis(self, G: Tensor, side: str) -> Tensor:
-        """Where the very first gradient was useless: any orthonormal basis, until the next refresh."""
-        rows = G.shape[0] if side == "left" else G.shape[1]
-        generator = torch.Generator(G.device).manual_seed(mix_seed(self.seed, rows) % (1 << 63))
-        return orthonormalize(torch.randn(rows, self.rank, generator=generator, device=G.device))
+    def _random_basis(self, G: Tensor, side: str, state: dict[str, Any]) -> Tensor:
+        """An orthonormal basis drawn from the seed, the side and the refreshes so far; G says how many rows it has.
+
+        Also where the very first gradient was useless, until the next refresh.
+        """
+        rows, wide = G.shape[0 if side == "left" else 1], torch.promote_types(G.dtype, torch.float32)
+        seed = mix_seed(self.seed, side == "left", state.get("refreshes", 0))
+        generator = torch.Generator(G.device).manual_seed(seed % (1 << 63))
+        return orthonormalize(torch.randn(rows, self.rank, generator=generator, device=G.device, dtype=wide))
 
     def allocate(self, state: dict[str, Any], *, like: Tensor) -> None:
         """Stores bases of zeros, to be counted. like: the weight, for its shape, dtype and device."""

@@ -9,7 +9,7 @@ import torch
 
 from qgalore.low_rank_optimizer import LowRankOptimizer
 from qgalore.moments import MOMENT_POLICIES
-from qgalore.projectors import PROJ_TYPES
+from qgalore.projectors import SIDE_TYPES
 
 SHAPES = [(12, 20), (20, 12), (16, 16)]
 
@@ -53,7 +53,7 @@ def test_without_a_rank_it_is_adamw(betas):
 
 
 @pytest.mark.parametrize("subspace", ["iterate", "svd"])
-@pytest.mark.parametrize("proj_type", PROJ_TYPES)
+@pytest.mark.parametrize("proj_type", SIDE_TYPES)
 def test_with_an_identity_basis_at_full_rank_it_is_adamw(proj_type, subspace):
     """rank = min(m, n) with the basis set to the identity, where the projected side is the one of that length."""
     shapes = [(12, 12)] if proj_type not in ("std",) else SHAPES
@@ -139,7 +139,7 @@ class Oracle:
 @pytest.mark.parametrize("gap", [10, 4])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("policy", MOMENT_POLICIES)
-@pytest.mark.parametrize("proj_type", PROJ_TYPES)
+@pytest.mark.parametrize("proj_type", SIDE_TYPES)
 def test_galore_is_the_papers(proj_type, policy, dtype, tolerance, gap):
     """Thirty updates of a wide, a tall and a square matrix, refreshes included, each matrix at its own time.
 

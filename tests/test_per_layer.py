@@ -118,6 +118,26 @@ def test_only_the_first_bases_differ_with_accumulation():
             assert torch.allclose(ours[side], theirs[side], atol=1e-4)
 
 
+@pytest.mark.parametrize("rank", [4, 8])
+def test_with_random_bases_accumulation_changes_nothing_from_the_first_update_on(rank):
+    """Four micro-batches to an update against all of them at once, refreshes included; no sum is ever in full."""
+    model, data = Model(), batches(48)
+    twin = copy.deepcopy(model)
+    updates = PerLayerUpdates(optimizer_of(model, proj_type="random", rank=rank), accumulation=4)
+    whole_updates = WholeModelUpdates(optimizer_of(twin, proj_type="random", rank=rank), sync=GradSync())
+    for index, batch in enumerate(data, start=1):
+        for driven in (model, twin):
+            (loss_of(driven, batch) / 4).backward()
+        if index % 4 == 0:
+            updates.finish(), whole_updates.finish()
+            assert largest_difference(model, twin) < 1e-5
+        else:
+            sizes = [(updates.sums[layer.weight].numel(), rank * max(layer.weight.shape)) for layer in model.mlp]
+            assert all(held == projected for held, projected in sizes)
+    refreshes = [updates.optimizer.state[layer.weight]["refreshes"] for layer in model.mlp]
+    assert refreshes == [3, 2], "each matrix at its own time"
+
+
 def test_sums_are_of_rank_size_except_where_a_refresh_is_due():
     model, data = Model(), batches(28)
     optimizer = optimizer_of(model)

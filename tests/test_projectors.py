@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from qgalore.projectors import PROJ_TYPES, Projector, Refresh, projection_sides
+from qgalore.projectors import SIDE_TYPES, Projector, Refresh, projection_sides
 from qgalore.subspace import orthonormalize
 from qgalore.subspace_schedule import RefreshSchedule
 
@@ -16,7 +16,7 @@ def projector(shape, *, proj_type="std", rank=4, gap=3, method="iterate") -> Pro
 
 
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12), (16, 16)])
-@pytest.mark.parametrize("proj_type", PROJ_TYPES)
+@pytest.mark.parametrize("proj_type", SIDE_TYPES)
 def test_the_side_is_the_references(shape, proj_type):
     """std keeps the longer side of R, the square matrix counts as tall; reverse_std the shorter."""
     state, p = {}, projector(shape, proj_type=proj_type)
@@ -29,7 +29,7 @@ def test_the_side_is_the_references(shape, proj_type):
     assert {"left", "right"} & state.keys() == set(p.sides), "the side is what the state holds"
 
 
-@pytest.mark.parametrize("proj_type", PROJ_TYPES)
+@pytest.mark.parametrize("proj_type", SIDE_TYPES)
 def test_there_and_back_is_the_projection_of_the_gradient(proj_type):
     G, state, p = torch.randn(10, 14, dtype=torch.float64), {}, projector((10, 14), proj_type=proj_type)
     p.prepare(G, state, step=1)
@@ -64,7 +64,7 @@ def test_a_refresh_happens_exactly_when_due():
     assert state["refreshes"] == 4
 
 
-@pytest.mark.parametrize("proj_type", PROJ_TYPES)
+@pytest.mark.parametrize("proj_type", SIDE_TYPES)
 def test_a_refresh_tells_how_coordinates_changed(proj_type):
     """What both bases span is carried over exactly; what only the old one spans is dropped."""
     p, state = projector((10, 14), proj_type=proj_type, gap=1), {}
@@ -130,3 +130,23 @@ def test_a_basis_is_kept_in_the_gradients_dtype_and_r_in_float32():
     assert state["left"].dtype == torch.bfloat16
     assert p.project(G, state).dtype == torch.float32
     assert p.back(p.project(G, state), state, like=G).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype, bits", [(torch.float32, None), (torch.bfloat16, None), (torch.float32, 4)])
+def test_random_bases_follow_from_the_seed_and_the_count_alone(dtype, bits):
+    """Two that see different gradients, one of them useless, draw the same bases; a later one is another one."""
+    ours, theirs = {}, {}
+    p = Projector(
+        sides=("right",), rank=8, method="random", seed=5, bits=bits, schedule=RefreshSchedule(gap=2, offset=2)
+    )
+    seen = []
+    for step in range(1, 7):
+        change = p.prepare(torch.randn(20, 64, dtype=dtype), ours, step=step)
+        p.prepare(torch.full((20, 64), float("nan"), dtype=dtype), theirs, step=step)
+        P = p._basis(torch.empty(20, 64, dtype=dtype), ours, "right").float()
+        assert (change is not None) == (step in (3, 5))
+        assert torch.equal(P, p._basis(torch.empty(20, 64, dtype=dtype), theirs, "right").float())
+        assert torch.allclose(P.mT @ P, torch.eye(8), atol={None: 0.02, 4: 0.4}[bits])
+        seen.append(P)
+    assert torch.equal(seen[2], seen[3]) and (seen[2].mT @ seen[4]).square().sum() / 8 < 0.4
+    assert ours["refreshes"] == 3 and "failed_refreshes" not in theirs
