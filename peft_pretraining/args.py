@@ -12,6 +12,7 @@ from peft_pretraining.presets import preset_flags
 from peft_pretraining.resume import inherited_args
 from peft_pretraining.schedules import check_schedule
 from qgalore.factory import Recipe, find_recipe
+from qgalore.projectors import LEARNERS, SIDE_TYPES
 
 
 def parse_args(argv: list[str] | None = None, *, world_size: int = 1) -> argparse.Namespace:
@@ -78,7 +79,7 @@ def _check_ranges(args: argparse.Namespace) -> None:
     )
     at_least_one += " queue_size gamma_proj"
     at_least_zero = "workers grad_clipping weight_decay warmup_steps restart_warmup_steps seed keep_last keep_every"
-    at_least_zero += " max_bad_documents spike_rollback"
+    at_least_zero += " max_bad_documents spike_rollback proj_lr proj_reg"
     _require(args, at_least_one, lambda value: value >= 1, "must be at least 1")
     _require(args, at_least_zero, lambda value: 0 <= value < math.inf, "must be 0 or more")
     _require(args, "lr matrix_lr_ratio galore_scale", lambda value: 0 < value < math.inf, "must be above 0")
@@ -118,9 +119,14 @@ def _complete_optimizer(args: argparse.Namespace, given: argparse.Namespace) -> 
 def _without_effect(args: argparse.Namespace, recipe: Recipe) -> list[str]:
     """Flags that mean nothing to this optimizer, or without another flag."""
     low_rank = next(flags for title, flags in FLAGS.items() if title.startswith("low-rank"))
-    lazy = args.cos_threshold is not None or recipe.lazy is not None
+    refreshed = args.proj_type in SIDE_TYPES
+    lazy = refreshed and (args.cos_threshold is not None or recipe.lazy is not None)
     return [
         *([] if recipe.low_rank else [flag.name for flag in low_rank]),
+        *([] if refreshed else ["cos_threshold"]),
+        *([] if args.proj_type in LEARNERS else ["proj_lr", "proj_reg"]),
+        *(["moments_on_refresh"] if args.proj_type in LEARNERS else []),
+        *(["subspace"] if args.proj_type == "random" else []),
         *([] if recipe.low_rank else ["proj_quant"]),
         *([] if recipe.low_rank and args.proj_quant else ["proj_bits", "proj_group_size"]),
         *([] if recipe.low_rank and lazy else ["gamma_proj", "queue_size"]),

@@ -99,12 +99,17 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("rank", int, 128, "COLUMNS", "of each basis; clamped to the shorter side of a matrix"),
         Flag("update_proj_gap", int, 50, "UPDATES", "between refreshes of a basis"),
         Flag("galore_scale", float, 1.0, "FACTOR", "on the update of the projected matrices"),
-        Flag("proj_type", str, "std", "", "side that is projected: the shorter (std), the longer, a fixed one, or both",
-             choices=PROJ_TYPES),
+        Flag("proj_type", str, "std", "", "side that is projected: the shorter (std), the longer, a fixed one or both; "
+             "or, of the shorter side, bases that learn by online PCA (continuous: by AdamW, else by the optimizer in "
+             "the name) or are drawn at random", choices=PROJ_TYPES),
         Flag("subspace", str, "iterate", "", "iterate: warm orthogonal iteration; svd: exact, every time",
              choices=SUBSPACE_METHODS),
         Flag("moments_on_refresh", str, "project", "", "the first moment is carried into the new basis, kept as it is "
              "(the reference), or both are reset", choices=MOMENT_POLICIES),
+        Flag("proj_lr", float, None, "RATE", "step size of online PCA; follows the schedule of the learning rate",
+             shown="1 / --update_proj_gap"),
+        Flag("proj_reg", float, 0.1, "FACTOR", "on the distance of such bases from orthonormal ones, as in Online "
+             "Subspace Descent; its code has 0"),
         Flag("cos_threshold", float, None, "OVERLAP", "of successive bases, 0 to 1, from which on a basis counts as "
              "still and its gap grows", shown=f"{LAZY_THRESHOLD} for q_galore, else no gap ever grows"),
         Flag("gamma_proj", float, 2.0, "FACTOR", "by which the gap of a still basis grows"),

@@ -12,6 +12,7 @@ from qgalore.low_rank_optimizer import LowRankOptimizer
 from qgalore.master_weights import MasterWeights
 from qgalore.param_groups import ParameterGroup
 from qgalore.per_layer import PerLayerUpdates
+from qgalore.projectors import LEARNERS
 from qgalore.update_rules import RULES
 from qgalore.whole_model import WholeModelUpdates
 
@@ -38,6 +39,8 @@ class Settings:
     proj_type: str = "std"
     subspace: str = "iterate"
     moments_on_refresh: str = "project"
+    proj_lr: float | None = None
+    proj_reg: float = 0.1
     proj_bits: int | None = None
     proj_group_size: int = 256
     cos_threshold: float | None = None
@@ -80,9 +83,10 @@ class Recipe:
         if not (self.low_rank and group.projected):
             return f"{title}, full rank"
         packed = f"INT{settings.proj_bits} " if settings.proj_bits else ""
+        whole = settings.proj_type in LEARNERS and self.per_layer
         return (
             f"{title}, rank {settings.rank} ({settings.proj_type}), {packed}{_basis(settings)}, "
-            f"scale {settings.galore_scale:g}"
+            f"scale {settings.galore_scale:g}" + ", micro-batches summed at full size" * whole
         )
 
 
@@ -90,6 +94,8 @@ def _basis(settings: Settings) -> str:
     """How the bases of projected matrices come about."""
     if settings.proj_type == "random":
         return f"random bases every {settings.update_proj_gap} updates"
+    if settings.proj_type in LEARNERS:
+        return f"online PCA by {LEARNERS[settings.proj_type].title}"
     method = "orthogonal iteration" if settings.subspace == "iterate" else "exact SVD"
     lazy = ", lazily" if settings.cos_threshold is not None else ""
     return f"{method} every {settings.update_proj_gap} updates{lazy}"
@@ -173,6 +179,8 @@ def _projection(settings: Settings) -> dict[str, Any]:
         proj_type=settings.proj_type,
         subspace=settings.subspace,
         moments_on_refresh=settings.moments_on_refresh,
+        proj_lr=settings.proj_lr,
+        proj_reg=settings.proj_reg,
         basis_bits=settings.proj_bits,
         basis_group_size=settings.proj_group_size,
         threshold=settings.cos_threshold,

@@ -19,6 +19,8 @@ DEFAULTS: dict[str, Any] = dict(
     growth=2.0,
     queue_size=5,
     moments_on_refresh="project",
+    proj_lr=None,
+    proj_reg=0.1,
     decoupled=True,
     state_bits=32,
     basis_bits=None,
@@ -63,5 +65,7 @@ def _fits(group: dict[str, Any]) -> dict[str, bool]:
         "basis_bits": group["basis_bits"] in (None, 4, 8),
         "proj_type": group["proj_type"] in PROJ_TYPES,
         "subspace": group["subspace"] in SUBSPACE_METHODS,
+        "proj_lr": group["proj_lr"] is None or 0 <= group["proj_lr"] < math.inf,
+        "proj_reg": 0 <= group["proj_reg"] < math.inf,
         "moments_on_refresh": group["moments_on_refresh"] in MOMENT_POLICIES,
     }

@@ -22,9 +22,10 @@ from torch import Tensor
 from qgalore.grad_sync import GradSync
 from qgalore.group_options import DEFAULTS, check_group
 from qgalore.moments import count_update, create_moments, follow_basis, open_moments
+from qgalore.online_pca import pca_gradient
 from qgalore.outcome import Outcome
-from qgalore.projectors import Projector, projection_sides
-from qgalore.quantize import mix_seed, open_weight
+from qgalore.projectors import LEARNERS, Projector, projection_sides
+from qgalore.quantize import mix_seed, open_weight, read_weight
 from qgalore.subspace_schedule import RefreshSchedule, staggered_offset
 from qgalore.update_rules import RULES
 from qgalore.weight_update import Numbers, compiled_update, update_weight
@@ -40,6 +41,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         projectors.projection_sides; random: bases are drawn, not computed), `subspace` (iterate | svd), `threshold`,
         `growth` and `queue_size` (of a lazy gap, see RefreshSchedule) and `moments_on_refresh`:
         project: the first moment is carried over by P_new^T P_old; keep: left as it is (the reference); reset: zeroed.
+        With `proj_type` continuous, continuous_lion and so on (projectors.LEARNERS) the first basis learns from then on
+        by online PCA, in steps of `proj_lr` (None: 1 / update_proj_gap) times lr over the lr given here, with
+        `proj_reg` on its distance from orthonormal; every update needs the whole gradient.
         A rank beyond a matrix's shorter side is clamped to it. `basis_bits` 4 or 8 packs the bases, in groups of at
         most `basis_group_size`. In any group, `rule` names how gradients become directions (see update_rules.RULES),
         `state_bits` 8 keeps its moments in 8 bits, and `clip` limits the norm of each parameter's projected gradient
@@ -73,6 +77,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             if group["betas"] is None and group["rule"] in RULES:
                 group["betas"] = RULES[group["rule"]].betas
             check_group(group)
+            group.setdefault("initial_lr", group["lr"])  # as torch's schedulers name it
         self._index = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
         self._projectors = self._build_projectors()
         # By parameter, so that they stay small where nobody ends an update.
@@ -89,6 +94,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 sides=projection_sides((p.shape[0], p.shape[1]), proj_type=group["proj_type"]),
                 rank=min(group["rank"], *p.shape),
                 method="random" if group["proj_type"] == "random" else group["subspace"],
+                learner=LEARNERS.get(group["proj_type"]),
                 schedule=RefreshSchedule(
                     gap=gap,
                     offset=staggered_offset(index, count=len(projected), gap=gap),
@@ -119,9 +125,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """
         for group in self.param_groups:
             for p in group["params"]:
-                state = self.state[p]
-                self._projectors[p].allocate(state, like=p)
-                create_moments(state, RULES[group["rule"]], like=self._like_projected(p), bits=group["state_bits"])
+                state, projector = self.state[p], self._projectors[p]
+                projector.allocate(state, like=p)
+                like = self._like_projected(p)
+                create_moments(state, RULES[group["rule"]], like=like, bits=group["state_bits"])
+                if projector.learner is not None:
+                    (side,), (rule, bits, _) = projector.sides, projector.learner
+                    basis = like.new_empty(projector.basis_shape(p.shape, side))
+                    create_moments(state, RULES[rule], like=basis, bits=bits, prefix=f"{side}.")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -141,23 +152,33 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """One update of one parameter from p.grad: the road drawn at the top of this file."""
         assert p.grad is not None
         if self.needs_whole_gradient(p):
-            G = self.sync.sum(p.grad)
-            self.refresh(p, group, G)
-            R = self.project(p, G)
+            self.update_from_whole(p, group, self.sync.sum(p.grad))
         else:
             self.refresh(p, group, p.grad)
-            R = self.sync.sum(self.project(p, p.grad))
+            self.apply(p, group, self.sync.sum(self.project(p, p.grad)))
+
+    def update_from_whole(self, p: Tensor, group: dict[str, Any], G: Tensor) -> None:
+        """One update of p from its whole gradient, summed over micro-batches and ranks. G (m, n)."""
+        self.refresh(p, group, G)
+        R = self.project(p, G)
         self.apply(p, group, R)
+        if self._projectors[p].learner is not None and self.state[p]["step"] > 1:  # the first basis needs no step
+            self._learn(p, group, G.to(p.dtype), R)
+
+    def always_needs_whole_gradient(self, p: Tensor) -> bool:
+        """Whether every update of p needs more than its projected gradient: it is not projected or its basis learns."""
+        return not self._projectors[p].sides or self._projectors[p].learner is not None
 
     def needs_whole_gradient(self, p: Tensor) -> bool:
-        """Whether this update of p needs more of its gradient than the projection: none is there, or a basis is due
-        that is computed from it."""
+        """Whether this update of p does: always, or because a basis is due that is computed from it."""
         projector, state = self._projectors[p], self.state[p]
-        return not projector.sides or (projector.sees_gradient and projector.due(state, step=state.get("step", 0) + 1))
+        due = projector.sees_gradient and projector.due(state, step=state.get("step", 0) + 1)
+        return due or self.always_needs_whole_gradient(p)
 
     def awaits_first_basis(self, p: Tensor) -> bool:
-        """Whether p is to be projected but has no basis yet, and none without a gradient."""
-        return self._projectors[p].sees_gradient and "step" not in self.state[p]
+        """Whether p has no basis yet, but could do with its projected gradient as soon as it has one."""
+        first = self._projectors[p].sees_gradient and "step" not in self.state[p]
+        return first and not self.always_needs_whole_gradient(p)
 
     def refresh(self, p: Tensor, group: dict[str, Any], G: Tensor) -> None:
         """Brings the bases of p up to date with its whole gradient, where that is due; its moments follow. G (m, n).
@@ -187,20 +208,64 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def apply(self, p: Tensor, group: dict[str, Any], R: Tensor) -> None:
         """Updates moments and weight of p from its projected gradient, summed over micro-batches and ranks."""
-        state, projector, rule = self.state[p], self._projectors[p], RULES[group["rule"]]
         self._remember(p)
-        if "mass" not in state:
-            create_moments(state, rule, like=R, bits=group["state_bits"])
-        count_update(state, rule, betas=group["betas"])
-        numbers = self._numbers(p, group)
-        moments = open_moments(
-            state, rule, like=R, seed=mix_seed(self.seed, state["step"], self._index[p], False), compiled=self.compile
+        self._norms[p] = self._move(p, group, open_weight(p), R, projector=self._projectors[p], seed=self.seed)
+        torch.autograd.graph.increment_version(p)  # what was written may be the inside of an Int8Weight
+
+    def _learn(self, p: Tensor, group: dict[str, Any], G: Tensor, R: Tensor) -> None:
+        """One step of online PCA for the basis of p, after its use: the basis is a weight of its own. R: from project.
+
+        Its step size follows the schedule of the learning rate.
+        """
+        projector, (side,) = self._projectors[p], self._projectors[p].sides
+        assert projector.learner is not None
+        basis = projector.open_basis(self.state[p], side, shape=p.shape)
+        G, R = (G, R) if side == "right" else (G.mT, R.mT)
+        gradient = pca_gradient(G, R, read_weight(basis, dtype=R.dtype), reg=group["proj_reg"])
+        rule, peak = (
+            projector.learner.rule,
+            1 / group["update_proj_gap"] if group["proj_lr"] is None else group["proj_lr"],
         )
-        norm = self._update(
+        ratio = group["lr"] / group["initial_lr"] if group["initial_lr"] else 1.0
+        own = dict(
+            rule=rule, betas=RULES[rule].betas, state_bits=projector.learner.bits, lr=peak * ratio, weight_decay=0.0
+        )
+        options = DEFAULTS | {"eps": group["eps"]} | own
+        self._move(p, options, basis, gradient, projector=Projector(), seed=projector.seed, prefix=f"{side}.")
+
+    def _move(
+        self,
+        p: Tensor,
+        group: dict[str, Any],
+        weight: Any,
+        R: Tensor,
+        *,
+        projector: Projector,
+        seed: int,
+        prefix: str = "",
+    ) -> Tensor:
+        """Updates a weight of p, or its basis, and the moments, which the state has under their names after `prefix`.
+
+        weight: from open_weight or open_basis.  R: its projected gradient.  Returns the norm of R. ()
+        """
+        state, rule = self.state[p], RULES[group["rule"]]
+        if prefix + "mass" not in state:
+            create_moments(state, rule, like=R, bits=group["state_bits"], prefix=prefix)
+        count_update(state, rule, betas=group["betas"], prefix=prefix)
+        step = state[prefix + "step"]
+        numbers = self._numbers(group, state, prefix=prefix, seed=mix_seed(seed, step, self._index[p]))
+        return self._update(
             R,
-            open_weight(p),
-            moments,
-            bases=projector.bases(state),
+            weight,
+            open_moments(
+                state,
+                rule,
+                like=R,
+                seed=mix_seed(seed, step, self._index[p], False),
+                compiled=self.compile,
+                prefix=prefix,
+            ),
+            bases=projector.bases(state) if projector.sides else {},
             numbers=numbers.as_tensors(R.dtype) if self.compile else numbers,
             projector=projector,
             rule=rule,
@@ -208,8 +273,6 @@ class LowRankOptimizer(torch.optim.Optimizer):
             eps=group["eps"],
             scale=group["scale"],
         )
-        torch.autograd.graph.increment_version(p)  # what was written may be the inside of an Int8Weight
-        self._norms[p] = norm
 
     def refreshes(self, p: Tensor) -> dict[str, Any] | None:
         """What became of the bases of p; None for a parameter that is not projected.
@@ -250,16 +313,16 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if p not in self._before or self._before[p].get("step") != state.get("step"):
             self._before[p] = {key: value for key, value in state.items() if not torch.is_tensor(value)}
 
-    def _numbers(self, p: Tensor, group: dict[str, Any]) -> Numbers:
-        """What is different in this update of p from others."""
-        state, lr, weight_decay, rule = self.state[p], group["lr"], group["weight_decay"], RULES[group["rule"]]
+    def _numbers(self, group: dict[str, Any], state: dict[str, Any], *, prefix: str, seed: int) -> Numbers:
+        """What is different in this update from others."""
+        lr, weight_decay, decay = group["lr"], group["weight_decay"], RULES[group["rule"]].decay
         return Numbers(
             lr=lr,
             shrink=1 - lr * weight_decay * group["decoupled"],
-            mass=state["mass"],
-            mass_sq=state["mass_sq"],
-            seed=mix_seed(self.seed, state["step"], self._index[p]),
-            beta2=rule.decay(state["step"]) if rule.decay else None,
+            mass=state[prefix + "mass"],
+            mass_sq=state[prefix + "mass_sq"],
+            seed=seed,
+            beta2=decay(state[prefix + "step"]) if decay else None,
             coupled_decay=None if group["decoupled"] else weight_decay,
             clip=group["clip"] or None,
         )

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from qgalore.projectors import is_basis
+
 KINDS = ("weights", "scales", "bases", "moments", "accumulators")
 
 
@@ -13,7 +15,8 @@ def kept_bytes(
     model: nn.Module, optimizer: torch.optim.Optimizer, *, accumulators: Iterable[Tensor] = ()
 ) -> dict[str, int]:
     """Bytes by kind: weights (dense, or codes), scales (and zero points of weights), bases (with their scales), moments
-    (with their block maxima, and float32 master weights where there are any), accumulators (sums over micro-batches).
+    (with their block maxima; those of bases that learn; float32 master weights where there are any), accumulators (sums
+    over micro-batches).
 
     Any device, the meta device included; gradients and activations are not kept between updates and do not count.
     """
@@ -26,7 +29,7 @@ def kept_bytes(
         for entries in state.values():
             for name, value in entries.items():
                 if torch.is_tensor(value):
-                    kept["bases" if name.split(".")[0] in ("left", "right") else "moments"] += value.nbytes
+                    kept["bases" if is_basis(name) else "moments"] += value.nbytes
     if hasattr(optimizer, "inner"):
         kept["moments"] += sum(p.nbytes for group in optimizer.inner.param_groups for p in group["params"])
     kept["accumulators"] = sum(tensor.nbytes for tensor in accumulators)

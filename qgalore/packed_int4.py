@@ -1,6 +1,6 @@
 """Bases of a gradient's subspace in 4 or 8 bits, as plain tensors for the optimizer's state.
 
-A basis (m, r) is rounded to nearest, in groups along its rows: a row holds what the r directions have to do with one
+A basis (m, r) is rounded in groups along its rows: a row holds what the r directions have to do with one
 input or output of the layer, and some of these matter far more than others, while the columns are all of length one.
 A scale that only neighbours in a row share follows that; groups of the flattened basis mix rows wherever r < 256.
 Source: Zhang et al. 2024, Q-GaLore, arXiv 2407.08296, section 3 (projection matrices in INT4).
@@ -25,12 +25,13 @@ The flattened basis in groups of 256 instead, 512 x 64 in 4 bits: 0.520 bytes an
 0.158; by columns, 0.113 and 0.175.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from qgalore.quantize import dequantize_groups, group_size_for, pack_nibbles, quantize_groups, unpack_nibbles
+from qgalore.quantize import Seed, dequantize_groups, group_size_for, pack_nibbles, quantize_groups, unpack_nibbles
 
 
 class PackedBasis(NamedTuple):
@@ -42,16 +43,17 @@ class PackedBasis(NamedTuple):
     zero: Tensor
 
 
-def pack_basis(values: Tensor, *, bits: int = 4, group_size: int = 256) -> PackedBasis:
+def pack_basis(values: Tensor, *, bits: int = 4, group_size: int = 256, seed: Seed | None = None) -> PackedBasis:
     """Rounds a basis to 4 or 8 bits.
 
     values: (m, r), any floating dtype.  group_size: the groups' largest size; -1 makes a row one group.
+    seed: 64 bits, to round stochastically, as a basis must that moves in small steps; None: to nearest.
     Takes bits/8 bytes an element and 5 a group. NaN in a group makes all of it NaN.
     """
     if bits not in (4, 8):
         raise ValueError(f"a basis is kept in 4 or 8 bits, not {bits}")
     size = group_size_for(values.shape[1], at_most=group_size)
-    codes, scale, zero = quantize_groups(values, group_size=size, bits=bits)
+    codes, scale, zero = quantize_groups(values, group_size=size, bits=bits, seed=seed)
     return PackedBasis(pack_nibbles(codes) if bits == 4 else codes, scale, zero)
 
 
@@ -62,3 +64,26 @@ def unpack_basis(packed: PackedBasis, *, shape: tuple[int, int], dtype: torch.dt
     if codes.ndim == 1:
         codes = unpack_nibbles(codes, count=shape[0] * shape[1]).view(groups)
     return dequantize_groups(codes, scale, zero, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class LearningBasis:
+    """A packed basis as quantize.read_weight and store_weight see a weight: small steps add up, by stochastic rounding.
+
+    parts: those of a PackedBasis, written in place.  shape: (m, r).  bits, group_size: as in pack_basis.
+    """
+
+    parts: tuple[Tensor, ...]
+    shape: tuple[int, int]
+    bits: int
+    group_size: int
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The values. (m, r) `dtype`"""
+        return unpack_basis(PackedBasis(*self.parts), shape=self.shape, dtype=dtype)
+
+    def store_(self, values: Tensor, *, seed: Seed) -> None:
+        """Rounds new values, with new scales and zero points. values: (m, r)."""
+        packed = pack_basis(values, bits=self.bits, group_size=self.group_size, seed=seed)
+        for part, new in zip(self.parts, packed, strict=True):
+            part.copy_(new)

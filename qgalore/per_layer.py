@@ -4,7 +4,8 @@ So only one layer's gradients exist at a time. With several micro-batches to an 
 before the last one; until then its projection is accumulated, at rank size. The exceptions accumulate in full: those
 that are not projected, and a matrix whose refresh is due, for that one update. Refreshes are staggered, so they are
 few. At the first update every matrix is due; its first basis comes from the first micro-batch alone. Random bases are
-drawn before the first micro-batch, so nothing projected by them ever accumulates in full.
+drawn before the first micro-batch, so nothing projected by them ever accumulates in full. Bases that learn by online
+PCA need the whole gradient of every update: with them, every matrix accumulates in full.
 
 The clock is the update: schedules, refreshes and bias corrections count updates, never micro-batches.
 """
@@ -78,6 +79,6 @@ class PerLayerUpdates:
         if last:
             total = optimizer.sync.sum(self.sums.pop(p))
             if whole:
-                optimizer.refresh(p, group, total)
-                total = optimizer.project(p, total)
-            optimizer.apply(p, group, total.to(torch.promote_types(total.dtype, torch.float32)))
+                optimizer.update_from_whole(p, group, total)
+            else:
+                optimizer.apply(p, group, total.to(torch.promote_types(total.dtype, torch.float32)))

@@ -14,13 +14,30 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qgalore.packed_int4 import PackedBasis, pack_basis, unpack_basis
+from qgalore.packed_int4 import LearningBasis, PackedBasis, pack_basis, unpack_basis
 from qgalore.quantize import mix_seed
 from qgalore.subspace import align, exact_basis, iterate_basis, orthonormalize, product, randomized_basis, turn_towards
 from qgalore.subspace_schedule import RefreshSchedule
 
 SIDE_TYPES = ("std", "reverse_std", "left", "right", "full")
-PROJ_TYPES = (*SIDE_TYPES, "random")
+
+
+class Learner(NamedTuple):
+    """How a basis learns by online PCA. rule: of update_rules.  bits: of its moments.  title: what the log calls it."""
+
+    rule: str
+    bits: int
+    title: str
+
+
+LEARNERS = {
+    "continuous": Learner("adam", 32, "AdamW"),
+    "continuous_adam8bit": Learner("adam", 8, "8-bit Adam"),
+    "continuous_lion": Learner("lion", 32, "Lion"),
+    "continuous_adafactor": Learner("adafactor", 32, "Adafactor"),
+    "continuous_sgd": Learner("sgd", 32, "SGD"),
+}
+PROJ_TYPES = (*SIDE_TYPES, *LEARNERS, "random")
 SUBSPACE_METHODS = ("iterate", "svd")
 
 
@@ -70,6 +87,7 @@ class Projector:
     method: `iterate` (randomized start, then one warm orthogonal iteration a refresh), `svd` (exact, every time) or
         `random` (of the gradient nothing but the shape; another one at every refresh).
         At gaps too short for the moments, a refresh goes only part of the way (RefreshSchedule.share), unless random.
+    learner: how the basis learns after the first refresh, which then is the last; None: it is refreshed.
     seed: 64 bits, decides the randomized start and the random bases.  bits: 4 or 8 to pack the bases, in groups of at
     most group_size elements; None keeps them in the gradient's dtype.
     """
@@ -77,6 +95,7 @@ class Projector:
     sides: tuple[str, ...] = ()
     rank: int = 0
     method: str = "iterate"
+    learner: Learner | None = None
     schedule: RefreshSchedule = RefreshSchedule(gap=1, offset=1)
     seed: int = 0
     bits: int | None = None
@@ -84,7 +103,9 @@ class Projector:
 
     def due(self, state: dict[str, Any], *, step: int) -> bool:
         """Whether `prepare` will compute bases."""
-        return bool(self.sides) and self.schedule.due(state, step=step)
+        if not self.sides or (self.learner is not None and "refreshes" in state):
+            return False
+        return self.schedule.due(state, step=step)
 
     @property
     def sees_gradient(self) -> bool:
@@ -111,6 +132,7 @@ class Projector:
         """Replaces one basis. Returns P_new^T P_old (r, r), or None where it is the first one or stays as it was."""
         wide = torch.promote_types(G.dtype, torch.float32)
         old = self._basis(G, state, side).to(wide) if has_basis(state, side) else None
+        new: Tensor | None
         if self.method == "random":
             new = self._random_basis(G, side, state)
         else:
@@ -140,11 +162,22 @@ class Projector:
         if self.bits is None:
             return state[side]
         packed = PackedBasis(*(state[f"{side}.{name}"] for name in PackedBasis._fields))
-        return unpack_basis(packed, shape=(G.shape[0 if side == "left" else 1], self.rank), dtype=G.dtype)
+        return unpack_basis(packed, shape=self.basis_shape(G.shape, side), dtype=G.dtype)
+
+    def basis_shape(self, shape: torch.Size, side: str) -> tuple[int, int]:
+        """(m, r) on the left and (n, r) on the right, for a gradient of that shape."""
+        return shape[0 if side == "left" else 1], self.rank
 
     def bases(self, state: dict[str, Any]) -> dict[str, Tensor]:
         """The part of a parameter's state that `project` and `back` read."""
-        return {name: value for name, value in state.items() if name.partition(".")[0] in self.sides}
+        return {name: value for name, value in state.items() if is_basis(name)}
+
+    def open_basis(self, state: dict[str, Any], side: str, *, shape: torch.Size) -> Tensor | LearningBasis:
+        """The basis for one who will read_weight and store_weight it. shape: of the gradient."""
+        if self.bits is None:
+            return state[side]
+        parts = tuple(state[f"{side}.{name}"] for name in PackedBasis._fields)
+        return LearningBasis(parts, self.basis_shape(shape, side), self.bits, self.group_size)
 
     def _new_basis(self, G: Tensor, old: Tensor | None, state: dict[str, Any]) -> Tensor | None:
         """The left basis (m, r) for this G, or None where it cannot be computed."""
@@ -174,16 +207,15 @@ class Projector:
 
         Also where the very first gradient was useless, until the next refresh.
         """
-        rows, wide = G.shape[0 if side == "left" else 1], torch.promote_types(G.dtype, torch.float32)
+        shape, wide = self.basis_shape(G.shape, side), torch.promote_types(G.dtype, torch.float32)
         seed = mix_seed(self.seed, side == "left", state.get("refreshes", 0))
         generator = torch.Generator(G.device).manual_seed(seed % (1 << 63))
-        return orthonormalize(torch.randn(rows, self.rank, generator=generator, device=G.device, dtype=wide))
+        return orthonormalize(torch.randn(shape, generator=generator, device=G.device, dtype=wide))
 
     def allocate(self, state: dict[str, Any], *, like: Tensor) -> None:
         """Stores bases of zeros, to be counted. like: the weight, for its shape, dtype and device."""
         for side in self.sides:
-            rows = like.shape[0 if side == "left" else 1]
-            self._keep(torch.zeros(rows, self.rank, device=like.device), like, state, side)
+            self._keep(torch.zeros(self.basis_shape(like.shape, side), device=like.device), like, state, side)
 
     def projected_shape(self, shape: torch.Size) -> tuple[int, ...]:
         """The shape of R for a gradient of that shape."""
@@ -216,3 +248,9 @@ class Projector:
 def has_basis(state: dict[str, Any], side: str) -> bool:
     """Whether the optimizer's state of a parameter holds a basis for that side, packed or not."""
     return side in state or f"{side}.codes" in state
+
+
+def is_basis(name: str) -> bool:
+    """Whether an entry of a parameter's state is a basis or a part of a packed one. The moments of a basis are not."""
+    side, _, part = name.partition(".")
+    return side in ("left", "right") and part in ("", *PackedBasis._fields)

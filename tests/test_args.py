@@ -142,6 +142,15 @@ def test_flags_without_effect_are_known():
         "--proj_bits",
         "--queue_size",
     ]
+    online = ("--optimizer", "galore_lion", "--proj_type", "continuous_lion", "--proj_lr", 0.01, "--proj_reg", 0)
+    assert parse(*online).ignored == [], "--proj_reg 0 is the reference's"
+    assert parse("--optimizer", "galore_lion", *online[4:]).ignored == ["--proj_lr", "--proj_reg"]
+    assert parse(*online, "--moments_on_refresh", "keep", "--cos_threshold", 0.4).ignored == [
+        "--cos_threshold",
+        "--moments_on_refresh",
+    ]
+    random = ("--optimizer", "q_galore_adamw8bit", "--proj_type", "random", "--subspace", "svd", "--gamma_proj", 3)
+    assert parse(*random).ignored == ["--subspace", "--gamma_proj"]
     reference = "--proj_quant --proj_bits 4 --weight_quant --weight_bits 8 --stochastic_round --queue_size 5".split()
     assert parse("--optimizer", "q_galore_adamw8bit_per_layer", *reference).ignored == []
     assert parse("--optimizer", "q_galore_adamw8bit", "--stochastic_round").ignored == ["--stochastic_round"]

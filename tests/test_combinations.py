@@ -1,0 +1,187 @@
+"""Every weight optimizer times every projection: beside an oracle in float64, and all of them at work."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from oracles import ORACLES
+from test_low_rank_optimizer import gradients, largest_difference, parameters
+from test_per_layer import Model, batches, loss_of
+
+from qgalore.factory import OPTIMIZERS, Settings, create_optimizer, create_updates
+from qgalore.grad_sync import GradSync
+from qgalore.low_rank_optimizer import LowRankOptimizer
+from qgalore.memory import kept_bytes
+from qgalore.param_groups import split_parameters
+from qgalore.per_layer import PerLayerUpdates
+from qgalore.projectors import LEARNERS, PROJ_TYPES
+
+RANK, GAP, LR, DECAY, SCALE, REG = 3, 10, 0.02, 0.1, 0.25, 0.1
+RULES = ("adam", "lion", "adafactor")
+
+
+class Oracle:
+    """One matrix, its shorter side projected: Zhao et al. 2024, algorithm 2, with Lion and online PCA as Liang et al.
+    2024 have them. Bases from an SVD, learning by autograd. drawn: gives the basis of an update where it is random."""
+
+    def __init__(self, W, *, rule, proj_type, refreshes, drawn):
+        self.wide = W.shape[0] < W.shape[1]
+        self.W, self.proj_type, self.refreshes, self.drawn = W.clone(), proj_type, refreshes, drawn
+        self.rule = ORACLES[rule]()
+        self.learner = ORACLES[LEARNERS[proj_type].rule]() if proj_type in LEARNERS else None
+        self.P, self.t = None, 0
+
+    def leading(self, G):
+        V = torch.linalg.svd(G).Vh[:RANK].T
+        peak = torch.stack([column[column.abs().argmax()] for column in V.unbind(1)])
+        return V * peak.sign()
+
+    def refresh(self, G):
+        old, self.P = self.P, self.drawn() if self.proj_type == "random" else self.leading(G)
+        if old is not None:
+            self.rule.m = self.rule.m @ old.T @ self.P
+
+    def learn(self, G):
+        P = self.P.clone().requires_grad_()
+        unit = G / G.norm()
+        missed = (unit - unit @ P @ P.T).square().sum() + REG * (P.T @ P - torch.eye(RANK)).square().sum()
+        (gradient,) = torch.autograd.grad(missed, P)
+        self.P = self.P - self.learner.finish(self.learner.step(gradient)) / GAP
+
+    def update(self, G):
+        """As if the right side were projected: every rule does the same to a gradient and to its transpose."""
+        self.t += 1
+        G = G.T if self.wide else G
+        first = self.P is None
+        if first or (self.learner is None and self.t in self.refreshes):
+            self.refresh(G)
+        U = SCALE * self.rule.finish(self.rule.step(G @ self.P) @ self.P.T)
+        self.W = self.W - LR * DECAY * self.W - LR * (U.T if self.wide else U)
+        if self.learner is not None and not first:
+            self.learn(G)
+
+
+def drawn_basis(optimizer, p):
+    def draw():
+        P = optimizer.state[p]["left" if "left" in optimizer.state[p] else "right"].double()
+        assert torch.allclose(P.T @ P, torch.eye(RANK, dtype=P.dtype), atol=1e-5)
+        return P.clone()
+
+    return draw
+
+
+def compare(*, rule, proj_type, dtype, accumulation=1):
+    """Thirty updates of a wide, a tall and a square matrix. Returns ours and the oracle's weights.
+
+    accumulation: micro-batches, of random shares that sum to the gradient, through updates inside backward."""
+    start = parameters()
+    ours = [torch.nn.Parameter(p.detach().to(dtype)) for p in start]
+    group = {"params": ours, "rank": RANK, "update_proj_gap": GAP, "scale": SCALE, "rule": rule, "subspace": "svd"}
+    optimizer = LowRankOptimizer([group | {"proj_type": proj_type, "proj_reg": REG}], lr=LR, weight_decay=DECAY)
+    oracles = [
+        Oracle(
+            p.detach(),
+            rule=rule,
+            proj_type=proj_type,
+            refreshes={1, *range(1 + math.ceil(GAP * (i + 1) / 3), 31, GAP)},
+            drawn=drawn_basis(optimizer, q),
+        )
+        for i, (p, q) in enumerate(zip(start, ours, strict=True))
+    ]
+    updates = PerLayerUpdates(optimizer, accumulation=accumulation)
+    for whole in gradients(30):
+        shares = [torch.randn(accumulation, *G.shape, dtype=G.dtype) for G in whole]
+        shares = [share + (G - share.sum(0)) / accumulation for share, G in zip(shares, whole, strict=True)]
+        for micro in zip(*shares, strict=True):
+            sum((p * G.to(dtype)).sum() for p, G in zip(ours, micro, strict=True)).backward()
+        updates.finish()
+        for oracle, G in zip(oracles, whole, strict=True):
+            oracle.update(G)
+    return ours, [oracle.W for oracle in oracles]
+
+
+@pytest.mark.parametrize("proj_type", ["std", "random", *LEARNERS])
+@pytest.mark.parametrize("rule", RULES)
+def test_in_float64_it_is_the_papers(rule, proj_type):
+    """Refreshes included. These bases are too small for moments in 8 bits, whatever the name says."""
+    ours, theirs = compare(rule=rule, proj_type=proj_type, dtype=torch.float64)
+    assert largest_difference(ours, theirs) < 1e-8
+
+
+@pytest.mark.parametrize("proj_type", ["std", "random", "continuous", "continuous_sgd"])
+@pytest.mark.parametrize("rule", ["adam", "adafactor"])
+def test_in_float32_it_is_close_to_that(rule, proj_type):
+    """Lion is left out: a sign that rounding turns is a difference of twice the step."""
+    ours, theirs = compare(rule=rule, proj_type=proj_type, dtype=torch.float32)
+    assert largest_difference(ours, theirs) < 1e-4
+
+
+@pytest.mark.parametrize("proj_type", ["random", "continuous", "continuous_lion"])
+@pytest.mark.parametrize("rule", RULES)
+def test_four_micro_batches_are_one_update(rule, proj_type):
+    """From the first update on: random bases need no gradient, learning ones wait for the whole of it."""
+    ours, theirs = compare(rule=rule, proj_type=proj_type, dtype=torch.float64, accumulation=4)
+    assert largest_difference(ours, theirs) < 1e-8
+
+
+LOW_RANK = [name for name, recipe in OPTIMIZERS.items() if recipe.low_rank]
+
+
+@pytest.mark.parametrize("name, proj_type", list(itertools.product(LOW_RANK, PROJ_TYPES)))
+def test_every_combination_moves_every_parameter(name, proj_type):
+    """Five updates, INT4 bases where the name says so, wide enough for moments in 8 bits."""
+    model = Model(width=64)
+    before = [p.detach().clone() for p in model.parameters()]
+    settings = Settings(lr=0.01, rank=64 if "8bit" in name else 4, update_proj_gap=2, proj_type=proj_type,
+                        proj_bits=4 if name.startswith("q_") else None)  # fmt: skip
+    optimizer = create_optimizer(name, groups=split_parameters(model), settings=settings)
+    updates = create_updates(name, optimizer=optimizer, sync=GradSync(), accumulation=2)
+    for index, batch in enumerate(batches(10), start=1):
+        (loss_of(model, batch) / 2).backward()
+        if index % 2 == 0:
+            assert not updates.finish().bad
+    assert all(
+        p.isfinite().all() and not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)
+    )
+    kept = {key for p in model.mlp.parameters() for key in optimizer.state[p]}
+    assert ("exp_avg.codes" in kept) == ("8bit" in name)
+    assert any(key.startswith("right.exp_avg") for key in kept) == (proj_type in LEARNERS)
+    if "8bit" in proj_type and "8bit" in name:
+        assert "right.exp_avg.codes" in kept, "a basis of 64 x 64"
+    values = [value for p in model.parameters() for value in optimizer.state[p].values()]
+    assert all(v.is_contiguous() if torch.is_tensor(v) else isinstance(v, (int, float, list)) for v in values)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("proj_type", [*LEARNERS, "random"])
+def test_bytes_are_known_before_training(proj_type, bits):
+    """What `allocate` puts there is what three updates leave, by kind and to the byte."""
+    counted = []
+    for train in (False, True):
+        model = Model(width=64)
+        settings = Settings(rank=64, proj_type=proj_type, proj_bits=bits)
+        optimizer = create_optimizer("galore_adafactor", groups=split_parameters(model), settings=settings)
+        if not train:
+            optimizer.allocate()
+        for batch in batches(3 * train):
+            loss_of(model, batch).backward()
+            optimizer.step()
+        counted.append(kept_bytes(model, optimizer))
+    assert counted[0] == counted[1]
+    elements = 2 * 64 * 64
+    if bits is None:
+        assert counted[0]["bases"] == 4 * elements
+    else:
+        assert elements / 2 < counted[0]["bases"] < elements, "the moments of a basis are not counted as bases"
+
+
+def test_a_rank_beyond_the_matrix_is_clamped_for_bases_that_learn_or_are_drawn():
+    for proj_type in ("random", "continuous"):
+        p = torch.nn.Parameter(torch.zeros(6, 20))
+        with pytest.warns(UserWarning, match="rank 99 .* clamped"):
+            optimizer = LowRankOptimizer([{"params": [p], "rank": 99, "proj_type": proj_type}])
+        for _ in range(3):
+            p.grad = torch.randn_like(p)
+            optimizer.step()
+        assert optimizer.state[p]["left"].shape == (6, 6) and p.abs().min() > 0
