@@ -41,6 +41,7 @@ def parse_args(argv: list[str] | None = None, *, world_size: int = 1) -> argpars
     _check_recovery(args)
     _complete_optimizer(args, given)
     _complete_batch(args, world_size)
+    _check_residual(args)
     _complete_length(args)
     if args.tokenizer is None:
         args.tokenizer = "pydocs" if args.dataset == "pydocs" else "t5-base"
@@ -114,6 +115,23 @@ def _complete_optimizer(args: argparse.Namespace, given: argparse.Namespace) -> 
     args.proj_bits = args.proj_bits if args.proj_quant else None
     if args.cos_threshold is None:
         args.cos_threshold = recipe.lazy
+
+
+def _check_residual(args: argparse.Namespace) -> None:
+    """Whether what the projection leaves out can be recovered as asked; gradient_accumulation is known."""
+    recipe = find_recipe(args.optimizer)
+    if args.residual == "none" or not recipe.low_rank:
+        return
+    if recipe.rule != "adam":
+        raise UserError(f"--residual {args.residual} with --optimizer {args.optimizer}: only *galore_adamw* can.")
+    if args.proj_type == "full":
+        raise UserError(f"--residual {args.residual} needs a side that is not projected: --proj_type full has none.")
+    if recipe.per_layer and args.gradient_accumulation > 1:
+        whole = args.optimizer.removesuffix("_per_layer")
+        raise UserError(
+            f"--residual {args.residual} needs whole gradients, and a per-layer optimizer would keep them all over "
+            f"{args.gradient_accumulation} micro-batches. Take --optimizer {whole}, or one micro-batch per update."
+        )
 
 
 def _without_effect(args: argparse.Namespace, recipe: Recipe) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from qgalore.factory import LAZY_THRESHOLD, OPTIMIZERS
 from qgalore.moments import MOMENT_POLICIES
 from qgalore.projectors import PROJ_TYPES, SUBSPACE_METHODS
+from qgalore.residual import RESIDUALS
 
 _SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9}
 
@@ -106,6 +107,8 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
              choices=SUBSPACE_METHODS),
         Flag("moments_on_refresh", str, "project", "", "the first moment is carried into the new basis, kept as it is "
              "(the reference), or both are reset", choices=MOMENT_POLICIES),
+        Flag("residual", str, "none", "", "fira: what the projection leaves out of a gradient comes back into the "
+             "update, scaled as the rest of it; for AdamW", choices=RESIDUALS),
         Flag("proj_lr", float, None, "RATE", "step size of online PCA; follows the schedule of the learning rate",
              shown="1 / --update_proj_gap"),
         Flag("proj_reg", float, 0.1, "FACTOR", "on the distance of such bases from orthonormal ones, as in Online "

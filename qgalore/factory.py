@@ -41,6 +41,7 @@ class Settings:
     moments_on_refresh: str = "project"
     proj_lr: float | None = None
     proj_reg: float = 0.1
+    residual: str = "none"
     proj_bits: int | None = None
     proj_group_size: int = 256
     cos_threshold: float | None = None
@@ -83,10 +84,11 @@ class Recipe:
         if not (self.low_rank and group.projected):
             return f"{title}, full rank"
         packed = f"INT{settings.proj_bits} " if settings.proj_bits else ""
-        whole = settings.proj_type in LEARNERS and self.per_layer
+        recovered = ", residual recovered" if settings.residual != "none" else ""
+        whole = ", micro-batches summed at full size" if settings.proj_type in LEARNERS and self.per_layer else ""
         return (
             f"{title}, rank {settings.rank} ({settings.proj_type}), {packed}{_basis(settings)}, "
-            f"scale {settings.galore_scale:g}" + ", micro-batches summed at full size" * whole
+            f"scale {settings.galore_scale:g}{recovered}{whole}"
         )
 
 
@@ -181,6 +183,7 @@ def _projection(settings: Settings) -> dict[str, Any]:
         moments_on_refresh=settings.moments_on_refresh,
         proj_lr=settings.proj_lr,
         proj_reg=settings.proj_reg,
+        residual=settings.residual,
         basis_bits=settings.proj_bits,
         basis_group_size=settings.proj_group_size,
         threshold=settings.cos_threshold,

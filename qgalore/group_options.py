@@ -6,6 +6,7 @@ from typing import Any
 
 from qgalore.moments import MOMENT_POLICIES
 from qgalore.projectors import PROJ_TYPES, SUBSPACE_METHODS
+from qgalore.residual import RESIDUALS
 from qgalore.update_rules import RULES
 
 DEFAULTS: dict[str, Any] = dict(
@@ -21,6 +22,7 @@ DEFAULTS: dict[str, Any] = dict(
     moments_on_refresh="project",
     proj_lr=None,
     proj_reg=0.1,
+    residual="none",
     decoupled=True,
     state_bits=32,
     basis_bits=None,
@@ -36,6 +38,8 @@ def check_group(group: dict[str, Any]) -> None:
             raise ValueError(f"{name} = {group[name]} is out of range")
     if group["rank"] is None:
         return
+    if group["residual"] != "none" and (group["rule"] != "adam" or group["proj_type"] == "full"):
+        raise ValueError("the residual is recovered with Adam's rule and one projected side only")
     if any(p.ndim != 2 for p in group["params"]):
         raise ValueError("a group with a rank may hold matrices only")
     small = [p for p in group["params"] if min(p.shape) < group["rank"]]
@@ -67,5 +71,6 @@ def _fits(group: dict[str, Any]) -> dict[str, bool]:
         "subspace": group["subspace"] in SUBSPACE_METHODS,
         "proj_lr": group["proj_lr"] is None or 0 <= group["proj_lr"] < math.inf,
         "proj_reg": 0 <= group["proj_reg"] < math.inf,
+        "residual": group["residual"] in RESIDUALS,
         "moments_on_refresh": group["moments_on_refresh"] in MOMENT_POLICIES,
     }

@@ -26,6 +26,7 @@ from qgalore.online_pca import pca_gradient
 from qgalore.outcome import Outcome
 from qgalore.projectors import LEARNERS, Projector, projection_sides
 from qgalore.quantize import mix_seed, open_weight, read_weight
+from qgalore.residual import Residual
 from qgalore.subspace_schedule import RefreshSchedule, staggered_offset
 from qgalore.update_rules import RULES
 from qgalore.weight_update import Numbers, compiled_update, update_weight
@@ -43,7 +44,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         project: the first moment is carried over by P_new^T P_old; keep: left as it is (the reference); reset: zeroed.
         With `proj_type` continuous, continuous_lion and so on (projectors.LEARNERS) the first basis learns from then on
         by online PCA, in steps of `proj_lr` (None: 1 / update_proj_gap) times lr over the lr given here, with
-        `proj_reg` on its distance from orthonormal; every update needs the whole gradient.
+        `proj_reg` on its distance from orthonormal. `residual` fira brings back what the projection leaves out (see
+        residual.recover), for Adam's rule and one projected side. Both need the whole gradient in every update.
         A rank beyond a matrix's shorter side is clamped to it. `basis_bits` 4 or 8 packs the bases, in groups of at
         most `basis_group_size`. In any group, `rule` names how gradients become directions (see update_rules.RULES),
         `state_bits` 8 keeps its moments in 8 bits, and `clip` limits the norm of each parameter's projected gradient
@@ -80,6 +82,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
             group.setdefault("initial_lr", group["lr"])  # as torch's schedulers name it
         self._index = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
         self._projectors = self._build_projectors()
+        recovered = [group for group in self.param_groups if group["rank"] and group["residual"] != "none"]
+        self._recovered = {p for group in recovered for p in group["params"]}
         # By parameter, so that they stay small where nobody ends an update.
         self._norms: dict[Tensor, Tensor] = {}
         self._before: dict[Tensor, dict[str, Any]] = {}  # the numbers in its state before this update
@@ -129,6 +133,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 projector.allocate(state, like=p)
                 like = self._like_projected(p)
                 create_moments(state, RULES[group["rule"]], like=like, bits=group["state_bits"])
+                if p in self._recovered:
+                    state["residual_norm"] = like.new_zeros(())
                 if projector.learner is not None:
                     (side,), (rule, bits, _) = projector.sides, projector.learner
                     basis = like.new_empty(projector.basis_shape(p.shape, side))
@@ -161,13 +167,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """One update of p from its whole gradient, summed over micro-batches and ranks. G (m, n)."""
         self.refresh(p, group, G)
         R = self.project(p, G)
-        self.apply(p, group, R)
+        self.apply(p, group, R, G.to(p.dtype))
         if self._projectors[p].learner is not None and self.state[p]["step"] > 1:  # the first basis needs no step
             self._learn(p, group, G.to(p.dtype), R)
 
     def always_needs_whole_gradient(self, p: Tensor) -> bool:
-        """Whether every update of p needs more than its projected gradient: it is not projected or its basis learns."""
-        return not self._projectors[p].sides or self._projectors[p].learner is not None
+        """Whether R is never enough for p: it is not projected, its basis learns or its residual is recovered."""
+        return not self._projectors[p].sides or self._projectors[p].learner is not None or p in self._recovered
 
     def needs_whole_gradient(self, p: Tensor) -> bool:
         """Whether this update of p does: always, or because a basis is due that is computed from it."""
@@ -206,10 +212,19 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """R = P^T G Q with the bases of p, in float32 or wider. (m, n) -> (r or m, r or n)"""
         return self._projectors[p].project(G.to(p.dtype) if self._projectors[p].sides else G, self.state[p])
 
-    def apply(self, p: Tensor, group: dict[str, Any], R: Tensor) -> None:
-        """Updates moments and weight of p from its projected gradient, summed over micro-batches and ranks."""
+    def apply(self, p: Tensor, group: dict[str, Any], R: Tensor, G: Tensor | None = None) -> None:
+        """Updates moments and weight of p from its projected gradient, summed over micro-batches and ranks.
+
+        G: the whole of it, where the residual is recovered.
+        """
         self._remember(p)
-        self._norms[p] = self._move(p, group, open_weight(p), R, projector=self._projectors[p], seed=self.seed)
+        residual = None
+        if p in self._recovered:
+            assert G is not None
+            residual = Residual(G, self.state[p].setdefault("residual_norm", R.new_zeros(())))
+        self._norms[p] = self._move(
+            p, group, open_weight(p), R, projector=self._projectors[p], seed=self.seed, residual=residual
+        )
         torch.autograd.graph.increment_version(p)  # what was written may be the inside of an Int8Weight
 
     def _learn(self, p: Tensor, group: dict[str, Any], G: Tensor, R: Tensor) -> None:
@@ -243,6 +258,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         projector: Projector,
         seed: int,
         prefix: str = "",
+        residual: Residual | None = None,
     ) -> Tensor:
         """Updates a weight of p, or its basis, and the moments, which the state has under their names after `prefix`.
 
@@ -272,6 +288,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             betas=group["betas"],
             eps=group["eps"],
             scale=group["scale"],
+            residual=residual,
         )
 
     def refreshes(self, p: Tensor) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ before the last one; until then its projection is accumulated, at rank size. The
 that are not projected, and a matrix whose refresh is due, for that one update. Refreshes are staggered, so they are
 few. At the first update every matrix is due; its first basis comes from the first micro-batch alone. Random bases are
 drawn before the first micro-batch, so nothing projected by them ever accumulates in full. Bases that learn by online
-PCA need the whole gradient of every update: with them, every matrix accumulates in full.
+PCA, and residuals that are recovered, need the whole gradient of every update: then every matrix accumulates in full.
 
 The clock is the update: schedules, refreshes and bias corrections count updates, never micro-batches.
 """

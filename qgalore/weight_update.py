@@ -15,6 +15,7 @@ from torch import Tensor
 from qgalore.blockwise_state import Moment
 from qgalore.projectors import Projector
 from qgalore.quantize import Seed, read_weight, seed_tensors, store_weight, weight_tensors
+from qgalore.residual import Residual, recover
 from qgalore.update_rules import Rule
 
 MOST_COMPILES = 256  # shapes times settings. torch stops at 8, where it suspects a number that changes
@@ -57,17 +58,26 @@ def update_weight(
     betas: tuple[float, float],
     eps: float,
     scale: float,
+    residual: Residual | None = None,
 ) -> Tensor:
     """Writes moments and weight, and nothing else; nothing at all from a gradient that is not finite.
 
     R: the projected gradient, float32 or float64, (r or m, r or n).  weight: (m, n), from quantize.open_weight.
     moments: those that the rule keeps for R's shape.  bases: see Projector.bases.  scale: of the update, where it is
-    projected.
+    projected.  residual: what is needed to recover what the projection leaves out; None: it stays out.
     Returns the norm of R before clipping. ()
     """
     norm = torch.linalg.vector_norm(R)
     how = dict(
-        norm=norm, bases=bases, numbers=numbers, projector=projector, rule=rule, betas=betas, eps=eps, scale=scale
+        norm=norm,
+        bases=bases,
+        numbers=numbers,
+        projector=projector,
+        rule=rule,
+        betas=betas,
+        eps=eps,
+        scale=scale,
+        residual=residual,
     )
     finite = norm.isfinite()
     if norm.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -75,7 +85,8 @@ def update_weight(
             _write(R, weight, moments, **how)
         return norm
     # Asking a GPU would mean waiting for it. Compiled, the copies exist in name only.
-    written = (*(tensor for moment in moments for tensor in moment.tensors()), *weight_tensors(weight))
+    written = [*(tensor for moment in moments for tensor in moment.tensors()), *weight_tensors(weight)]
+    written += [residual.norm] if residual is not None else []
     before = [tensor.clone() for tensor in written]
     _write(R, weight, moments, **how)
     for tensor, old in zip(written, before, strict=True):
@@ -96,9 +107,10 @@ def _write(
     betas: tuple[float, float],
     eps: float,
     scale: float,
+    residual: Residual | None,
 ) -> None:
     """update_weight of a gradient taken to be finite. norm: of R."""
-    w = read_weight(weight, dtype=R.dtype)
+    w, raw = read_weight(weight, dtype=R.dtype), R
     if numbers.coupled_decay is not None:
         R = _add_(R.clone(), w, factor=numbers.coupled_decay)
     if numbers.clip is not None:
@@ -106,7 +118,10 @@ def _write(
     beta2 = betas[1] if numbers.beta2 is None else numbers.beta2
     masses = dict(mass=numbers.mass, mass_sq=numbers.mass_sq)
     D = rule.direction(R, *moments, beta1=betas[0], beta2=beta2, eps=eps, **masses)
-    U = projector.back(D, bases, like=weight)  # (m, n)
+    if residual is None:
+        U = projector.back(D, bases, like=weight)  # (m, n)
+    else:
+        U = recover(D, raw, residual, projector=projector, bases=bases)  # clipping scales G and R alike
     if rule.finish is not None:
         U = rule.finish(U)
     if projector.sides:

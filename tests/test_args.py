@@ -169,6 +169,16 @@ def test_quantization_is_completed_and_checked():
     assert "only galore_*, q_galore_*, lion and *8bit can" in refusal("--weight_quant", "--optimizer", "adamw")
 
 
+def test_a_residual_is_recovered_only_where_that_is_possible():
+    fira = ("--residual", "fira", "--optimizer")
+    assert parse(*fira, "q_galore_adamw8bit_per_layer").residual == "fira"
+    assert parse(*fira, "adamw").ignored == ["--residual"]
+    assert "only *galore_adamw* can" in refusal(*fira, "galore_lion")
+    assert "--proj_type full" in refusal(*fira, "galore_adamw", "--proj_type", "full")
+    accumulated = (*fira, "galore_adamw_per_layer", "--gradient_accumulation", 4)
+    assert "Take --optimizer galore_adamw, or one micro-batch" in refusal(*accumulated)
+
+
 def test_names_follow_from_the_rest():
     assert (parse().tokenizer, parse("--dataset", "pydocs").tokenizer) == ("t5-base", "pydocs")
     assert parse("--dataset", "pydocs", "--tokenizer", "x.model").tokenizer == "x.model"

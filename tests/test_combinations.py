@@ -153,6 +153,22 @@ def test_every_combination_moves_every_parameter(name, proj_type):
     assert all(v.is_contiguous() if torch.is_tensor(v) else isinstance(v, (int, float, list)) for v in values)
 
 
+@pytest.mark.parametrize("per_layer", [False, True])
+@pytest.mark.parametrize("proj_type", [name for name in PROJ_TYPES if name != "full"])
+def test_a_recovered_residual_gives_every_projection_full_rank(proj_type, per_layer):
+    """8-bit moments and INT4 bases; per layer, with accumulation, too, where the whole gradient is then summed."""
+    model, name = Model(width=64), "q_galore_adamw8bit" + "_per_layer" * per_layer
+    before = [layer.weight.detach().clone() for layer in model.mlp]
+    settings = Settings(lr=0.01, rank=8, update_proj_gap=2, proj_type=proj_type, proj_bits=4, residual="fira")
+    optimizer = create_optimizer(name, groups=split_parameters(model), settings=settings)
+    updates = create_updates(name, optimizer=optimizer, sync=GradSync(), accumulation=2)
+    for batch in batches(2):
+        (loss_of(model, batch) / 2).backward()
+    updates.finish()
+    ranks = [torch.linalg.matrix_rank(p.weight.detach() - old) for p, old in zip(model.mlp, before, strict=True)]
+    assert min(ranks) > 16 and all(optimizer.state[p.weight]["residual_norm"] > 0 for p in model.mlp)
+
+
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize("proj_type", [*LEARNERS, "random"])
 def test_bytes_are_known_before_training(proj_type, bits):

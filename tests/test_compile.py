@@ -22,7 +22,7 @@ from qgalore.grad_sync import GradSync
 from qgalore.int8_weight import Int8Weight, SimulatedInt8Weight
 from qgalore.low_rank_optimizer import LowRankOptimizer
 from qgalore.param_groups import split_parameters
-from qgalore.quantize import mix_seed, random_bits, seed_tensors
+from qgalore.quantize import mix_seed, random_bits, seed_tensors, unpack_nibbles
 from qgalore.quantize_model import quantize_module_weight
 
 GALORE = dict(optimizer="galore_adamw")
@@ -112,8 +112,10 @@ def test_compiled_training_is_eager_training(settings, dtype, tolerance):
         (Int8Weight, dict(rank=32, clip=0.1)),
         (SimulatedInt8Weight, dict(rank=32, proj_type="full", basis_bits=8)),
         (Int8Weight, dict(decoupled=False, weight_decay=0.1)),
+        (Int8Weight, dict(rank=32, residual="fira")),
+        (Int8Weight, dict(rank=32, rule="adafactor", proj_type="random")),
     ],
-    ids=["clipped", "simulated, both sides", "unprojected, coupled decay"],
+    ids=["clipped", "simulated, both sides", "unprojected, coupled decay", "residual", "adafactor, random"],
 )
 def test_one_update_writes_what_eager_code_writes(kind, settings):
     """From the same gradient in float32: codes, of moments and of weights, are the same but for one or two."""
@@ -131,6 +133,26 @@ def test_one_update_writes_what_eager_code_writes(kind, settings):
     assert compiles() == 1
     for name, eager in found[0].items():
         assert ((found[1][name].float() - eager.float()).abs() > 1e-4).sum() <= 2, name
+
+
+def test_a_basis_that_learns_is_compiled_once_beside_the_weights():
+    """Lion's sign for the weights, 8-bit Adam for an INT4 basis, its noise from the same bits: three steps of learning,
+    with a step size of their own each. Few of the basis' codes differ, by one."""
+    found, generator = [], torch.Generator().manual_seed(3)
+    gradients = [torch.randn(128, 128, generator=generator) for _ in range(4)]
+    for compile in (False, True):
+        p = torch.nn.Parameter(torch.zeros(128, 128))
+        settings = dict(rank=32, rule="lion", proj_type="continuous_adam8bit", basis_bits=4)
+        optimizer = LowRankOptimizer([{"params": [p], "update_proj_gap": 100, **settings}], lr=0.1, compile=compile)
+        for G in gradients:
+            optimizer.param_groups[0]["lr"] *= 0.9
+            p.grad = G.clone()
+            optimizer.step()
+        found.append((p.detach(), unpack_nibbles(optimizer.state[p]["right.codes"], count=128 * 32).int()))
+    assert compiles() == 2
+    (eager, eager_codes), (compiled, codes) = found
+    assert (codes - eager_codes).abs().max() <= 1 and (codes != eager_codes).float().mean() < 0.01
+    assert (compiled != eager).float().mean() < 0.05, "a sign that a last bit or a code has turned"
 
 
 def test_noise_is_the_same_bits_from_tensors_and_compiled():

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -48,18 +50,23 @@ def test_every_optimizer_learns(name):
 
 def test_settings_reach_the_optimizer():
     settings = Settings(lr=0.3, weight_decay=0.2, beta1=0.7, beta2=0.8, rank=4, update_proj_gap=9, galore_scale=0.5,
-                        proj_type="left", subspace="svd", moments_on_refresh="keep")  # fmt: skip
+                        proj_type="left", subspace="svd", moments_on_refresh="keep", proj_lr=0.4, proj_reg=0.6,
+                        residual="fira")  # fmt: skip
     optimizer = create_optimizer("galore_adamw", groups=split_parameters(Model()), settings=settings)
     projected, *others = optimizer.param_groups
     assert projected["basis_bits"] is None and projected["threshold"] is None
     assert projected["name"] == "attention and MLP" and {group["rank"] for group in others} == {None}
     expected = dict(lr=0.3, weight_decay=0.2, betas=(0.7, 0.8), rank=4, update_proj_gap=9, scale=0.5, proj_type="left",
-                    subspace="svd", moments_on_refresh="keep")  # fmt: skip
+                    subspace="svd", moments_on_refresh="keep", proj_lr=0.4, proj_reg=0.6,
+                    residual="fira")  # fmt: skip
     assert {key: projected[key] for key in expected} == expected
     assert create_optimizer("sgd", groups=split_parameters(Model()), settings=settings).defaults["momentum"] == 0.7
     assert create_optimizer("adam", groups=split_parameters(Model()), settings=settings).defaults["betas"] == (0.7, 0.8)
     adamw = create_optimizer("adamw", groups=split_parameters(Model()), settings=Settings())
     assert adamw.defaults["betas"] == (0.9, 0.999)
+    lion = create_optimizer("galore_lion", groups=split_parameters(Model()), settings=Settings(rank=4))
+    assert {group["betas"] for group in lion.param_groups} == {(0.9, 0.99)}
+    assert {group["rule"] for group in lion.param_groups} == {"lion"}
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor", "adamw8bit", "galore_adamw_per_layer"])
@@ -93,6 +100,16 @@ def test_what_is_said_of_a_group_is_what_it_gets():
     assert recipe.describe(projected, settings) == (
         "8-bit AdamW, rank 4 (std), INT4 orthogonal iteration every 50 updates, lazily, scale 1"
     )
+    online = replace(settings, proj_type="continuous_lion", residual="fira", proj_bits=None)
+    assert find_recipe("galore_adamw_per_layer").describe(projected, online) == (
+        "AdamW, rank 4 (continuous_lion), online PCA by Lion, scale 1, residual recovered, "
+        "micro-batches summed at full size"
+    )
+    random = replace(settings, proj_type="random")
+    assert find_recipe("galore_adafactor").describe(projected, random) == (
+        "Adafactor, rank 4 (random), INT4 random bases every 50 updates, scale 1"
+    )
+    assert find_recipe("lion").describe(projected, random) == "Lion, full rank"
     assert recipe.describe(embedding, settings) == "8-bit AdamW, full rank"
     assert recipe.describe(norms, settings) == "AdamW, full rank", "vectors keep float32 moments"
 
