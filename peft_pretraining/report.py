@@ -111,11 +111,9 @@ def describe_refreshes(groups: Sequence[ParameterGroup], optimizer: torch.optim.
 def summarize_refreshes(matrices: Sequence[dict[str, Any]]) -> str:
     """What describe_refreshes found, in one line."""
     total, seconds = (sum(matrix[key] for matrix in matrices) for key in ("refreshes", "seconds"))
-    gaps = [matrix["gap"] for matrix in matrices]
-    return (
-        f"{total} refreshes of {len(matrices)} matrices' bases took {seconds:.1f} s; "
-        f"gaps of {min(gaps)} to {max(gaps)} updates at the end"
-    )
+    gaps = [matrix["gap"] for matrix in matrices if matrix["gap"] is not None]
+    then = f"gaps of {min(gaps)} to {max(gaps)} updates at the end" if gaps else "from then on they learnt"
+    return f"{total} refreshes of {len(matrices)} matrices' bases took {seconds:.1f} s; {then}"
 
 
 def memory_table(kept: dict[str, int], *, adamw: dict[str, int]) -> str:

@@ -295,7 +295,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """What became of the bases of p; None for a parameter that is not projected.
 
         `refreshes` (computed so far), `failed`, `seconds` (spent, as the host saw it), `gap` (the present one, in
-        updates), `overlap` (of the last two bases; None where the gap is not lazy).
+        updates; None where the basis learns instead), `overlap` (of the last two bases; None where no gap is lazy).
         """
         projector, state = self._projectors[p], self.state[p]
         if not projector.sides:
@@ -304,7 +304,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
             "refreshes": state.get("refreshes", 0),
             "failed": state.get("failed_refreshes", 0),
             "seconds": state.get("refresh_seconds", 0.0),
-            "gap": state.get("gap", projector.schedule.gap),
+            "gap": None if projector.learner else state.get("gap", projector.schedule.gap),
             "overlap": state.get("overlap"),
         }
 

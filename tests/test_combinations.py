@@ -8,7 +8,9 @@ import torch
 from oracles import ORACLES
 from test_low_rank_optimizer import gradients, largest_difference, parameters
 from test_per_layer import Model, batches, loss_of
+from test_training_state import Training
 
+from peft_pretraining.checkpoint_files import write_checkpoint
 from qgalore.factory import OPTIMIZERS, Settings, create_optimizer, create_updates
 from qgalore.grad_sync import GradSync
 from qgalore.low_rank_optimizer import LowRankOptimizer
@@ -201,3 +203,18 @@ def test_a_rank_beyond_the_matrix_is_clamped_for_bases_that_learn_or_are_drawn()
             p.grad = torch.randn_like(p)
             optimizer.step()
         assert optimizer.state[p]["left"].shape == (6, 6) and p.abs().min() > 0
+
+
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        ("galore_lion", dict(proj_type="random")),
+        ("galore_adafactor", dict(proj_type="continuous_adam8bit", rank=64)),
+        ("q_galore_adamw8bit_per_layer", dict(proj_type="continuous_lion", residual="fira", proj_bits=4)),
+    ],
+)
+def test_a_resumed_run_is_one_never_stopped(name, settings, tmp_path):
+    """To the last bit: drawn bases, those that learn with their moments and their clock, and the limiter."""
+    trained = Training(name, **settings).train(4)
+    folder = write_checkpoint(tmp_path, trained.snapshot(done=4))
+    assert Training(name, seed=1, **settings).restore(folder).train(3).everything() == trained.train(3).everything()

@@ -138,6 +138,26 @@ def test_with_random_bases_accumulation_changes_nothing_from_the_first_update_on
     assert refreshes == [3, 2], "each matrix at its own time"
 
 
+@pytest.mark.parametrize("policy", ["project", "keep", "reset"])
+def test_a_bad_gradient_where_a_basis_is_drawn_changes_nothing(policy):
+    """The next update draws the same basis again; moments that have followed it have no further to go."""
+    data, models = batches(9), [Model(), Model()]
+    models[1].load_state_dict(models[0].state_dict())
+    for model, bad in zip(models, (True, False), strict=True):
+        optimizer = optimizer_of(model, proj_type="random", update_proj_gap=4, moments_on_refresh=policy)
+        updates, weight = PerLayerUpdates(optimizer), model.mlp[1].weight
+        for update, batch in enumerate(data):
+            if update == 4:  # its second basis is due
+                assert optimizer._projectors[weight].due(optimizer.state[weight], step=5)
+                if bad:
+                    (float("nan") * weight).sum().backward()
+                    assert updates.finish().bad == (weight,)
+                continue
+            loss_of(model, batch).backward()
+            updates.finish()
+    assert largest_difference(*models) < 1e-5
+
+
 def test_sums_are_of_rank_size_except_where_a_refresh_is_due():
     model, data = Model(), batches(28)
     optimizer = optimizer_of(model)

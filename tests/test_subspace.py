@@ -1,5 +1,6 @@
 import pytest
 import torch
+from runs import shell
 
 from qgalore.subspace import align, exact_basis, iterate_basis, orthonormalize, randomized_basis, turn_towards
 
@@ -106,3 +107,14 @@ def test_turning_goes_part_of_the_way():
     assert torch.allclose(turn_towards(Q, basis=P, share=1.0), Q, atol=1e-12)
     overlaps = [(turn_towards(Q, basis=P, share=share).mT @ Q).square().sum().item() for share in (0, 0.3, 0.6, 1)]
     assert overlaps == sorted(overlaps) and orthonormality_error(turn_towards(Q, basis=P, share=0.3)) < 1e-12
+
+
+def test_the_benchmark_tells_good_bases_from_stale_ones():
+    """One tiny shape: the exact ones are best, warm iteration next, and both ways of online PCA take the same step."""
+    result = shell(["python", "benchmarks/subspace.py", "--shapes", "80x48", "--ranks", "8", "--repeats", "1"])
+    assert result.returncode == 0, result.stderr
+    rows = [line.strip("| ").split(" | ") for line in result.stdout.splitlines() if line.startswith("| 48x80 | 8")]
+    energy = {row[2]: float(row[-2]) for row in rows}
+    assert energy["torch.linalg.svd"] == energy["Gram + eigh"] == 1
+    assert 1 > energy["orthogonal iteration, warm"] > energy["the old basis"]
+    assert energy["online PCA, one step"] == energy["online PCA, by autograd"]
