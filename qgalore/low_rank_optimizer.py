@@ -29,7 +29,7 @@ from qgalore.quantize import mix_seed, open_weight, read_weight
 from qgalore.residual import Residual
 from qgalore.subspace_schedule import RefreshSchedule, staggered_offset
 from qgalore.update_rules import RULES
-from qgalore.weight_update import Numbers, compiled_update, update_weight
+from qgalore.weight_update import Numbers, Plan, compiled_update, update_weight
 
 COSTS = ("failed_refreshes", "refresh_seconds")
 
@@ -167,9 +167,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """One update of p from its whole gradient, summed over micro-batches and ranks. G (m, n)."""
         self.refresh(p, group, G)
         R = self.project(p, G)
-        self.apply(p, group, R, G.to(p.dtype))
+        self.apply(p, group, R, G)
         if self._projectors[p].learner is not None and self.state[p]["step"] > 1:  # the first basis needs no step
-            self._learn(p, group, G.to(p.dtype), R)
+            self._learn(p, group, G, R)
 
     def always_needs_whole_gradient(self, p: Tensor) -> bool:
         """Whether R is never enough for p: it is not projected, its basis learns or its residual is recovered."""
@@ -221,7 +221,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         residual = None
         if p in self._recovered:
             assert G is not None
-            residual = Residual(G, self.state[p].setdefault("residual_norm", R.new_zeros(())))
+            residual = Residual(G.to(p.dtype), self.state[p].setdefault("residual_norm", R.new_zeros(())))
         self._norms[p] = self._move(
             p, group, open_weight(p), R, projector=self._projectors[p], seed=self.seed, residual=residual
         )
@@ -234,19 +234,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """
         projector, (side,) = self._projectors[p], self._projectors[p].sides
         assert projector.learner is not None
-        basis = projector.open_basis(self.state[p], side, shape=p.shape)
+        rule, bits, _ = projector.learner
+        basis, G = projector.open_basis(self.state[p], side, shape=p.shape), G.to(p.dtype)
         G, R = (G, R) if side == "right" else (G.mT, R.mT)
         gradient = pca_gradient(G, R, read_weight(basis, dtype=R.dtype), reg=group["proj_reg"])
-        rule, peak = (
-            projector.learner.rule,
-            1 / group["update_proj_gap"] if group["proj_lr"] is None else group["proj_lr"],
-        )
-        ratio = group["lr"] / group["initial_lr"] if group["initial_lr"] else 1.0
-        own = dict(
-            rule=rule, betas=RULES[rule].betas, state_bits=projector.learner.bits, lr=peak * ratio, weight_decay=0.0
-        )
-        options = DEFAULTS | {"eps": group["eps"]} | own
-        self._move(p, options, basis, gradient, projector=Projector(), seed=projector.seed, prefix=f"{side}.")
+        peak = 1 / group["update_proj_gap"] if group["proj_lr"] is None else group["proj_lr"]
+        lr = peak * (group["lr"] / group["initial_lr"] if group["initial_lr"] else 1.0)
+        own = dict(rule=rule, betas=RULES[rule].betas, eps=group["eps"], state_bits=bits, lr=lr, weight_decay=0.0)
+        self._move(p, DEFAULTS | own, basis, gradient, projector=Projector(), seed=projector.seed, prefix=f"{side}.")
 
     def _move(
         self,
@@ -268,26 +263,16 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if prefix + "mass" not in state:
             create_moments(state, rule, like=R, bits=group["state_bits"], prefix=prefix)
         count_update(state, rule, betas=group["betas"], prefix=prefix)
-        step = state[prefix + "step"]
-        numbers = self._numbers(group, state, prefix=prefix, seed=mix_seed(seed, step, self._index[p]))
+        noise = seed, state[prefix + "step"], self._index[p]
+        numbers = self._numbers(group, state, prefix=prefix, seed=mix_seed(*noise))
+        moments = open_moments(state, rule, like=R, seed=mix_seed(*noise, False), compiled=self.compile, prefix=prefix)
         return self._update(
             R,
             weight,
-            open_moments(
-                state,
-                rule,
-                like=R,
-                seed=mix_seed(seed, step, self._index[p], False),
-                compiled=self.compile,
-                prefix=prefix,
-            ),
+            moments,
             bases=projector.bases(state) if projector.sides else {},
             numbers=numbers.as_tensors(R.dtype) if self.compile else numbers,
-            projector=projector,
-            rule=rule,
-            betas=group["betas"],
-            eps=group["eps"],
-            scale=group["scale"],
+            plan=Plan(projector, rule, group["betas"], group["eps"], group["scale"]),
             residual=residual,
         )
 

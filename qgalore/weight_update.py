@@ -46,6 +46,17 @@ class Numbers(NamedTuple):
         return self._replace(seed=seed_tensors(self.seed), **tensors)
 
 
+class Plan(NamedTuple):
+    """What all updates of a weight have in common. betas, eps: of the rule.  scale: of the update, where it is
+    projected."""
+
+    projector: Projector
+    rule: Rule
+    betas: tuple[float, float]
+    eps: float
+    scale: float
+
+
 def update_weight(
     R: Tensor,
     weight: Any,
@@ -53,42 +64,27 @@ def update_weight(
     *,
     bases: dict[str, Tensor],
     numbers: Numbers,
-    projector: Projector,
-    rule: Rule,
-    betas: tuple[float, float],
-    eps: float,
-    scale: float,
+    plan: Plan,
     residual: Residual | None = None,
 ) -> Tensor:
     """Writes moments and weight, and nothing else; nothing at all from a gradient that is not finite.
 
     R: the projected gradient, float32 or float64, (r or m, r or n).  weight: (m, n), from quantize.open_weight.
-    moments: those that the rule keeps for R's shape.  bases: see Projector.bases.  scale: of the update, where it is
-    projected.  residual: what is needed to recover what the projection leaves out; None: it stays out.
+    moments: those that the rule keeps for R's shape.  bases: see Projector.bases.  residual: what is needed to recover
+    what the projection leaves out; None: it stays out.
     Returns the norm of R before clipping. ()
     """
     norm = torch.linalg.vector_norm(R)
-    how = dict(
-        norm=norm,
-        bases=bases,
-        numbers=numbers,
-        projector=projector,
-        rule=rule,
-        betas=betas,
-        eps=eps,
-        scale=scale,
-        residual=residual,
-    )
     finite = norm.isfinite()
     if norm.device.type == "cpu" and not torch.compiler.is_compiling():
         if finite:
-            _write(R, weight, moments, **how)
+            _write(R, weight, moments, norm=norm, bases=bases, numbers=numbers, plan=plan, residual=residual)
         return norm
     # Asking a GPU would mean waiting for it. Compiled, the copies exist in name only.
     written = [*(tensor for moment in moments for tensor in moment.tensors()), *weight_tensors(weight)]
     written += [residual.norm] if residual is not None else []
     before = [tensor.clone() for tensor in written]
-    _write(R, weight, moments, **how)
+    _write(R, weight, moments, norm=norm, bases=bases, numbers=numbers, plan=plan, residual=residual)
     for tensor, old in zip(written, before, strict=True):
         tensor.copy_(torch.where(finite, tensor, old))
     return norm
@@ -102,22 +98,18 @@ def _write(
     norm: Tensor,
     bases: dict[str, Tensor],
     numbers: Numbers,
-    projector: Projector,
-    rule: Rule,
-    betas: tuple[float, float],
-    eps: float,
-    scale: float,
+    plan: Plan,
     residual: Residual | None,
 ) -> None:
     """update_weight of a gradient taken to be finite. norm: of R."""
+    projector, rule, (beta1, beta2), eps, scale = plan
     w, raw = read_weight(weight, dtype=R.dtype), R
     if numbers.coupled_decay is not None:
         R = _add_(R.clone(), w, factor=numbers.coupled_decay)
     if numbers.clip is not None:
         R = R * (numbers.clip / (norm + 1e-6)).clamp(max=1)
-    beta2 = betas[1] if numbers.beta2 is None else numbers.beta2
-    masses = dict(mass=numbers.mass, mass_sq=numbers.mass_sq)
-    D = rule.direction(R, *moments, beta1=betas[0], beta2=beta2, eps=eps, **masses)
+    decays = dict(beta1=beta1, beta2=beta2 if numbers.beta2 is None else numbers.beta2)
+    D = rule.direction(R, *moments, **decays, eps=eps, mass=numbers.mass, mass_sq=numbers.mass_sq)
     if residual is None:
         U = projector.back(D, bases, like=weight)  # (m, n)
     else:

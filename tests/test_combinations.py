@@ -6,10 +6,12 @@ import math
 import pytest
 import torch
 from oracles import ORACLES
+from runs import record
 from test_low_rank_optimizer import gradients, largest_difference, parameters
 from test_per_layer import Model, batches, loss_of
 from test_training_state import Training
 
+import torchrun_main
 from peft_pretraining.checkpoint_files import write_checkpoint
 from qgalore.factory import OPTIMIZERS, Settings, create_optimizer, create_updates
 from qgalore.grad_sync import GradSync
@@ -218,3 +220,15 @@ def test_a_resumed_run_is_one_never_stopped(name, settings, tmp_path):
     trained = Training(name, **settings).train(4)
     folder = write_checkpoint(tmp_path, trained.snapshot(done=4))
     assert Training(name, seed=1, **settings).restore(folder).train(3).everything() == trained.train(3).everything()
+
+
+def test_as_the_user_starts_it(tiny, tmp_path, capsys):
+    """The flags reach the optimizer, the log says what they do, and the loss falls."""
+    chosen = dict(optimizer="galore_adamw_per_layer", proj_type="continuous_lion", proj_lr=0.01, residual="fira")
+    flags = tiny.flags(tmp_path, **chosen, rank=8, num_training_steps=30, eval_every=10)
+    assert torchrun_main.command_line(flags) == 0
+    assert "online PCA by Lion, scale 1, residual recovered" in record(tmp_path, "start")[0]["groups"][0]["trained_by"]
+    assert "from then on they learnt" in capsys.readouterr().err
+    first, *_, last = record(tmp_path, "eval")
+    assert last["loss"] < first["loss"]
+    assert {matrix["refreshes"] for matrix in record(tmp_path, "subspaces")[-1]["matrices"]} == {1}
