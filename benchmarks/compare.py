@@ -28,6 +28,11 @@ METHODS: Methods = {  # title: optimizer, flags, learning rates
         ["--matrix_lr_ratio", "0.25"],
         (0.004, 0.008, 0.016),
     ),
+    "AdamW, full rank, the matrices at a sixteenth of the rate": (
+        "adamw",
+        ["--matrix_lr_ratio", "0.0625"],
+        (0.004, 0.008, 0.016),
+    ),
     "GaLore as the reference: SVD, gap 50, moments kept": (
         "galore_adamw",
         [*LOW_RANK, "--subspace", "svd", "--update_proj_gap", "50", "--moments_on_refresh", "keep"],

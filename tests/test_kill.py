@@ -16,7 +16,7 @@ from test_resume import INT8, LOW_RANK, digests, run
 from peft_pretraining.checkpoint_files import complete_checkpoints, verify
 
 FLAGS = dict(optimizer="q_galore_adamw8bit_per_layer", batch_size=2, total_batch_size=4, workers=1, save_every=5)
-FLAGS |= dict(resume="auto", eval_every=20, **LOW_RANK, **INT8)
+FLAGS |= dict(resume="auto", eval_every=50, **LOW_RANK, **INT8)
 
 
 def loss_of_each_update(save_dir: Path) -> list[float]:
