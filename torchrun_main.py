@@ -68,14 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     make_deterministic(args.seed)
 
     # What do I train?
-    config = read_config(args.model_config)
-    dtype = resolve_dtype(args.dtype, world.device)
-    if args.compile:
-        check_compiler(world.device)
-    if args.max_length > config.max_position_embeddings:
-        raise UserError(
-            f"--max_length {args.max_length}: {args.model_config} ends at {config.max_position_embeddings}."
-        )
+    config, dtype = read_shape(args, device=world.device)
 
     # How is it updated?
     recipe = find_recipe(args.optimizer)
@@ -101,29 +94,20 @@ def main(argv: list[str] | None = None) -> None:
         save_dir = Path(world.gather(str(save_dir))[0])  # its name may hold the time, which ranks read for themselves
         interruption = cleanup.enter_context(Interruption().listening())
         sync = GradSync(at_rank_size=recipe.ours and (recipe.per_layer or not args.grad_clipping))
-        reading: dict[str, Any] = dict(
-            batch_size=args.batch_size,
-            max_length=args.max_length,
-            packing=args.packing,
-            rank=world.rank,
-            world_size=world.size,
-            device=world.device,
-        )
+        reading = reading_options(args, world=world)
         validation = ValidationSet(held_out, tokenizer, tokens=args.eval_tokens, **reading)
         prepare = partial(prepare_model, args, config=config, dtype=dtype, device=world.device, groups=groups)
         if args.eval_only:
             evaluate_only(args.continue_from, model=prepare(), validation=validation, world=world)
             return
         # Before the model is there: the workers are forks of this process.
-        positions = start.saved.get("positions")
-        batches = train_batches(source, tokenizer, workers=args.workers, resume=positions, **reading)
+        batches = train_batches(source, tokenizer, workers=args.workers, resume=start.saved.get("positions"), **reading)
         cleanup.callback(batches.close)
         model = prepare()
         updates = prepare_updates(args, model=model, settings=settings, sync=sync)
         writer = CheckpointWriter(save_dir, keep_last=args.keep_last, keep_every=args.keep_every)
         cleanup.callback(writer.wait)
-        wandb_id = start.saved.get("wandb_id")
-        metrics = open_metrics(args, save_dir=save_dir, enabled=world.is_main, wandb_id=wandb_id)
+        metrics = open_metrics(args, save_dir=save_dir, enabled=world.is_main, wandb_id=start.saved.get("wandb_id"))
         cleanup.callback(metrics.close)
         metrics.start(**report.circumstances(args, world=world, threads=threads, groups=table, norm=updates.norm_of))
 
@@ -135,6 +119,31 @@ def main(argv: list[str] | None = None) -> None:
         begin(run, start)
         loop(run)
         report_end(run)
+
+
+def read_shape(args: argparse.Namespace, *, device: torch.device) -> tuple[LlamaConfig, torch.dtype]:
+    """The model's config and the dtype of its weights. Raises UserError where they cannot be trained here."""
+    config = read_config(args.model_config)
+    dtype = resolve_dtype(args.dtype, device)
+    if args.compile:
+        check_compiler(device)
+    if args.max_length > config.max_position_embeddings:
+        raise UserError(
+            f"--max_length {args.max_length}: {args.model_config} ends at {config.max_position_embeddings}."
+        )
+    return config, dtype
+
+
+def reading_options(args: argparse.Namespace, *, world: World) -> dict[str, Any]:
+    """What training and validation data have in common."""
+    return dict(
+        batch_size=args.batch_size,
+        max_length=args.max_length,
+        packing=args.packing,
+        rank=world.rank,
+        world_size=world.size,
+        device=world.device,
+    )
 
 
 def open_data(args: argparse.Namespace, *, vocab_size: int) -> tuple[Tokenizer, DocumentSource, DocumentSource]:

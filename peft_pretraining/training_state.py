@@ -103,7 +103,7 @@ def _settings(p: Any) -> dict[str, Any]:
 def _dimension_order(tensor: Tensor) -> list[int]:
     """The dimensions from the slowest to the fastest in memory.
 
-    A factorization returns bases column by column, and the last bits of a product depend on that.
+    The last bits of a product depend on that, so a state that is kept column by column must come back so.
     """
     return sorted(range(tensor.ndim), key=lambda d: -tensor.stride()[d])
 
