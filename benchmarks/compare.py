@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 LOW_RANK = ["--galore_scale", "0.25"]
 ITERATE = [*LOW_RANK, "--update_proj_gap", "10"]
+ONLINE = [*LOW_RANK, "--update_proj_gap", "200"]
 INT8 = ["--weight_quant", "--proj_quant", "--cos_threshold", "1"]
 Methods = dict[str, tuple[str, list[str], tuple[float, ...]]]
 METHODS: Methods = {  # title: optimizer, flags, learning rates
@@ -53,6 +54,41 @@ METHODS: Methods = {  # title: optimizer, flags, learning rates
         "q_galore_adamw8bit_per_layer",
         [*ITERATE, *INT8[:2], "--stochastic_round"],
         (0.008,),
+    ),
+    "GaLore: iteration, gap 10, residual recovered": (
+        "galore_adamw",
+        [*ITERATE, "--residual", "fira"],
+        (0.004, 0.008, 0.016),
+    ),
+    "Q-GaLore, lazy, residual recovered (recommended)": (
+        "q_galore_adamw8bit",
+        [*ITERATE, *INT8[:2], "--stochastic_round", "--residual", "fira"],
+        (0.004, 0.008, 0.016),
+    ),
+    "Online Subspace Descent: AdamW, basis by AdamW": (
+        "galore_adamw",
+        [*ONLINE, "--proj_type", "continuous"],
+        (0.004, 0.008, 0.016),
+    ),
+    "Online Subspace Descent: AdamW, basis by SGD": (
+        "galore_adamw",
+        [*ONLINE, "--proj_type", "continuous_sgd"],
+        (0.004, 0.008, 0.016),
+    ),
+    "Online Subspace Descent: Lion, basis by AdamW": (
+        "galore_lion",
+        [*ONLINE, "--proj_type", "continuous"],
+        (0.0005, 0.001, 0.002),
+    ),
+    "Online Subspace Descent: Adafactor, basis by AdamW": (
+        "galore_adafactor",
+        [*ONLINE, "--proj_type", "continuous"],
+        (0.004, 0.008, 0.016),
+    ),
+    "GaLore: random bases, gap 50": (
+        "galore_adamw",
+        [*LOW_RANK, "--update_proj_gap", "50", "--proj_type", "random"],
+        (0.004, 0.008, 0.016),
     ),
 }
 
