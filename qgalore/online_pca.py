@@ -26,6 +26,7 @@ def pca_gradient(G: Tensor, R: Tensor, P: Tensor, *, reg: float) -> Tensor:
     R = R / scale
     S = (G.mT @ R.to(G.dtype)).to(R.dtype) / scale  # (n, r)
     gram = P.mT @ P  # (r, r)
-    slope = S @ gram - 2 * S + P @ (R.mT @ R)
+    energy = P.mT @ S if len(P) < len(R) else R.mT @ R  # (r, r), the same: by the shorter of the two
+    slope = S @ gram - 2 * S + P @ energy
     pull = 4 * reg * (P @ gram - P)
     return slope.mul_(2).add_(pull).add_(norm * 0)  # an infinite norm would pass for a G of zeros

@@ -114,7 +114,8 @@ def test_the_benchmark_tells_good_bases_from_stale_ones():
     result = shell(["python", "benchmarks/subspace.py", "--shapes", "80x48", "--ranks", "8", "--repeats", "1"])
     assert result.returncode == 0, result.stderr
     rows = [line.strip("| ").split(" | ") for line in result.stdout.splitlines() if line.startswith("| 48x80 | 8")]
-    energy = {row[2]: float(row[-2]) for row in rows}
+    energy = {row[2]: float(row[-2]) for row in rows if len(row) == 7 and row[2] not in ("shorter", "longer")}
     assert energy["torch.linalg.svd"] == energy["Gram + eigh"] == 1
     assert 1 > energy["orthogonal iteration, warm"] > energy["the old basis"]
-    assert energy["online PCA, one step"] == energy["online PCA, by autograd"]
+    apart = [float(row[-1]) for row in rows if row[2] in ("shorter", "longer")]
+    assert len(apart) == 2 and max(apart) < 1e-4
