@@ -1,4 +1,4 @@
-"""Published recipes as data: configs/presets/NAME.json, whose flags hold wherever the command line says nothing."""
+"""Recipes as data: configs/presets/NAME.json, whose flags hold wherever the command line says nothing."""
 
 import difflib
 from dataclasses import dataclass
@@ -15,7 +15,8 @@ FOLDER = ROOT / "configs" / "presets"
 
 @dataclass(frozen=True)
 class Preset:
-    """about, source: what it is, and where it is published.  perplexity: published, on C4; None where there is none.
+    """about, source: what it is, and where it is published or measured.  perplexity: published, on C4; None where there
+    is none.  measured: what we found with it, in words.
 
     flags: name to value, as after parsing; paths are relative to the repository.
     """
@@ -24,12 +25,14 @@ class Preset:
     source: str
     perplexity: float | None
     flags: dict[str, Any]
+    measured: str | None = None
 
     def describe(self) -> str:
         """In one line."""
         shown = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in self.flags.items())
         published = "" if self.perplexity is None else f", perplexity {self.perplexity:g} (published)"
-        return f"{self.about}{published}: {shown}"
+        measured = "" if self.measured is None else f" ({self.measured})"
+        return f"{self.about}{published}{measured}: {shown}"
 
 
 def preset_names() -> list[str]:

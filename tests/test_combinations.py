@@ -20,6 +20,7 @@ from qgalore.memory import kept_bytes
 from qgalore.param_groups import split_parameters
 from qgalore.per_layer import PerLayerUpdates
 from qgalore.projectors import LEARNERS, PROJ_TYPES
+from qgalore.residual import RESIDUALS
 
 RANK, GAP, LR, DECAY, SCALE, REG = 3, 10, 0.02, 0.1, 0.25, 0.1
 RULES = ("adam", "lion", "adafactor")
@@ -207,16 +208,15 @@ def test_a_rank_beyond_the_matrix_is_clamped_for_bases_that_learn_or_are_drawn()
         assert optimizer.state[p]["left"].shape == (6, 6) and p.abs().min() > 0
 
 
-@pytest.mark.parametrize(
-    "name, settings",
-    [
-        ("galore_lion", dict(proj_type="random")),
-        ("galore_adafactor", dict(proj_type="continuous_adam8bit", rank=64)),
-        ("q_galore_adamw8bit_per_layer", dict(proj_type="continuous_lion", residual="fira", proj_bits=4)),
-    ],
-)
-def test_a_resumed_run_is_one_never_stopped(name, settings, tmp_path):
-    """To the last bit: drawn bases, those that learn with their moments and their clock, and the limiter."""
+@pytest.mark.parametrize("name, proj_type, residual", list(itertools.product(LOW_RANK, PROJ_TYPES, RESIDUALS)))
+def test_every_combination_resumed_is_one_never_stopped(name, proj_type, residual, tmp_path):
+    """To the last bit: bases packed, drawn or learning with their moments and their clock, and the limiter."""
+    if residual != "none" and (OPTIMIZERS[name].rule != "adam" or proj_type == "full"):
+        with pytest.raises(ValueError, match="residual"):
+            Training(name, proj_type=proj_type, residual=residual)
+        return
+    bits = 4 if name.startswith("q_") else None
+    settings = dict(proj_type=proj_type, residual=residual, proj_bits=bits, rank=64 if "8bit" in proj_type else 8)
     trained = Training(name, **settings).train(4)
     folder = write_checkpoint(tmp_path, trained.snapshot(done=4))
     assert Training(name, seed=1, **settings).restore(folder).train(3).everything() == trained.train(3).everything()
