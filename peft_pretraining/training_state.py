@@ -53,13 +53,11 @@ def take_snapshot(
     tensors, scalars = _split_states({names[p]: state for p, state in _states(optimizer).items()})
     weights = {key: tensor for p, name in names.items() for key, tensor in _pieces(name, p).items()}
     quantized = {name: _settings(p) for p, name in names.items() if hasattr(p, "parts")}
-    orders = {key: _dimension_order(tensor) for key, tensor in tensors.items() if not tensor.is_contiguous()}
     copies = _to_host({MODEL: weights, OPTIMIZER: tensors, RNG: _rng_states()})
-    about = {"optimizer": _title(optimizer), "dimension_order": json.dumps(orders)}
     files: dict[str, str | TensorFile] = {
         CONFIG: model.config.to_json_string(),
         MODEL: TensorFile(copies[MODEL], {"format": "pt", "quantized": json.dumps(quantized)}),
-        OPTIMIZER: TensorFile(copies[OPTIMIZER], about),
+        OPTIMIZER: TensorFile(copies[OPTIMIZER], {"optimizer": _title(optimizer)}),
         RNG: TensorFile(copies[RNG]),
         STATE: json.dumps({**progress, "format": FORMAT, "optimizer": scalars}),
     }
@@ -98,14 +96,6 @@ def _settings(p: Any) -> dict[str, Any]:
     """What is needed beside the parts to build an INT8 weight."""
     dtype = str(p.dtype).removeprefix("torch.")
     return {"kind": type(p).__name__, "group_size": p.group_size, "dtype": dtype, "stochastic": p.stochastic}
-
-
-def _dimension_order(tensor: Tensor) -> list[int]:
-    """The dimensions from the slowest to the fastest in memory.
-
-    The last bits of a product depend on that, so a state that is kept column by column must come back so.
-    """
-    return sorted(range(tensor.ndim), key=lambda d: -tensor.stride()[d])
 
 
 def _rng_states() -> dict[str, Tensor]:
@@ -193,11 +183,11 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, folder: Path, *, names: 
     scalars = read_state(folder).get("optimizer", {})
     parameters = {name: p for p, name in names.items()}
     with _open_tensors(folder, OPTIMIZER) as file:
-        about = file.metadata() or {}
-        _compare(folder, "the optimizer", saved=about.get("optimizer"), here=_title(optimizer))
+        saved = (file.metadata() or {}).get("optimizer")
+        _compare(folder, "the optimizer", saved=saved, here=_title(optimizer))
         unknown = (scalars.keys() | {key.partition(":")[0] for key in file.keys()}) - parameters.keys()
         _compare(folder, "state of other parameters", saved=sorted(unknown), here=[])
-        states = _read_states(file, scalars, parameters, orders=json.loads(about.get("dimension_order", "{}")))
+        states = _read_states(file, scalars, parameters)
         if isinstance(optimizer, MasterWeights):
             optimizer.load_states(states)
         else:
@@ -205,7 +195,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, folder: Path, *, names: 
 
 
 def _read_states(
-    file: Any, scalars: dict[str, dict[str, Any]], parameters: dict[str, Tensor], *, orders: dict[str, list[int]]
+    file: Any, scalars: dict[str, dict[str, Any]], parameters: dict[str, Tensor]
 ) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     """Each parameter with its state, read when it is asked for."""
     keys: dict[str, list[str]] = defaultdict(list)
@@ -216,16 +206,8 @@ def _read_states(
         for key in keys[name]:
             kind = key.partition(":")[2]
             device = torch.device("cpu") if kind == "step" else p.device  # torch's optimizers count on the CPU
-            state[kind] = _place(file.get_tensor(key), device=device, order=orders.get(key))
+            state[kind] = file.get_tensor(key).to(device, copy=True)
         yield p, state
-
-
-def _place(tensor: Tensor, *, device: torch.device, order: list[int] | None) -> Tensor:
-    """A copy on the device, with its dimensions in that order in memory; None: contiguous."""
-    order = list(range(tensor.ndim)) if order is None else order
-    inverse = sorted(order, key=order.__getitem__)
-    memory = torch.empty([tensor.shape[d] for d in order], dtype=tensor.dtype, device=device)
-    return memory.permute(inverse).copy_(tensor)
 
 
 def restore_rng(folder: Path) -> None:

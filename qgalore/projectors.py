@@ -151,7 +151,7 @@ class Projector:
     def _keep(self, basis: Tensor, G: Tensor, state: dict[str, Any], side: str) -> None:
         """Stores a basis: in the gradient's dtype, or packed to `bits`."""
         if self.bits is None:
-            # Row by row: products of another layout differ in the last bit, and a checkpoint knows only this one.
+            # Row by row, as a checkpoint gives it back: products of another layout differ in the last bit.
             state[side] = basis.to(G.dtype).contiguous()
         else:
             packed = pack_basis(basis, bits=self.bits, group_size=self.group_size)
