@@ -17,7 +17,7 @@ from qgalore.projectors import LEARNERS, SIDE_TYPES
 
 def parse_args(argv: list[str] | None = None, *, world_size: int = 1) -> argparse.Namespace:
     """The arguments, checked and completed: gradient_accumulation, total_batch_size, num_training_steps, warmup_steps,
-    tokenizer and name are filled in; `ignored` lists given flags that have no effect.
+    tokenizer and name are filled in; `ignored` has the given flags that have no effect, and why.
 
     argv: the command line without the program, None for sys.argv.  world_size: processes of this run.
     Raises UserError for anything that cannot be meant.
@@ -111,7 +111,8 @@ def _complete_optimizer(args: argparse.Namespace, given: argparse.Namespace) -> 
         raise UserError(
             f"--weight_quant with --optimizer {args.optimizer}: only galore_*, q_galore_*, lion and *8bit can."
         )
-    args.ignored = [f"--{name}" for name in dict.fromkeys(_without_effect(args, recipe)) if hasattr(given, name)]
+    without_effect = _without_effect(args, recipe)
+    args.ignored = {f"--{name}": why for name, why in without_effect.items() if hasattr(given, name)}
     args.proj_bits = args.proj_bits if args.proj_quant else None
     if args.cos_threshold is None:
         args.cos_threshold = recipe.lazy
@@ -134,24 +135,27 @@ def _check_residual(args: argparse.Namespace) -> None:
         )
 
 
-def _without_effect(args: argparse.Namespace, recipe: Recipe) -> list[str]:
-    """Flags that mean nothing to this optimizer, or without another flag."""
+def _without_effect(args: argparse.Namespace, recipe: Recipe) -> dict[str, str]:
+    """Flags that mean nothing as things are, each with what the first row that names it says of the cause."""
     low_rank = next(flags for title, flags in FLAGS.items() if title.startswith("low-rank"))
-    refreshed = args.proj_type in SIDE_TYPES
-    lazy = refreshed and (args.cos_threshold is not None or recipe.lazy is not None)
-    return [
-        *([] if recipe.low_rank else [flag.name for flag in low_rank]),
-        *([] if refreshed else ["cos_threshold"]),
-        *([] if args.proj_type in LEARNERS else ["proj_lr", "proj_reg"]),
-        *(["moments_on_refresh"] if args.proj_type in LEARNERS else []),
-        *(["subspace"] if args.proj_type == "random" else []),
-        *([] if recipe.low_rank else ["proj_quant"]),
-        *([] if recipe.low_rank and args.proj_quant else ["proj_bits", "proj_group_size"]),
-        *([] if recipe.low_rank and lazy else ["gamma_proj", "queue_size"]),
-        *([] if args.weight_quant else ["weight_bits", "weight_group_size", "stochastic_round", "simulation"]),
-        *([] if recipe.state_bits == 8 else ["embedding_state_bits"]),
-        *(beta for beta in ("beta1", "beta2") if beta not in recipe.betas),
+    optimizer, proj_type = f"with --optimizer {args.optimizer}", f"with --proj_type {args.proj_type}"
+    lazy = args.cos_threshold is not None or recipe.lazy is not None
+    learns = args.proj_type in LEARNERS
+    packing = ["proj_bits", "proj_group_size"]
+    rounding = ["weight_bits", "weight_group_size", "stochastic_round", "simulation"]
+    rows = [
+        (not recipe.low_rank, optimizer, [*(flag.name for flag in low_rank), "proj_quant", *packing]),
+        (args.proj_type not in SIDE_TYPES, proj_type, ["cos_threshold", "gamma_proj", "queue_size"]),
+        (not learns, proj_type, ["proj_lr", "proj_reg"]),
+        (learns, proj_type, ["moments_on_refresh"]),
+        (args.proj_type == "random", proj_type, ["subspace"]),
+        (not args.proj_quant, "without --proj_quant", packing),
+        (not lazy, "without --cos_threshold", ["gamma_proj", "queue_size"]),
+        (not args.weight_quant, "without --weight_quant", rounding),
+        (recipe.state_bits != 8, optimizer, ["embedding_state_bits"]),
+        (True, optimizer, [beta for beta in ("beta1", "beta2") if beta not in recipe.betas]),
     ]
+    return {name: why for holds, why, names in reversed(rows) if holds for name in names}
 
 
 def _complete_batch(args: argparse.Namespace, world_size: int) -> None:

@@ -72,8 +72,8 @@ def log_plan(
     kind = str(dtype).removeprefix("torch.")
     logger.info(f"{args.model_config}: {total:,} parameters in {kind} on {device_name(world.device)}")
     logger.info("who is trained how:\n" + format_table(groups))
-    for flag in args.ignored:
-        logger.warning(f"{flag} has no effect with --optimizer {args.optimizer}")
+    for flag, why in args.ignored.items():
+        logger.warning(f"{flag} has no effect {why}")
     if args.grad_clipping and find_recipe(args.optimizer).per_layer:
         logger.info(f"clipping: each parameter's own projected gradient, to norm {args.grad_clipping:g}")
     logger.info(

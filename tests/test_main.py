@@ -147,8 +147,10 @@ def test_a_dry_run_checks_and_writes_nothing(tiny, tmp_path, capsys):
 
 
 def test_flags_without_effect_are_named(tiny, tmp_path, capsys):
-    run(tiny, tmp_path / "out", dry_run=True, optimizer="adamw", rank=8)
-    assert "--rank has no effect with --optimizer adamw" in capsys.readouterr().err
+    run(tiny, tmp_path / "out", dry_run=True, optimizer="adamw", rank=8, stochastic_round=True)
+    log = capsys.readouterr().err
+    assert "--rank has no effect with --optimizer adamw" in log
+    assert "--stochastic_round has no effect without --weight_quant" in log
 
 
 def test_half_a_line_of_a_killed_run_is_cut_off(tiny, tmp_path):
