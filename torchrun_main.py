@@ -283,12 +283,14 @@ def log_step(run: Run, *, loss: float, outcome: Outcome, targets: int, began: fl
         tokens_per_second=targets / seconds,
         memory_bytes=memory_bytes(run.world.device),
     )
+    if run.args.log_details:
+        for measured in report.describe_details(split_parameters(run.model), run.updates.optimizer):
+            run.metrics.details(update=state.update, **measured)
 
 
 def evaluate_and_log(run: Run) -> None:
     """Loss and perplexity on the validation set, over all ranks."""
-    state = run.state
-    stop = run.interruption
+    state, stop = run.state, run.interruption
     evaluation = evaluate(run.model, run.validation, reduce_sum=run.world.sum, stop=lambda: stop.requested)
     if evaluation is None:
         run.stopping = True
@@ -304,8 +306,7 @@ def report_end(run: Run) -> None:
     """The last line of the record, and where everything is."""
     state = run.state
     assert state.evaluation is not None
-    perplexity = state.evaluation.perplexity
-    seconds = time.monotonic() - state.began
+    perplexity, seconds = state.evaluation.perplexity, time.monotonic() - state.began
     matrices = report.describe_refreshes(split_parameters(run.model), run.updates.optimizer)
     kept = kept_bytes(run.model, run.updates.optimizer, accumulators=run.updates.sums.values())
     run.metrics.end(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_pretraining.errors import Parser, UserError
-from peft_pretraining.flags import FLAGS, NOT_YET, add_flags, defaults, required
+from peft_pretraining.flags import FLAGS, add_flags, defaults, required
 from peft_pretraining.presets import preset_flags
 from peft_pretraining.resume import inherited_args
 from peft_pretraining.schedules import check_schedule
@@ -29,9 +29,6 @@ def parse_args(argv: list[str] | None = None, *, world_size: int = 1) -> argpars
     )
     add_flags(parser)
     given = parser.parse_args(argv)
-    for flag in NOT_YET:
-        if hasattr(given, flag.name):
-            raise UserError(f"--{flag.name} ({flag.help}) is not available in this version yet. Leave it out.")
     inherited = inherited_args(given.continue_from) if _evaluates(given) else {}
     inherited |= preset_flags(getattr(given, "preset", None))
     if missing := [f"--{name}" for name in required() if name not in vars(given) | inherited]:

@@ -117,6 +117,8 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
              "still and its gap grows", shown=f"{LAZY_THRESHOLD} for q_galore, else no gap ever grows"),
         Flag("gamma_proj", float, 2.0, "FACTOR", "by which the gap of a still basis grows"),
         Flag("queue_size", int, 5, "REFRESHES", "whose mean overlap decides"),
+        Flag("log_details", bool, False, "", "record how much of a gradient a subspace misses, how far its basis has "
+             "turned and what it costs: of one matrix in an update, all in their turn"),
     ),
     "quantization": (
         Flag("weight_quant", bool, False, "", "keep the attention and MLP weights in INT8, with no other copy"),
@@ -165,13 +167,10 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
     ),
 }  # fmt: skip
 
-# Flags of the reference repositories whose features are still to come. They are refused, never ignored.
-NOT_YET: tuple[Flag, ...] = (Flag("log_details", bool, False, "", "the log of the subspaces"),)
-
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds every flag to the parser, under its group. A flag that is not given leaves no attribute behind."""
-    for title, flags in (*FLAGS.items(), ("not available in this version yet", NOT_YET)):
+    for title, flags in FLAGS.items():
         group = parser.add_argument_group(title)
         for flag in flags:
             group.add_argument(f"--{flag.name}", **_options(flag))
@@ -193,5 +192,5 @@ def required() -> list[str]:
 
 
 def defaults() -> dict[str, Any]:
-    """The default of every flag that has an effect."""
+    """The default of every flag."""
     return {flag.name: flag.default for flags in FLAGS.values() for flag in flags}

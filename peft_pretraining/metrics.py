@@ -1,7 +1,8 @@
 """Where a run's figures go: metrics.jsonl always, wandb where wanted, a progress bar on a terminal, else log lines.
 
-metrics.jsonl holds one JSON object a line: `start`, one `update` each, `eval`, `subspaces`, `end`; rarely `resume`,
-`bad_update`, `bad_documents`, `rollback`. A run in an older folder appends; the last line of an update counts.
+metrics.jsonl holds one JSON object a line: `start`, one `update` each, `eval`, `subspaces`, `end`; where asked
+for, `subspace_details`; rarely `resume`, `bad_update`, `bad_documents`, `rollback`. A run in an older folder appends;
+the last line of an update counts.
 """
 
 import argparse
@@ -123,6 +124,10 @@ class Metrics:
     def subspaces(self, **fields: Any) -> None:
         """What became of each projected matrix's bases so far: update, matrices (see report.describe_refreshes)."""
         self._write("subspaces", fields)
+
+    def details(self, **fields: Any) -> None:
+        """What was measured of one matrix' subspace: update, name, and MeasuredProjector.figures."""
+        self._write("subspace_details", fields)
 
     def end(self, **fields: Any) -> None:
         """The last line: updates, tokens_seen, perplexity, seconds."""

@@ -18,7 +18,7 @@ from peft_pretraining.training_state import read_state
 # Flags that may change from one part of a run to the next: where and how it runs, what it records, when it saves.
 HARMLESS = frozenset(
     "activation_checkpointing allow_changed batch_size compile continue_from dataset dry_run eval_every eval_only "
-    "eval_tokens gradient_accumulation ignored keep_every keep_last max_bad_documents max_bad_updates "
+    "eval_tokens gradient_accumulation ignored keep_every keep_last log_details max_bad_documents max_bad_updates "
     "max_train_tokens model_config name num_threads preset project resume save_dir save_every single_gpu "
     "spike_rollback tags unset_wandb wandb_mode workers".split()
 )

@@ -25,7 +25,8 @@ class Settings:
     defines it.  beta1, beta2: decay rates of the moments.
     rank and below: of our own optimizers alone, see LowRankOptimizer. proj_bits: of the bases, None for the gradient's
     dtype.  cos_threshold, gamma_proj, queue_size: of the lazy refresh.  embedding_state_bits: of the moments of
-    embedding and head where the others have 8.  compile: whether updates run compiled.
+    embedding and head where the others have 8.  compile: whether updates run compiled.  log_details: whether subspaces
+    are measured.
     """
 
     lr: float = 1e-3
@@ -50,6 +51,7 @@ class Settings:
     embedding_state_bits: int = 8
     seed: int = 0
     compile: bool = False
+    log_details: bool = False
 
 
 Builder = Callable[[Sequence[ParameterGroup], Settings, GradSync], torch.optim.Optimizer]
@@ -167,6 +169,7 @@ def _ours(title: str, *, rule: str = "adam", low_rank: bool = False, state_bits:
             seed=settings.seed,
             sync=sync,
             compile=settings.compile,
+            details=settings.log_details,
         )
 
     return Recipe(title, build, low_rank=low_rank, ours=True, rule=rule, state_bits=state_bits, **recipe)

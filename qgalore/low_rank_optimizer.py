@@ -27,6 +27,7 @@ from qgalore.outcome import Outcome
 from qgalore.projectors import LEARNERS, Projector, projection_sides
 from qgalore.quantize import mix_seed, open_weight, read_weight
 from qgalore.residual import Residual
+from qgalore.subspace_details import MeasuredProjector
 from qgalore.subspace_schedule import RefreshSchedule, staggered_offset
 from qgalore.update_rules import RULES
 from qgalore.weight_update import Numbers, Plan, compiled_update, update_weight
@@ -53,7 +54,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     lr: step size.  betas: decay rates, None for the rule's usual ones.  eps: Adam's.  weight_decay: decoupled, as in
         torch.optim.AdamW; in an unprojected group with `decoupled` False added to the gradient, as in torch.optim.Adam.
     seed: of the randomized bases and of the stochastic rounding.  sync: sums gradients over data-parallel ranks.
-    compile: whether updates run compiled; refreshes never do.
+    compile: whether updates run compiled; refreshes never do.  details: whether subspaces are measured, see `details`.
     Raises ValueError for settings out of range.
     """
 
@@ -68,6 +69,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         seed: int = 0,
         sync: GradSync | None = None,
         compile: bool = False,
+        details: bool = False,
     ) -> None:
         defaults = DEFAULTS | dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         super().__init__(params, defaults)
@@ -82,6 +84,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
             group.setdefault("initial_lr", group["lr"])  # as torch's schedulers name it
         self._index = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
         self._projectors = self._build_projectors()
+        if details:
+            projected = [(p, projector) for p, projector in self._projectors.items() if projector.sides]
+            for turn, (p, projector) in enumerate(projected):
+                self._projectors[p] = MeasuredProjector.of(projector, turn=turn, count=len(projected))
         recovered = [group for group in self.param_groups if group["rank"] and group["residual"] != "none"]
         self._recovered = {p for group in recovered for p in group["params"]}
         # By parameter, so that they stay small where nobody ends an update.
@@ -292,6 +298,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
             "gap": None if projector.learner else state.get("gap", projector.schedule.gap),
             "overlap": state.get("overlap"),
         }
+
+    def details(self, p: Tensor) -> dict[str, Any] | None:
+        """What was measured of p's subspace in this update, see MeasuredProjector.figures; None where nothing was."""
+        projector = self._projectors[p]
+        return projector.figures(self.state[p], like=p) if isinstance(projector, MeasuredProjector) else None
 
     def end_update(self) -> Outcome:
         """What came of the gradients, as projected, since the last call. Waits for the device.

@@ -4,7 +4,7 @@ import pytest
 
 from peft_pretraining.args import parse_args, schedule_of
 from peft_pretraining.errors import UserError
-from peft_pretraining.flags import FLAGS, NOT_YET, parse_count
+from peft_pretraining.flags import FLAGS, parse_count
 
 REQUIRED = ["--model_config", "configs/llama_9m.json", "--batch_size", "16"]
 
@@ -30,7 +30,7 @@ def refusal(*more, world_size=1) -> str:
 
 
 def test_every_flag_of_the_references_is_known():
-    assert set(REFERENCE) <= {flag.name for flags in (*FLAGS.values(), NOT_YET) for flag in flags}
+    assert set(REFERENCE) <= {flag.name for flags in FLAGS.values() for flag in flags}
 
 
 def test_help_shows_every_flag_under_its_group_with_unit_and_default(capsys):
@@ -44,12 +44,6 @@ def test_help_shows_every_flag_under_its_group_with_unit_and_default(capsys):
             assert f"--{flag.name}" in text
             if flag.type is not bool and not flag.required:
                 assert re.sub(r"\s+", " ", f"(default: {flag.shown or flag.default})") in text, flag.name
-
-
-@pytest.mark.parametrize("flag", NOT_YET, ids=lambda flag: flag.name)
-def test_a_flag_of_a_feature_to_come_is_refused(flag):
-    value = [] if flag.type is bool else ["4"]
-    assert f"--{flag.name} ({flag.help}) is not available in this version yet" in refusal(f"--{flag.name}", *value)
 
 
 @pytest.mark.parametrize("text, count", [("5000", 5000), ("100K", 10**5), ("1.5m", 1_500_000), ("2B", 2 * 10**9)])
@@ -126,7 +120,6 @@ def test_numbers_out_of_range_are_refused(flag, value):
 
 def test_unknown_names_are_refused_with_the_known_ones():
     assert "Did you mean galore_adamw? Known: adam, adamw" in refusal("--optimizer", "galore_adam")
-    assert "not available in this version yet" in refusal("--log_details")
     assert "std" in refusal("--proj_type", "middle")
     assert "--learning_rate" in refusal("--learning_rate", 1)
     assert "--lr" in refusal("--lr", "fast")
@@ -140,6 +133,7 @@ def ignored(*flags) -> list[str]:
 
 def test_flags_without_effect_are_known_with_what_is_in_their_way():
     assert ignored("adamw", "--rank", 4, "--beta2", 0.9) == ["--rank with --optimizer adamw"]
+    assert ignored("adam8bit", "--log_details") == ["--log_details with --optimizer adam8bit"]
     assert ignored("sgd", "--beta1", 0.9, "--beta2", 0.9) == ["--beta2 with --optimizer sgd"]
     assert ignored("GaLore_AdamW", "--rank", 4) == []
     assert ignored("adamw", "--proj_bits", 4, "--proj_reg", 0) == [
