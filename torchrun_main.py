@@ -284,7 +284,7 @@ def log_step(run: Run, *, loss: float, outcome: Outcome, targets: int, began: fl
         memory_bytes=memory_bytes(run.world.device),
     )
     if run.args.log_details:
-        for measured in report.describe_details(split_parameters(run.model), run.updates.optimizer):
+        for measured in report.describe_details(run.model, run.updates.optimizer):
             run.metrics.details(update=state.update, **measured)
 
 

@@ -3,14 +3,14 @@
 import argparse
 import platform
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from loguru import logger
-from torch import Tensor
+from torch import nn
 
 from peft_pretraining.distributed import World
 from peft_pretraining.presets import load_preset
@@ -102,25 +102,19 @@ def circumstances(
 
 def describe_refreshes(groups: Sequence[ParameterGroup], optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """One record a projected matrix: its name, and LowRankOptimizer.refreshes. Empty for other optimizers."""
-    return _by_name(groups, optimizer, LowRankOptimizer.refreshes)
-
-
-def describe_details(groups: Sequence[ParameterGroup], optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """One record a matrix measured in this update: its name, and LowRankOptimizer.details. Empty for the others."""
-    return _by_name(groups, optimizer, LowRankOptimizer.details)
-
-
-def _by_name(
-    groups: Sequence[ParameterGroup],
-    optimizer: torch.optim.Optimizer,
-    figures: Callable[[LowRankOptimizer, Tensor], dict[str, Any] | None],
-) -> list[dict[str, Any]]:
-    """The figures of every parameter that has some, under its name."""
     if not isinstance(optimizer, LowRankOptimizer):
         return []
     pairs = [pair for group in groups for pair in zip(group.names, group.parameters, strict=True)]
-    found = ((name, figures(optimizer, p)) for name, p in pairs)
-    return [{"name": name, **known} for name, known in found if known is not None]
+    found = ((name, optimizer.refreshes(p)) for name, p in pairs)
+    return [{"name": name, **refreshes} for name, refreshes in found if refreshes is not None]
+
+
+def describe_details(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """One record a matrix measured in this update: its name, and LowRankOptimizer.details. Empty for others."""
+    if not isinstance(optimizer, LowRankOptimizer):
+        return []
+    found = ((name, optimizer.details(p)) for name, p in model.named_parameters())
+    return [{"name": name, **details} for name, details in found if details is not None]
 
 
 def summarize_refreshes(matrices: Sequence[dict[str, Any]]) -> str:

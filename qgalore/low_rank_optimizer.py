@@ -27,7 +27,7 @@ from qgalore.outcome import Outcome
 from qgalore.projectors import LEARNERS, Projector, projection_sides
 from qgalore.quantize import mix_seed, open_weight, read_weight
 from qgalore.residual import Residual
-from qgalore.subspace_details import MeasuredProjector
+from qgalore.subspace_details import MeasuredProjector, measured
 from qgalore.subspace_schedule import RefreshSchedule, staggered_offset
 from qgalore.update_rules import RULES
 from qgalore.weight_update import Numbers, Plan, compiled_update, update_weight
@@ -83,11 +83,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
             check_group(group)
             group.setdefault("initial_lr", group["lr"])  # as torch's schedulers name it
         self._index = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
-        self._projectors = self._build_projectors()
-        if details:
-            projected = [(p, projector) for p, projector in self._projectors.items() if projector.sides]
-            for turn, (p, projector) in enumerate(projected):
-                self._projectors[p] = MeasuredProjector.of(projector, turn=turn, count=len(projected))
+        projectors = self._build_projectors()
+        self._projectors = measured(projectors) if details else projectors
         recovered = [group for group in self.param_groups if group["rank"] and group["residual"] != "none"]
         self._recovered = {p for group in recovered for p in group["params"]}
         # By parameter, so that they stay small where nobody ends an update.
@@ -301,7 +298,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def details(self, p: Tensor) -> dict[str, Any] | None:
         """What was measured of p's subspace in this update, see MeasuredProjector.figures; None where nothing was."""
-        projector = self._projectors[p]
+        projector = self._projectors.get(p)
         return projector.figures(self.state[p], like=p) if isinstance(projector, MeasuredProjector) else None
 
     def end_update(self) -> Outcome:

@@ -14,7 +14,7 @@ which takes matrices of R's size and smaller, nothing of G's.
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,8 +50,8 @@ def orthonormality_error(gram: Tensor) -> Tensor:
 def overlap(new: Tensor, old: Tensor) -> Tensor:
     """The mean squared cosine of the principal angles between two spans, 0 to 1. (m, r) each -> ()
 
-    ||new^T old||_F^2 / r of columns that are made orthonormal first, by Cholesky factors of the Gram matrices: on a GPU
-    much faster than QR. NaN where columns depend on each other.
+    ||new^T old||_F^2 / r of columns that are made orthonormal first, by Cholesky factors of the Gram matrices: nothing
+    tall is factorized. NaN where columns depend on each other.
     """
     between = new.mT @ old  # (r, r)
     for basis in (new, old):
@@ -112,15 +112,17 @@ class Sample:
 
 @dataclass
 class Notes:
-    """overlap: of the last two bases.  sample: of this update, if it is the matrix' turn, until it is read."""
+    """overlap: of the last two bases, as of so many `refreshes`: a resume or a rollback may have undone them.  sample:
+    of this update, if it is the matrix' turn, until it is read."""
 
     overlap: Tensor | None = None
+    refreshes: int = 0
     sample: Sample | None = None
 
 
 @dataclass(frozen=True)
 class MeasuredProjector(Projector):
-    """A projector that measures itself at every `period`-th update, first at update turn + 1. Its results are the same.
+    """A projector with the same results that measures itself at the updates turn + 1, turn + 1 + period and so on.
 
     notes: no part of the optimizer's state; after a resume the overlap is unknown until the next refresh.
     """
@@ -129,18 +131,16 @@ class MeasuredProjector(Projector):
     period: int = 1
     notes: Notes = field(default_factory=Notes, compare=False)
 
-    @classmethod
-    def of(cls, projector: Projector, *, turn: int, count: int) -> "MeasuredProjector":
-        """The same, measured. turn: which of `count` matrices it is for, from 0."""
-        return cls(**vars(projector), turn=turn, period=measuring_period(count, gap=projector.schedule.gap))
-
     def prepare(self, G: Tensor, state: dict[str, Any], *, step: int) -> Refresh | None:
         """Projector.prepare; notes the overlap, multiplied over the sides."""
-        old = self._read(state, like=G) if self.due(state, step=step) else {}
+        if not self.due(state, step=step):
+            return None
+        old = self._read(state, like=G)
         refresh = super().prepare(G, state, step=step)
         if refresh is not None:
             new = self._read(state, like=G)
             self.notes.overlap = torch.stack([overlap(new[side], old[side]) for side in self.sides]).prod()
+        self.notes.refreshes = state["refreshes"]
         return refresh
 
     def project(self, G: Tensor, state: dict[str, Any]) -> Tensor:
@@ -169,14 +169,14 @@ class MeasuredProjector(Projector):
         """What was measured in the last update, to be read once; None where it was not this matrix' turn.
 
         `reconstruction_error` and `orthonormality_error` (the larger of the two sides'), see above; `overlap` of the
-        last two bases (None: there were no two yet), of a learning one before and after this update;
+        last two bases (None: not known), of one that learns before and after this update;
         `projection_seconds`, there and back; `projections` in this update: more than one are of micro-batches, and the
         reconstruction is that of the first.  like: the weight.  Waits for the device.
         """
         sample, self.notes.sample = self.notes.sample, None
         if sample is None:
             return None
-        turned = self.notes.overlap
+        turned = self.notes.overlap if self.notes.refreshes == state.get("refreshes") else None
         if sample.before is not None:
             (after,) = self._read(state, like=like).values()
             turned = overlap(after, sample.before)
@@ -201,3 +201,13 @@ class MeasuredProjector(Projector):
         """The bases there are, by side, as they are used, in float32 or wider."""
         wide = torch.promote_types(like.dtype, torch.float32)
         return {side: self._basis(like, state, side).to(wide) for side in self.sides if has_basis(state, side)}
+
+
+def measured(projectors: Mapping[Tensor, Projector]) -> dict[Tensor, Projector]:
+    """The same projectors by parameter, those that do project measured in turn."""
+    found = dict(projectors)
+    turns = [p for p, projector in projectors.items() if projector.sides]
+    for turn, p in enumerate(turns):
+        period = measuring_period(len(turns), gap=projectors[p].schedule.gap)
+        found[p] = MeasuredProjector(**vars(projectors[p]), turn=turn, period=period)
+    return found

@@ -155,6 +155,28 @@ def test_a_basis_that_learns_is_compiled_once_beside_the_weights():
     assert (compiled != eager).float().mean() < 0.05, "a sign that a last bit or a code has turned"
 
 
+def test_updates_are_measured_from_outside_their_compiled_code():
+    """The same bits as without, and no compile more. The seconds are those of the way into the subspace alone."""
+    ends, start = [], [torch.randn(64, 96) for _ in range(3)]
+    gradients = [[torch.randn(64, 96) for _ in start] for _ in range(7)]
+    for details in (False, True):
+        matrices = [torch.nn.Parameter(p.clone()) for p in start]
+        group = {"params": matrices, "rank": 8, "update_proj_gap": 2, "basis_bits": 4}
+        optimizer = LowRankOptimizer([group], compile=True, details=details)
+        torch._dynamo.reset()
+        counters.clear()
+        for update in gradients:
+            for p, G in zip(matrices, update, strict=True):
+                p.grad = G.clone()
+            optimizer.step()
+        assert compiles() == 1
+        ends.append(matrices)
+    assert all(torch.equal(p, q) for p, q in zip(*ends, strict=True))
+    figures = [optimizer.details(p) for p in matrices]
+    assert figures[1:] == [None, None] and 0 < figures[0]["reconstruction_error"] < 1
+    assert figures[0]["projection_seconds"] > 0
+
+
 def test_noise_is_the_same_bits_from_tensors_and_compiled():
     for seed in (0, 7, mix_seed(3, 1, 4), (1 << 64) - 1):
         expected = random_bits(1000, seed=seed)

@@ -1,5 +1,6 @@
 """Figures of the subspaces beside their definitions in float64; measured training beside training."""
 
+import copy
 import math
 
 import pytest
@@ -216,6 +217,21 @@ def test_of_several_ranks_each_measures_its_own_share():
     optimizer.step()
     expected = missed(p.grad, stored_bases(optimizer.state[p], p))
     assert optimizer.details(p)["reconstruction_error"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_an_overlap_is_forgotten_with_the_refresh_that_it_is_of():
+    """Back at a state of before the second refresh, at update 4, as after a rollback."""
+    p = torch.nn.Parameter(torch.randn(8, 6))
+    optimizer, overlaps = optimizer_of(p), []
+    for update in range(1, 9):
+        if update == 3:
+            saved = copy.deepcopy(optimizer.state_dict())
+        if update == 6:
+            optimizer.load_state_dict(saved)
+        p.grad = torch.randn_like(p)
+        optimizer.step()
+        overlaps.append(optimizer.details(p)["overlap"])
+    assert [overlap is not None for overlap in overlaps] == [False] * 3 + [True] * 2 + [False] + [True] * 2
 
 
 def test_without_details_there_are_none():
