@@ -10,7 +10,6 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from loguru import logger
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_pretraining import report
+from peft_pretraining.adapters import Adapters, reset_if_due
 from peft_pretraining.args import parse_args, schedule_of
 from peft_pretraining.checkpoint import CheckpointWriter, choose_save_dir, prepare_save_dir
 from peft_pretraining.dataloader import IGNORED, Batch, ValidationSet, train_batches
@@ -36,13 +36,11 @@ from peft_pretraining.loss import token_loss_sum
 from peft_pretraining.metrics import memory_bytes, open_metrics, set_up_log
 from peft_pretraining.model import (
     DTYPES,
-    build_model,
     check_compiler,
-    compile_layers,
     meta_model,
+    prepare_model,
     read_config,
     resolve_dtype,
-    weight_quantizer,
 )
 from peft_pretraining.recovery import begin, give_up, last_checkpoint, react, save
 from peft_pretraining.resume import check_data, choose_start
@@ -53,7 +51,7 @@ from qgalore.factory import Settings, create_optimizer, create_updates, find_rec
 from qgalore.grad_sync import GradSync
 from qgalore.memory import adamw_bytes, kept_bytes
 from qgalore.outcome import Outcome
-from qgalore.param_groups import ParameterGroup, split_parameters
+from qgalore.param_groups import split_parameters
 from qgalore.per_layer import PerLayerUpdates
 from qgalore.whole_model import WholeModelUpdates
 
@@ -73,8 +71,11 @@ def main(argv: list[str] | None = None) -> None:
     # How is it updated?
     recipe = find_recipe(args.optimizer)
     settings = Settings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)})
-    groups = split_parameters(meta_model(config))
-    table = report.describe_groups(groups, recipe=recipe, settings=settings, int8=args.weight_quant)
+    adapters = Adapters.of(vars(args))
+    blueprint = meta_model(config, adapters=adapters)
+    table = report.describe_groups(
+        blueprint, recipe=recipe, settings=settings, int8=args.weight_quant, adapters=adapters
+    )
     report.log_plan(args, groups=table, dtype=dtype, world=world, threads=threads)
 
     # From where?
@@ -96,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
         sync = GradSync(at_rank_size=recipe.ours and (recipe.per_layer or not args.grad_clipping))
         reading = reading_options(args, world=world)
         validation = ValidationSet(held_out, tokenizer, tokens=args.eval_tokens, **reading)
-        prepare = partial(prepare_model, args, config=config, dtype=dtype, device=world.device, groups=groups)
+        prepare = partial(prepare_model, args, config=config, dtype=dtype, device=world.device)
         if args.eval_only:
             evaluate_only(args.continue_from, model=prepare(), validation=validation, world=world)
             return
@@ -160,28 +161,6 @@ def open_data(args: argparse.Namespace, *, vocab_size: int) -> tuple[Tokenizer, 
     return tokenizer, source, held_out
 
 
-def prepare_model(
-    args: argparse.Namespace,
-    *,
-    config: LlamaConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    groups: Sequence[ParameterGroup],
-) -> LlamaForCausalLM:
-    """The model on its device, with weights drawn from the seed, quantized and compiled as the arguments say."""
-    model = build_model(
-        config,
-        device=device,
-        dtype=dtype,
-        seed=args.seed,
-        activation_checkpointing=args.activation_checkpointing,
-        finish=weight_quantizer(args, groups=groups) if args.weight_quant else None,
-    )
-    if args.compile:
-        compile_layers(model)
-    return model
-
-
 def prepare_updates(
     args: argparse.Namespace, *, model: LlamaForCausalLM, settings: Settings, sync: GradSync
 ) -> WholeModelUpdates | PerLayerUpdates:
@@ -218,7 +197,7 @@ def loop(run: Run) -> None:
         logger.info(f"stopped after update {state.update}; go on with --continue_from {checkpoint} or --resume auto")
         raise Interrupted(run.interruption.status)
     if run.world.is_main:
-        save_model(run.model, run.save_dir / "model")
+        save_model(run.model, run.save_dir / "model", adapters=Adapters.of(vars(args)))
 
 
 def due(state: State, every: int) -> bool:
@@ -242,6 +221,7 @@ def train_step(run: Run) -> None:
         share.backward()
         loss += share.detach()
     outcome = run.updates.finish()
+    reset_if_due(args, run.model, run.updates.optimizer, update=state.update + 1)
     skipped = [line for batch in micro_batches for line in batch.skipped]
     # One message for all that the ranks must agree on.
     told = torch.tensor([float(loss), run.interruption.requested, len(skipped)], dtype=torch.float64)
@@ -319,7 +299,8 @@ def report_end(run: Run) -> None:
     )
     if matrices:
         logger.info(report.summarize_refreshes(matrices))
-    logger.info("kept between updates, in bytes:\n" + report.memory_table(kept, adamw=adamw_bytes(run.model)))
+    plain = meta_model(run.model.config, dtype=run.model.dtype)
+    logger.info("kept between updates, in bytes:\n" + report.memory_table(kept, adamw=adamw_bytes(plain)))
     logger.info(
         f"{state.update} updates, {state.tokens_seen:,} tokens in {seconds:.0f} s "
         f"({state.tokens_seen / state.seconds:,.0f} tokens/s while training)"

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from peft_pretraining.adapters import LORA_KINDS
 from peft_pretraining.errors import Parser, UserError
 from peft_pretraining.flags import FLAGS, add_flags, defaults, required
+from peft_pretraining.initial_weights import is_transformers_folder
 from peft_pretraining.presets import preset_flags
 from peft_pretraining.resume import inherited_args
 from peft_pretraining.schedules import check_schedule
@@ -16,7 +18,7 @@ from qgalore.projectors import LEARNERS, SIDE_TYPES
 
 
 def parse_args(argv: list[str] | None = None, *, world_size: int = 1) -> argparse.Namespace:
-    """The arguments, checked and completed: gradient_accumulation, total_batch_size, num_training_steps, warmup_steps,
+    """The arguments, checked and completed: gradient_accumulation, total_batch_size, num_training_steps, the schedule,
     tokenizer and name are filled in; `ignored` has the given flags that have no effect, and why.
 
     argv: the command line without the program, None for sys.argv.  world_size: processes of this run.
@@ -39,13 +41,15 @@ def parse_args(argv: list[str] | None = None, *, world_size: int = 1) -> argpars
     _complete_optimizer(args, given)
     _complete_batch(args, world_size)
     _check_residual(args)
+    _check_adapters(args)
+    _complete_restarts(args)
     _complete_length(args)
     if args.tokenizer is None:
         args.tokenizer = "pydocs" if args.dataset == "pydocs" else "t5-base"
     if args.unset_wandb:
         args.wandb_mode = "disabled"
     if args.name is None:
-        args.name = f"{Path(args.model_config).stem}-{args.optimizer}"
+        args.name = f"{Path(args.model_config).stem}-{args.optimizer}" + (f"-{args.peft}" if args.peft else "")
     return args
 
 
@@ -75,12 +79,13 @@ def _check_ranges(args: argparse.Namespace) -> None:
         "batch_size gradient_accumulation total_batch_size max_length num_training_steps max_train_tokens rank "
         "update_proj_gap save_every eval_every eval_tokens num_threads cycle_length max_bad_updates"
     )
-    at_least_one += " queue_size gamma_proj"
+    at_least_one += " queue_size gamma_proj peft_alpha"
     at_least_zero = "workers grad_clipping weight_decay warmup_steps restart_warmup_steps seed keep_last keep_every"
     at_least_zero += " max_bad_documents spike_rollback proj_lr proj_reg"
     _require(args, at_least_one, lambda value: value >= 1, "must be at least 1")
     _require(args, at_least_zero, lambda value: 0 <= value < math.inf, "must be 0 or more")
     _require(args, "lr matrix_lr_ratio galore_scale", lambda value: 0 < value < math.inf, "must be above 0")
+    _require(args, "reset_every", lambda value: value >= 2, "must be at least 2: the learning rate restarts, too")
     _require(args, "beta1 beta2", lambda value: 0 <= value < 1, "must lie in [0, 1)")
     _require(args, "cos_threshold", lambda value: 0 <= value <= 1, "must lie in [0, 1]")
     _require(
@@ -132,16 +137,57 @@ def _check_residual(args: argparse.Namespace) -> None:
         )
 
 
+def _check_adapters(args: argparse.Namespace) -> None:
+    """Whether --peft can be had with the rest."""
+    if args.peft is None:
+        return
+    if find_recipe(args.optimizer).low_rank:
+        raise UserError(
+            f"--peft {args.peft} with --optimizer {args.optimizer}, which projects gradients: factors are small "
+            "already. Take one without galore in its name, such as adamw."
+        )
+    if args.weight_quant:
+        raise UserError(f"--peft {args.peft} with --weight_quant: adapters and INT8 weights exclude each other.")
+    if args.reset_every is not None and args.peft != "relora":
+        raise UserError(f"--reset_every {args.reset_every} with --peft {args.peft}: only --peft relora resets.")
+    if args.peft not in LORA_KINDS and args.continue_from and is_transformers_folder(args.continue_from):
+        raise UserError(
+            f"--peft {args.peft} cannot begin with the weights of {args.continue_from}: it has factors in their place. "
+            f"Use --peft {' or '.join(LORA_KINDS)}, or leave out --continue_from."
+        )
+
+
+def _complete_restarts(args: argparse.Namespace) -> None:
+    """The scheduler and its restarts: ReLoRA's learning rate restarts with its adapters."""
+    if args.peft != "relora":
+        args.scheduler = args.scheduler or "cosine"
+        args.restart_warmup_steps = args.restart_warmup_steps or 0
+        return
+    if args.reset_every is None:
+        raise UserError("--peft relora needs --reset_every, the updates between resets: a quarter of the run, say.")
+    for name, needed in [("scheduler", "cosine_restarts"), ("cycle_length", args.reset_every)]:
+        if getattr(args, name) not in (None, needed):
+            raise UserError(
+                f"--{name} {getattr(args, name)} contradicts --peft relora --reset_every {args.reset_every}, where it "
+                f"is {needed}. Leave it out."
+            )
+        setattr(args, name, needed)
+    if args.restart_warmup_steps is None:
+        args.restart_warmup_steps = max(1, min(100, args.reset_every // 10))
+
+
 def _without_effect(args: argparse.Namespace, recipe: Recipe) -> dict[str, str]:
     """Flags that mean nothing as things are, each with what the first row that names it says of the cause."""
-    low_rank = next(flags for title, flags in FLAGS.items() if title.startswith("low-rank"))
+    low_rank = [flag.name for title, flags in FLAGS.items() if title.startswith("low-rank") for flag in flags]
+    if args.peft:
+        low_rank.remove("rank")
     optimizer, proj_type = f"with --optimizer {args.optimizer}", f"with --proj_type {args.proj_type}"
     lazy = args.cos_threshold is not None or recipe.lazy is not None
     learns = args.proj_type in LEARNERS
     packing = ["proj_bits", "proj_group_size"]
     rounding = ["weight_bits", "weight_group_size", "stochastic_round", "simulation"]
     rows = [
-        (not recipe.low_rank, optimizer, [*(flag.name for flag in low_rank), "proj_quant", *packing]),
+        (not recipe.low_rank, optimizer, [*low_rank, "proj_quant", *packing]),
         (args.proj_type not in SIDE_TYPES, proj_type, ["cos_threshold", "gamma_proj", "queue_size"]),
         (not learns, proj_type, ["proj_lr", "proj_reg"]),
         (learns, proj_type, ["moments_on_refresh"]),
@@ -150,6 +196,8 @@ def _without_effect(args: argparse.Namespace, recipe: Recipe) -> dict[str, str]:
         (not lazy, "without --cos_threshold", ["gamma_proj", "queue_size"]),
         (not args.weight_quant, "without --weight_quant", rounding),
         (recipe.state_bits != 8, optimizer, ["embedding_state_bits"]),
+        (args.peft is None, "without --peft", ["peft_alpha", "reset_every"]),
+        (args.peft not in LORA_KINDS, f"with --peft {args.peft}", ["peft_alpha"]),
         (True, optimizer, [beta for beta in ("beta1", "beta2") if beta not in recipe.betas]),
     ]
     return {name: why for holds, why, names in reversed(rows) if holds for name in names}

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from peft_pretraining.adapters import KINDS
 from qgalore.factory import LAZY_THRESHOLD, OPTIMIZERS
 from qgalore.moments import MOMENT_POLICIES
 from qgalore.projectors import PROJ_TYPES, SUBSPACE_METHODS
@@ -89,15 +90,18 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("beta1", float, None, "RATE", "decay of the first moment; sgd's momentum", shown="0.9; 0 for sgd"),
         Flag("beta2", float, None, "RATE", "decay of Adam's second moment, of Lion's momentum",
              shown="0.999; 0.99 for lion"),
-        Flag("scheduler", str, "cosine", "", "of the learning rate, after the warm-up",
-             choices=("linear", "cosine", "cosine_restarts")),
+        Flag("scheduler", str, None, "", "of the learning rate, after the warm-up",
+             choices=("linear", "cosine", "cosine_restarts"), shown="cosine; for --peft relora cosine_restarts"),
         Flag("warmup_steps", int, None, "UPDATES", "of linear warm-up", shown="a tenth of the run, at most 1000"),
         Flag("min_lr_ratio", float, 0.1, "RATIO", "last learning rate over the peak"),
-        Flag("cycle_length", int, None, "UPDATES", "between restarts; cosine_restarts needs it", shown="none"),
-        Flag("restart_warmup_steps", int, 0, "UPDATES", "of warm-up after each restart"),
+        Flag("cycle_length", int, None, "UPDATES", "between restarts; cosine_restarts needs it",
+             shown="none; for --peft relora --reset_every"),
+        Flag("restart_warmup_steps", int, None, "UPDATES", "of warm-up after each restart",
+             shown="0; for --peft relora a tenth of a cycle, at most 100"),
     ),
     "low-rank projection, for optimizers with galore in their name": (
-        Flag("rank", int, 128, "COLUMNS", "of each basis; clamped to the shorter side of a matrix"),
+        Flag("rank", int, 128, "COLUMNS", "of each basis, or with --peft of each adapter; clamped to the shorter side "
+             "of a matrix"),
         Flag("update_proj_gap", int, 50, "UPDATES", "between refreshes of a basis"),
         Flag("galore_scale", float, 1.0, "FACTOR", "on the update of the projected matrices"),
         Flag("proj_type", str, "std", "", "side that is projected: the shorter (std), the longer, a fixed one or both; "
@@ -119,6 +123,14 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("queue_size", int, 5, "REFRESHES", "whose mean overlap decides"),
         Flag("log_details", bool, False, "", "record how much of a gradient a subspace misses, how far its basis has "
              "turned and what it costs: of one matrix in an update, all in their turn"),
+    ),
+    "adapters, the baselines of GaLore's tables, for optimizers without galore in their name": (
+        Flag("peft", str, None, "", "what takes the place of the attention and MLP matrices; embeddings, norms and "
+             "head train in full. lora: frozen initial weights plus a product of --rank; relora: the same, merged and "
+             "restarted every --reset_every; low_rank: the product alone", choices=KINDS, shown="none"),
+        Flag("peft_alpha", int, 32, "FACTOR", "over the rank, on the product of lora and relora"),
+        Flag("reset_every", int, None, "UPDATES", "between resets; --peft relora needs it. In its paper, 5000 of "
+             "20,000", shown="none"),
     ),
     "quantization": (
         Flag("weight_quant", bool, False, "", "keep the attention and MLP weights in INT8, with no other copy"),

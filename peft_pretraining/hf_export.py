@@ -2,12 +2,14 @@
 
 OUT gets config.json, generation_config.json, the weights as safetensors, and the tokenizer where transformers has a
 counterpart; AutoModelForCausalLM and AutoTokenizer load it. 8-bit weights are written as the values that they stand
-for. Tensors are read, decoded and written one shard at a time: memory holds --max_shard_size, not the model.
+for, adapters are merged into the weights. Tensors are read, decoded and written one shard at a time: memory holds
+--max_shard_size, not the model.
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from peft_pretraining.adapters import Adapters, merging
 from peft_pretraining.checkpoint_files import find_checkpoint
 from peft_pretraining.checkpoint_files import verify as verify_checkpoint
 from peft_pretraining.errors import Parser, UserError
@@ -31,6 +34,8 @@ from peft_pretraining.model import DTYPES, build_model, meta_model, read_config,
 from peft_pretraining.tokenizer import Tokenizer, check_fits, load_tokenizer
 from qgalore.int8_weight import SimulatedInt8Weight
 from qgalore.quantize_model import quantize_module_weight
+
+MERGED = 2**-14  # of the largest logit: what merging in float32 may move. Measured: see the tests
 
 
 class NotTheSameModel(Exception):
@@ -50,22 +55,26 @@ def export(
     checkpoint: a checkpoint, or a run's folder, whose newest is taken.  dtype: of the written weights, by default the
     one in which they appear in training.  max_shard_size: of one file, such as "500MB".
     verify: loads what was written and compares its logits with those of the trained weights, 8-bit ones in place.
-    Returns the largest difference to the logits as trained: 0, or what another `dtype` makes of them; None where not
-    verified. Raises UserError where something cannot be read or written, NotTheSameModel where the logits differ from
-    the trained weights' in the same dtype by anything at all.
+    Returns the largest difference to the logits as trained: 0, or what another `dtype` or the rounding of merged
+    weights makes of them; None where not verified. Raises UserError where something cannot be read or written,
+    NotTheSameModel where the logits differ from those of the trained weights in the same dtype by anything at all, or
+    where merging moves logits in float32 by more than MERGED of the largest.
     """
     checkpoint = find_checkpoint(checkpoint)
     verify_checkpoint(checkpoint)
     config = read_config(checkpoint / "config.json")
     weights = open_checkpoint(checkpoint)
-    weights.check({name: parameter.shape for name, parameter in meta_model(config).named_parameters()})
+    adapters = Adapters.of(_args_of(checkpoint))
+    structure = meta_model(config, adapters=adapters)
+    weights.check({name: parameter.shape for name, parameter in structure.named_parameters()})
     dtype = dtype or weights.dtype(EMBEDDING)
     config.dtype, config.use_cache = dtype, True
     with appearing(out) as folder:
         _write_config_and_tokenizer(config, folder, checkpoint=checkpoint)
         like: dict[str, Tensor] = dict(meta_model(config, dtype=dtype).named_parameters())
-        write_weights(like, folder, read=weights.read, max_shard_size=max_shard_size)
-        return _compare_logits(folder, weights, dtype=dtype) if verify else None
+        read = merging(weights.read, adapters, names=weights.names())
+        write_weights(like, folder, read=read, max_shard_size=max_shard_size)
+        return _compare_logits(folder, weights, adapters=adapters, dtype=dtype) if verify else None
 
 
 def _write_config_and_tokenizer(config: LlamaConfig, folder: Path, *, checkpoint: Path) -> None:
@@ -86,7 +95,7 @@ def _write_config_and_tokenizer(config: LlamaConfig, folder: Path, *, checkpoint
 
 def _tokenizer_of(checkpoint: Path, *, config: LlamaConfig) -> tuple[Tokenizer, PreTrainedTokenizerBase]:
     """The run's tokenizer, and its counterpart in transformers. Raises UserError where one of them is not to be had."""
-    spec = read_json(checkpoint / "state.json").get("args", {}).get("tokenizer")
+    spec = _args_of(checkpoint).get("tokenizer")
     if spec is None:
         raise UserError(f"{checkpoint / 'state.json'} does not name it.")
     original = load_tokenizer(spec)
@@ -94,23 +103,52 @@ def _tokenizer_of(checkpoint: Path, *, config: LlamaConfig) -> tuple[Tokenizer, 
     return original, to_transformers(original, max_length=config.max_position_embeddings)
 
 
-def _compare_logits(folder: Path, weights: StoredWeights, *, dtype: torch.dtype) -> float:
+def _args_of(checkpoint: Path) -> dict[str, Any]:
+    """The arguments of the run that the checkpoint is of."""
+    return read_json(checkpoint / "state.json").get("args", {})
+
+
+def _compare_logits(folder: Path, weights: StoredWeights, *, adapters: Adapters | None, dtype: torch.dtype) -> float:
     """The largest difference of two logits, of the written model and of the trained one. One model exists at a time.
 
-    Raises NotTheSameModel unless the written model and the trained weights agree to the last bit in the same dtype. A
-    tolerance for the rounding to bfloat16 would have to be wide: with random weights, it moved logits by 1% to 9%.
+    Raises NotTheSameModel unless the written model and the trained weights, merged where there are adapters, agree to
+    the last bit in the same dtype. A tolerance for the rounding to bfloat16 would have to be wide: with random weights,
+    it moved logits by 1% to 9%. For the same reason, whether merging is right is seen in float32.
     """
     disable_progress_bar()
     written = _logits(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True))
-    twin = _logits(_as_trained(weights, dtype=dtype))
+    if adapters is None:
+        twin = _logits(_as_trained(weights, dtype=dtype))
+    else:
+        twin = _logits(_merged(weights, adapters, dtype=dtype))
+        _check_merging(weights, adapters)
     if not torch.equal(written, twin):
         raise NotTheSameModel(f"the exported logits differ from the trained by {(written - twin).abs().max():.3g}.")
-    trained = _logits(_as_trained(weights, dtype=weights.dtype(EMBEDDING)))
+    trained = _logits(_as_trained(weights, dtype=weights.dtype(EMBEDDING), adapters=adapters))
     return (written - trained).abs().max().item()
 
 
-def _as_trained(weights: StoredWeights, *, dtype: torch.dtype) -> LlamaForCausalLM:
-    """The model that was trained, its 8-bit weights in place, computing in `dtype`."""
+def _check_merging(weights: StoredWeights, adapters: Adapters) -> None:
+    """Raises NotTheSameModel unless merged weights compute what the adapters do, in float32."""
+    merged = _logits(_merged(weights, adapters, dtype=torch.float32))
+    trained = _logits(_as_trained(weights, dtype=torch.float32, adapters=adapters))
+    difference = (merged - trained).abs().max()
+    if not difference <= MERGED * trained.abs().max():
+        raise NotTheSameModel(f"with merged adapters, logits differ from the trained by {difference:.3g}.")
+
+
+@torch.no_grad()
+def _merged(weights: StoredWeights, adapters: Adapters, *, dtype: torch.dtype) -> LlamaForCausalLM:
+    """The model that was trained, as one without adapters."""
+    model = build_model(read_config(weights.folder / "config.json"), device="cpu", dtype=dtype, seed=0)
+    read = merging(weights.read, adapters, names=weights.names())
+    for name, parameter in model.named_parameters():
+        parameter.copy_(read(name))
+    return model
+
+
+def _as_trained(weights: StoredWeights, *, dtype: torch.dtype, adapters: Adapters | None = None) -> LlamaForCausalLM:
+    """The model that was trained, its 8-bit weights or adapters in place, computing in `dtype`."""
 
     def finish(name: str, module: nn.Module) -> None:
         if settings := weights.quantized.get(f"{name}.weight"):
@@ -120,7 +158,7 @@ def _as_trained(weights: StoredWeights, *, dtype: torch.dtype) -> LlamaForCausal
             )
 
     config = read_config(weights.folder / "config.json")
-    model = build_model(config, device="cpu", dtype=dtype, seed=0, finish=finish)
+    model = build_model(config, device="cpu", dtype=dtype, seed=0, adapters=adapters, finish=finish)
     load_weights(model, weights.folder)
     return model
 

@@ -14,9 +14,11 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LlamaForCausalLM
 
+from peft_pretraining.adapters import Adapters, merging
 from peft_pretraining.errors import UserError
+from peft_pretraining.model import meta_model
 from qgalore.int8_weight import Int8Weight
 
 SHARD = "5GB"  # the largest file
@@ -72,12 +74,15 @@ def _plain(weight: Tensor, *, dtype: torch.dtype) -> Tensor:
     return values.detach().cpu().contiguous()
 
 
-def save_model(model: PreTrainedModel, folder: Path) -> None:
-    """The live model in its own dtype, for AutoModelForCausalLM. An older folder of that name is replaced."""
-    weights = dict(model.named_parameters())
-    like = {name: torch.empty(weight.shape, dtype=weight.dtype, device="meta") for name, weight in weights.items()}
+def save_model(model: LlamaForCausalLM, folder: Path, *, adapters: Adapters | None = None) -> None:
+    """The live model in its own dtype, for AutoModelForCausalLM. An older folder of that name is replaced.
+
+    adapters: those in the model, which are merged into its weights on the way.
+    """
+    weights: dict[str, Tensor] = dict(model.named_parameters())
+    like: dict[str, Tensor] = dict(meta_model(model.config, dtype=model.dtype).named_parameters())
     with appearing(folder, replace=True) as beside:
         model.config.save_pretrained(beside)
         assert model.generation_config is not None
         model.generation_config.save_pretrained(beside)
-        write_weights(like, beside, read=weights.__getitem__)
+        write_weights(like, beside, read=merging(weights.__getitem__, adapters, names=weights))

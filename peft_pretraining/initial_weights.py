@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from peft_pretraining.adapters import base_parameters
 from peft_pretraining.errors import UserError
 from peft_pretraining.model import DTYPES, read_config
 from qgalore.int8_weight import Int8Weight, SimulatedInt8Weight
@@ -131,11 +132,12 @@ def is_transformers_folder(path: str | Path) -> bool:
 def load_initial_weights(model: LlamaForCausalLM, folder: str | Path) -> None:
     """Copies the weights of a LLaMA in transformers' format (config.json and safetensors) into `model`.
 
-    Each is cast to its parameter's dtype, or rounded to nearest where the parameter is in 8 bits.
+    Each is cast to its parameter's dtype, or rounded to nearest where the parameter is in 8 bits. Adapters stay as
+    they are: at the start, LoRA's add nothing.
     Raises UserError where files, architecture, names or shapes do not fit; the model is then as it was. Only NaN, or a
     damaged file, may be found after some weights have been copied.
     """
-    _load(model, Path(folder), open_weights=open_transformers)
+    _load(base_parameters(model), Path(folder), config=model.config, open_weights=open_transformers)
 
 
 def load_weights(model: LlamaForCausalLM, folder: str | Path) -> None:
@@ -143,7 +145,10 @@ def load_weights(model: LlamaForCausalLM, folder: str | Path) -> None:
 
     8-bit weights go bit for bit into parameters of the same kind and group size; otherwise they are decoded.
     """
-    _load(model, Path(folder), open_weights=open_checkpoint if is_checkpoint(folder) else open_transformers)
+    if not is_checkpoint(folder):
+        load_initial_weights(model, folder)
+        return
+    _load(dict(model.named_parameters()), Path(folder), config=model.config, open_weights=open_checkpoint)
 
 
 def open_checkpoint(folder: Path) -> StoredWeights:
@@ -186,13 +191,19 @@ def open_transformers(folder: Path) -> StoredWeights:
     return StoredWeights(folder, files, quantized={})
 
 
-def _load(model: LlamaForCausalLM, folder: Path, *, open_weights: Callable[[Path], StoredWeights]) -> None:
-    config = read_config(folder / "config.json")
-    _check_config(model.config, config, folder=folder)
+def _load(
+    parameters: Mapping[str, nn.Parameter],
+    folder: Path,
+    *,
+    config: LlamaConfig,
+    open_weights: Callable[[Path], StoredWeights],
+) -> None:
+    """Fills the parameters of a model of this config, by their names in the folder."""
+    theirs = read_config(folder / "config.json")
+    _check_config(config, theirs, folder=folder)
     weights = open_weights(folder)
-    if config.tie_word_embeddings:
+    if theirs.tie_word_embeddings:
         weights = _untie(weights)
-    parameters = dict(model.named_parameters())
     weights.check({name: parameter.shape for name, parameter in parameters.items()})
     with torch.no_grad():
         for name, parameter in parameters.items():

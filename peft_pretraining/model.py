@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from peft_pretraining.adapters import Adapters, draw_factors, insert, is_factor
 from peft_pretraining.errors import UserError
-from qgalore.param_groups import ParameterGroup
+from qgalore.param_groups import ParameterGroup, split_parameters
 from qgalore.quantize_model import quantize_module_weight
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -87,14 +88,21 @@ def _check_sizes(path: Path, fields: dict[str, Any]) -> None:
         )
 
 
-def meta_model(config: LlamaConfig, *, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    """The model on the meta device: shapes, dtypes and names, but no memory. `config` is left as it is."""
+def meta_model(
+    config: LlamaConfig, *, dtype: torch.dtype = torch.float32, adapters: Adapters | None = None
+) -> LlamaForCausalLM:
+    """The model on the meta device: shapes, dtypes and names, but no memory. `config` is left as it is.
+
+    adapters: inserted, so that this is the structure that is trained.
+    """
     config = copy.deepcopy(config)
     config.use_cache = False
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
     # A padding row gets no gradient. Where the padding token is also the end of a text, that row must learn.
     model.model.embed_tokens.padding_idx = None
+    if adapters is not None:
+        insert(model, adapters)
     return model
 
 
@@ -104,28 +112,33 @@ def build_model(
     device: torch.device | str,
     dtype: torch.dtype,
     seed: int,
+    adapters: Adapters | None = None,
     activation_checkpointing: bool = False,
     finish: Callable[[str, nn.Module], None] | None = None,
 ) -> LlamaForCausalLM:
     """Builds the model on `device` in `dtype`, in training mode, with weights drawn from `seed`.
 
     Weights of linear layers and of the embedding are normal(0, initializer_range), those of norms are one, biases
-    zero. The same seed gives the same weights on the same kind of device; the global random state is neither read nor
-    moved. Memory: the model, and no second copy of any part of it. finish(name, module) is called for each module
-    right after its own weights are initialised and before the next one's exist, to quantize them, say.
+    zero; LoRA leaves them as they are, and adapters.draw_factors draws the rest. The same seed gives the same weights
+    on the same kind of device; the global random state is neither read nor moved. Memory: the model, and no second copy
+    of any part of it. finish(name, module) is called for each module right after its own weights are initialised and
+    before the next one's exist, to quantize them, say.
     """
     device = torch.device(device)
-    model = meta_model(config, dtype=dtype)
+    model = meta_model(config, dtype=dtype, adapters=adapters)
     # On the meta device there is nothing to draw, and no generator.
     generator = None if device.type == "meta" else torch.Generator(device=device).manual_seed(seed)
     tied = model.lm_head if model.config.tie_word_embeddings else None
     for name, module in model.named_modules():
         if module is not tied:
             module.to_empty(device=device, recurse=False)
-            _initialize(module, std=model.config.initializer_range, generator=generator)
+            if not is_factor(name):
+                _initialize(module, std=model.config.initializer_range, generator=generator)
             if finish is not None:
                 finish(name, module)
     model.tie_weights()
+    if adapters is not None:
+        draw_factors(model, adapters, seed=seed)
     # Its buffers are in no checkpoint and were lost on the meta device; they are float32 whatever the dtype.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
     if activation_checkpointing:
@@ -133,6 +146,24 @@ def build_model(
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     return model.train()
+
+
+def prepare_model(
+    args: argparse.Namespace, *, config: LlamaConfig, dtype: torch.dtype, device: torch.device
+) -> LlamaForCausalLM:
+    """The model on its device, with weights drawn from the seed; with adapters, quantized and compiled as asked for."""
+    model = build_model(
+        config,
+        device=device,
+        dtype=dtype,
+        seed=args.seed,
+        adapters=Adapters.of(vars(args)),
+        activation_checkpointing=args.activation_checkpointing,
+        finish=weight_quantizer(args, groups=split_parameters(meta_model(config))) if args.weight_quant else None,
+    )
+    if args.compile:
+        compile_layers(model)
+    return model
 
 
 def check_compiler(device: torch.device) -> None:

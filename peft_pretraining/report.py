@@ -12,13 +12,14 @@ import torch
 from loguru import logger
 from torch import nn
 
+from peft_pretraining.adapters import Adapters
 from peft_pretraining.distributed import World
 from peft_pretraining.presets import load_preset
 from qgalore.factory import Recipe, Settings, find_recipe
 from qgalore.low_rank_optimizer import LowRankOptimizer
-from qgalore.param_groups import ParameterGroup
+from qgalore.param_groups import ParameterGroup, frozen_parameters, split_parameters
 
-PACKAGES = ("torch", "transformers", "datasets", "sentencepiece", "safetensors", "wandb")
+PACKAGES = ("torch", "transformers", "datasets", "sentencepiece", "safetensors", "wandb", "peft")
 
 
 def versions() -> dict[str, str | None]:
@@ -49,17 +50,22 @@ def device_name(device: torch.device) -> str:
 
 
 def describe_groups(
-    groups: Sequence[ParameterGroup], *, recipe: Recipe, settings: Settings, int8: bool
+    model: nn.Module, *, recipe: Recipe, settings: Settings, int8: bool, adapters: Adapters | None = None
 ) -> list[dict[str, Any]]:
-    """One record a parameter group: name, tensors, elements, trained_by. int8: whether projected weights are INT8."""
+    """One record a parameter group: name, tensors, elements, trained_by; what is frozen is the last of them.
+
+    int8: whether projected weights are INT8.  adapters: those in the model.
+    """
+    shape = adapters.describe() if adapters is not None else "full rank"
+    rows: list[tuple[ParameterGroup, str]] = []
+    for group in split_parameters(model):
+        weights = "INT8 weights, " if int8 and group.projected else ""
+        how = recipe.describe(group, settings, unprojected=shape if group.projected else "full rank")
+        rows.append((group, weights + how))
+    rows += [(group, "nothing: W0 of the adapters") for group in frozen_parameters(model)]
     return [
-        {
-            "name": group.name,
-            "tensors": len(group.parameters),
-            "elements": group.elements,
-            "trained_by": ("INT8 weights, " if int8 and group.projected else "") + recipe.describe(group, settings),
-        }
-        for group in groups
+        {"name": group.name, "tensors": len(group.parameters), "elements": group.elements, "trained_by": trained_by}
+        for group, trained_by in rows
     ]
 
 

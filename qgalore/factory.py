@@ -77,14 +77,15 @@ class Recipe:
     betas: tuple[str, ...] = ("beta1", "beta2")
     lazy: float | None = None
 
-    def describe(self, group: ParameterGroup, settings: Settings) -> str:
-        """How the parameters of this group are trained, in a few words."""
+    def describe(self, group: ParameterGroup, settings: Settings, *, unprojected: str = "full rank") -> str:
+        """How the parameters of this group are trained, in a few words. unprojected: what is said of their rank where
+        their gradients are not projected."""
         bits = _state_bits(group, self.state_bits, settings)
         title = f"{bits}-bit {self.title}" if bits != 32 else self.title
         if group.projected and settings.matrix_lr_ratio != 1:
             title += f" at {settings.matrix_lr_ratio:g} x lr"
         if not (self.low_rank and group.projected):
-            return f"{title}, full rank"
+            return f"{title}, {unprojected}"
         packed = f"INT{settings.proj_bits} " if settings.proj_bits else ""
         recovered = ", residual recovered" if settings.residual != "none" else ""
         whole = ", micro-batches summed at full size" if settings.proj_type in LEARNERS and self.per_layer else ""

@@ -59,6 +59,13 @@ def split_parameters(
     return groups
 
 
+def frozen_parameters(model: nn.Module) -> tuple[ParameterGroup, ...]:
+    """What split_parameters leaves out, as one group; none where everything is trained."""
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    group = ParameterGroup("frozen", projected=False, names=tuple(frozen), parameters=tuple(frozen.values()))
+    return (group,) if frozen else ()
+
+
 def _kind(name: str, owner: nn.Module, parameter: nn.Parameter, projected_modules: Sequence[str]) -> str:
     if isinstance(owner, nn.Embedding):
         return "embedding"

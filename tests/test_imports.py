@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OPTIONAL = ("wandb", "datasets", "pyarrow")
+OPTIONAL = ("wandb", "datasets", "pyarrow", "peft")
 OURS = ("torchrun_main", "peft_pretraining", "qgalore")
 
 
@@ -61,7 +61,7 @@ def test_no_module_imports_itself_round_a_corner(package):
 
 
 def test_importing_touches_no_gpu_and_nothing_optional():
-    """Importing the whole program leaves CUDA alone and loads neither wandb nor datasets."""
+    """Importing the whole program leaves CUDA alone and loads neither wandb, datasets nor peft."""
     code = (
         "import sys, torchrun_main, torch; "
         "assert not torch.cuda.is_initialized(); "

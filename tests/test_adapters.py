@@ -1,0 +1,378 @@
+"""LoRA, ReLoRA and W = B A: their formulas by hand, what is trained and what is not, resets, export, bad input."""
+
+import sys
+
+import pytest
+import torch
+from checkpointed_models import write_checkpoint
+from runs import losses, record, torchrun
+from safetensors.torch import load_file
+from test_args import parse, refusal
+from test_resume import assert_halves_make_a_whole, checkpoint
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import torchrun_main
+from peft_pretraining.adapters import KINDS, Adapters, base_parameters, is_factor, reset
+from peft_pretraining.errors import UserError
+from peft_pretraining.hf_export import export
+from peft_pretraining.initial_weights import load_initial_weights
+from peft_pretraining.loss import token_loss_sum
+from peft_pretraining.model import build_model, meta_model
+from peft_pretraining.training_state import restore_model
+from qgalore.factory import OPTIMIZERS, Settings, create_optimizer, create_updates
+from qgalore.grad_sync import GradSync
+from qgalore.master_weights import MasterWeights
+from qgalore.memory import kept_bytes
+from qgalore.param_groups import frozen_parameters, split_parameters
+
+CONFIG = LlamaConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=40
+)  # fmt: skip
+IDS = torch.randint(0, 64, (6, 4, 17), generator=torch.Generator().manual_seed(1))
+LORA, LOW_RANK = Adapters("lora", rank=4, alpha=8), Adapters("low_rank", rank=4, alpha=8)
+UP_PROJ = "model.layers.1.mlp.up_proj"
+
+
+def build(adapters: Adapters | None, *, dtype: torch.dtype = torch.float32, **config: object) -> LlamaForCausalLM:
+    shape = LlamaConfig(**CONFIG.to_dict() | config)
+    return build_model(shape, device="cpu", dtype=dtype, seed=3, adapters=adapters)
+
+
+def updates_of(model: LlamaForCausalLM, optimizer: str, **settings: float):
+    groups = split_parameters(model)
+    built = create_optimizer(optimizer, groups=groups, settings=Settings(**{"lr": 0.01} | settings))
+    return create_updates(optimizer, optimizer=built, sync=GradSync())
+
+
+def train(model: LlamaForCausalLM, updates, *, start: int = 0, count: int = 3) -> None:
+    for ids in IDS[start : start + count]:
+        (token_loss_sum(model, ids[:, :-1], ids[:, 1:]) / 64).backward()
+        updates.finish()
+
+
+def copies(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@torch.no_grad()
+def logits(model: LlamaForCausalLM) -> torch.Tensor:
+    return model(IDS[0]).logits.float()
+
+
+@pytest.mark.parametrize("adapters", [LORA, LOW_RANK], ids=lambda adapters: adapters.kind)
+def test_a_model_with_adapters_learns_as_its_formula_does(adapters):
+    """Beside it the plain model in float64, given W0 + (alpha / r) B A or B A, and torch's AdamW."""
+    model = build(adapters, dtype=torch.float64)
+    first = copies(model)
+    optimizer = updates_of(model, "adamw", weight_decay=0.1).optimizer
+    for ids in IDS:
+        optimizer.zero_grad()
+        (token_loss_sum(model, ids[:, :-1], ids[:, 1:]) / 64).backward()
+        optimizer.step()
+
+    plain = build(None, dtype=torch.float64)
+    trained = {name: first[name].clone().requires_grad_() for name, p in model.named_parameters() if p.requires_grad}
+    matrices = [name for group in split_parameters(plain) if group.projected for name in group.names]
+    optimizer = torch.optim.AdamW(trained.values(), lr=0.01, weight_decay=0.1)
+    for ids in IDS:
+        weights = {name: trained[name] for name in trained.keys() & dict(plain.named_parameters()).keys()}
+        for name in matrices:
+            module = name.removesuffix(".weight")
+            A, B = (trained[adapters.part(module, letter)] for letter in "AB")
+            W0 = plain.get_parameter(name).detach() if adapters is LORA else 0.0
+            weights[name] = W0 + (8 / 4 if adapters is LORA else 1) * B @ A
+        z = functional_call(plain, weights, (ids[:, :-1],)).logits
+        loss = cross_entropy(z.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum") / 64
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for name, p in trained.items():
+        torch.testing.assert_close(model.get_parameter(name), p, rtol=1e-6, atol=1e-9)
+        assert (p - first[name]).abs().max() > 0.01, name
+
+
+def test_nothing_moves_but_factors_embedding_norms_and_head():
+    plain, model = build(None), build(LORA)
+    base = base_parameters(model)
+    assert base.keys() == dict(plain.named_parameters()).keys()
+    assert all(torch.equal(p, base[name]) for name, p in plain.named_parameters()), "as drawn without adapters"
+    before = copies(model)
+    train(model, updates_of(model, "adamw", weight_decay=0.1))
+    still = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
+    (frozen,) = frozen_parameters(model)
+    assert still == set(frozen.names) and len(still) == 14
+    assert all(name.endswith("proj.base_layer.weight") for name in still)
+    assert all(p.grad is None for p in frozen.parameters)
+
+
+@pytest.mark.parametrize("optimizer", [name for name, recipe in OPTIMIZERS.items() if not recipe.low_rank])
+def test_every_optimizer_that_does_not_project_moves_all_that_is_trained(optimizer):
+    for adapters in (LORA, LOW_RANK):
+        model = build(adapters)
+        before = copies(model)
+        train(model, updates_of(model, optimizer, lr=0.3 if optimizer == "sgd" else 0.01))
+        for name, p in model.named_parameters():
+            assert torch.equal(p, before[name]) != p.requires_grad, name
+
+
+def test_the_rate_of_the_matrices_is_that_of_the_factors():
+    model = build(LORA)
+    updates = updates_of(model, "adamw", matrix_lr_ratio=0.25)
+    rates = {group["name"]: group["lr"] for group in updates.optimizer.param_groups}
+    (matrices, *_) = split_parameters(model)
+    assert all(is_factor(name) for name in matrices.names) and len(matrices.names) == 28
+    assert rates == {"attention and MLP": 0.0025, "embedding": 0.01, "head": 0.01, "norms and others": 0.01}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_rank_is_clamped_to_the_shorter_side(kind):
+    structure = meta_model(CONFIG, adapters=Adapters(kind, rank=40, alpha=8), dtype=torch.bfloat16)
+    shapes = {name: tuple(p.shape) for name, p in structure.named_parameters() if is_factor(name)}
+    assert {p.dtype for p in structure.parameters()} == {torch.bfloat16}
+    module = "model.layers.0.self_attn.k_proj"  # (16, 32)
+    part = Adapters(kind, rank=40, alpha=8).part
+    assert shapes[part(module, "A")] == (16, 32) and shapes[part(module, "B")] == (16, 16)
+    assert shapes[part(UP_PROJ, "A")] == (32, 32) and shapes[part(UP_PROJ, "B")] == (48, 32)
+    if kind != "low_rank":
+        assert structure.get_submodule(module).scaling == {"default": 8 / 16}, "alpha over the clamped rank"
+
+
+@pytest.mark.parametrize("rank", [4, 32])
+def test_products_of_factors_have_the_variance_of_initial_weights(rank):
+    adapters = Adapters("low_rank", rank=rank, alpha=1)
+    parts = dict(build(adapters, hidden_size=256, intermediate_size=512).named_parameters())
+    A, B = (parts[adapters.part(UP_PROJ, letter)] for letter in "AB")
+    assert (B @ A).std().item() == pytest.approx(CONFIG.initializer_range, rel=0.1)
+    assert A.std().item() == pytest.approx(B.std().item(), rel=0.1)
+
+
+def test_factors_are_drawn_from_the_seed_and_no_generator():
+    before = torch.get_rng_state()
+    model, twin = build(LORA), build(LORA)
+    other = build_model(CONFIG, device="cpu", dtype=torch.float32, seed=4, adapters=LORA)
+    assert torch.equal(torch.get_rng_state(), before)
+    A = LORA.part(UP_PROJ, "A")
+    assert torch.equal(model.get_parameter(A), twin.get_parameter(A))
+    assert not torch.equal(model.get_parameter(A), other.get_parameter(A))
+    assert model.get_parameter(A).abs().max() <= 32**-0.5
+    assert model.get_parameter(A).std().item() == pytest.approx((3 * 32) ** -0.5, rel=0.1)
+    assert all(not p.any() for name, p in model.named_parameters() if "lora_B" in name)
+    assert torch.equal(logits(model), logits(build(None))), "at the start, the product adds nothing"
+
+
+@pytest.mark.parametrize(
+    "optimizer, dtype",
+    [
+        ("adamw", torch.float32),
+        ("adamw", torch.bfloat16),
+        ("adamw8bit_per_layer", torch.bfloat16),
+        ("adafactor", torch.float32),
+    ],
+)
+def test_a_reset_changes_neither_the_function_nor_what_else_is_trained(optimizer, dtype):
+    model = build(LORA, dtype=dtype)
+    updates = updates_of(model, optimizer)
+    train(model, updates)
+    before, expected = copies(model), logits(model)
+    reset(model, updates.optimizer, LORA, seed=0, update=3)
+    after = copies(model)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    assert (logits(model) - expected).abs().max() <= tolerance * expected.abs().max()
+    for name, tensor in after.items():
+        if "lora_B" in name:
+            assert not tensor.any() and before[name].any()
+        else:
+            assert torch.equal(tensor, before[name]) != (is_factor(name) or "base_layer" in name), name
+    train(model, updates, start=3, count=1)
+    states = updates.optimizer.states() if isinstance(updates.optimizer, MasterWeights) else updates.optimizer.state
+    steps = {(is_factor(name), int(states[p]["step"])) for name, p in model.named_parameters() if p.requires_grad}
+    assert steps == {(True, 1), (False, 4)}
+
+
+def test_merging_into_bfloat16_is_right_on_average():
+    """W0's step is 2**-7; the product, half of one of a hundred steps, would be lost by rounding to nearest."""
+    model = build(LORA, dtype=torch.bfloat16)
+    parts = dict(model.named_parameters())
+    W0, A, B = (parts[f"{UP_PROJ}.{part}.weight"] for part in ("base_layer", "lora_A.default", "lora_B.default"))
+    merged = torch.zeros_like(W0, dtype=torch.float32)
+    for update in range(200):
+        with torch.no_grad():
+            W0.fill_(1.0)
+            A.fill_(2.0**-6)
+            B.fill_(2.0**-8)  # 8/4 * 4 * 2**-14 = 2**-11, a sixteenth of a step
+        reset(model, torch.optim.SGD([A, B], lr=0.1), LORA, seed=0, update=update)
+        merged += W0.float() / 200
+    assert merged.mean().item() - 1 == pytest.approx(2.0**-11, rel=0.02)
+
+
+@pytest.mark.parametrize("when, reset_every", [("after", 3), ("at", 4), ("before", 5)])
+def test_interrupted_around_a_reset_n_and_n_updates_are_2_n(tiny, tmp_path, when, reset_every):
+    flags = dict(peft="relora", rank=4, reset_every=reset_every, restart_warmup_steps=2, warmup_steps=1)
+    assert_halves_make_a_whole(tiny, tmp_path, optimizer="adamw" if when != "at" else "adamw8bit_per_layer", **flags)
+    rates = [line["lr"] for line in record(tmp_path / "whole", "update")]
+    rises = [update for update in range(1, 8) if rates[update] > rates[update - 1]]
+    assert rises == [reset_every + 1], "the rate climbs again, in two updates, where the run is long enough"
+    file = "model.safetensors"
+    saved = [load_file(checkpoint(tmp_path / "whole", update) / file) for update in (4, 8)]
+    B = f"{UP_PROJ}.lora_B.default.weight"
+    assert saved[0][B].any() == (when != "at"), "the reset belongs to the update that ends the cycle"
+    assert saved[1][B].any(), "the last update is no occasion for one"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_with_adapters_is_evaluated_and_exported_as_a_plain_model(tiny, tmp_path, kind, capsys):
+    flags = dict(peft=kind, rank=4, num_training_steps=9, save_every=5)
+    flags |= dict(reset_every=4) if kind == "relora" else {}
+    assert torchrun_main.command_line(tiny.flags(tmp_path, **flags)) == 0
+    (start,), (end,) = record(tmp_path, "start"), record(tmp_path, "end")
+    assert start["parameters"]["total"] == sum(group["elements"] for group in start["groups"])
+    trained = {group["name"]: group["trained_by"] for group in start["groups"]}
+    assert trained["attention and MLP"].startswith("AdamW, ") and "rank 4" in trained["attention and MLP"]
+    assert trained["head"] == "AdamW, full rank"
+    moments = sum(group["elements"] for group in start["groups"] if group["name"] != "frozen") * 2 * 4
+    assert end["kept_bytes"]["weights"] == start["parameters"]["total"] * 4
+    assert moments < end["kept_bytes"]["moments"] < moments + 1000, "two of what is trained, and the steps"
+
+    capsys.readouterr()
+    assert torchrun_main.command_line(["--eval_only", "--continue_from", str(tmp_path)]) == 0
+    assert f"perplexity {end['perplexity']:.4f} on 2,000 validation tokens" in capsys.readouterr().out
+    folder = checkpoint(tmp_path, 9)
+    assert export(folder, tmp_path / "out", verify=True) < 1e-4
+    live, exported = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "out"))
+    plain = dict(meta_model(LlamaConfig.from_pretrained(folder)).named_parameters())
+    assert live.keys() == exported.keys() == plain.keys()
+    assert all(torch.equal(live[name], exported[name]) for name in plain)
+
+
+@pytest.mark.parametrize("adapters", [LORA, LOW_RANK], ids=lambda adapters: adapters.kind)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_exported_model_computes_what_the_adapters_do(tmp_path, adapters, dtype):
+    """With biases and a tied head, too. In bfloat16, merged weights are rounded once more."""
+    live = build(adapters, dtype=dtype, attention_bias=True, tie_word_embeddings=True)
+    train(live, updates_of(live, "adamw8bit"), count=6)
+    args = dict(peft=adapters.kind, rank=4, peft_alpha=8, reset_every=None)
+    folder = write_checkpoint(live, tmp_path / "checkpoint-6", **args)
+    difference = export(folder, tmp_path / "out", verify=True)
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    largest = logits(live.eval()).abs().max().item()
+    assert written.dtype == dtype
+    found = (logits(written) - logits(live)).abs().max().item()
+    assert max(found, difference) <= (1e-5 if dtype == torch.float32 else 0.05) * largest
+    assert (logits(written) - logits(build(None, dtype=dtype))).abs().max() > 0.1 * largest, "it was trained"
+
+
+def test_an_export_that_forgets_the_adapters_is_found_out(tmp_path, monkeypatch):
+    from peft_pretraining.hf_export import NotTheSameModel
+
+    live = build(LORA)
+    train(live, updates_of(live, "adamw"), count=6)
+    args = dict(peft="lora", rank=4, peft_alpha=8, reset_every=None)
+    folder = write_checkpoint(live, tmp_path / "checkpoint-6", **args)
+    monkeypatch.setattr(Adapters, "product", lambda self, A, B: torch.zeros(len(B), A.shape[1]))
+    with pytest.raises(NotTheSameModel, match="with merged adapters"):
+        export(folder, tmp_path / "out", verify=True)
+
+
+def test_lora_begins_with_the_weights_of_a_finished_model(tiny, tmp_path):
+    def run(name: str, **flags: object) -> None:
+        assert torchrun_main.command_line(tiny.flags(tmp_path / name, **flags)) == 0
+
+    run("one", num_training_steps=40)
+    run("two", peft="lora", rank=4, continue_from=tmp_path / "one" / "model")
+    assert losses(tmp_path / "two")[0] < 0.7 * losses(tmp_path / "one")[0]
+    model = build(LORA)
+    with pytest.raises(UserError, match="config"):
+        load_initial_weights(model, tmp_path / "nowhere")
+
+
+def test_a_checkpoint_of_another_rank_or_kind_is_refused(tmp_path):
+    folder = write_checkpoint(build(LORA), tmp_path / "checkpoint-3")
+    for adapters in (None, LOW_RANK, Adapters("lora", rank=8, alpha=8)):
+        with pytest.raises(UserError, match="does not fit"):
+            restore_model(build(adapters), folder)
+
+
+def test_what_adapters_keep_is_counted():
+    for adapters in (LORA, LOW_RANK):
+        model = build(adapters)
+        updates = updates_of(model, "adamw")
+        train(model, updates, count=1)
+        kept = kept_bytes(model, updates.optimizer)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert kept["weights"] == sum(p.nbytes for p in model.parameters())
+        assert kept["moments"] == 2 * sum(p.nbytes for p in trained) + 4 * len(trained)
+
+
+def test_activation_checkpointing_changes_nothing(tiny, tmp_path):
+    for name, switch in [("with", True), ("without", None)]:
+        flags = tiny.flags(tmp_path / name, peft="lora", rank=4, activation_checkpointing=switch)
+        assert torchrun_main.command_line(flags) == 0
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")
+
+
+def test_two_ranks_are_one(tiny, tmp_path):
+    shared = dict(total_batch_size=8, peft="relora", rank=4, reset_every=3, warmup_steps=1)
+    assert torchrun_main.command_line(tiny.flags(tmp_path / "one", workers=2, **shared)) == 0
+    result = torchrun(tiny.flags(tmp_path / "two", workers=1, **shared), processes=2)
+    assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    models = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two")]
+    for name, tensor in models[0].items():
+        torch.testing.assert_close(models[1][name], tensor, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapters", [LORA, LOW_RANK], ids=lambda adapters: adapters.kind)
+def test_compiled_layers_compute_what_eager_ones_do(adapters):
+    from peft_pretraining.model import compile_layers
+
+    eager, compiled = build(adapters), build(adapters)
+    compile_layers(compiled)
+    for model in (eager, compiled):
+        train(model, updates_of(model, "adamw8bit"))
+    for name, p in eager.named_parameters():
+        torch.testing.assert_close(compiled.get_parameter(name), p, rtol=1e-3, atol=1e-4)
+
+
+def test_relora_completes_the_schedule():
+    relora = ("--peft", "relora", "--reset_every", 200)
+    args = parse(*relora)
+    assert (args.scheduler, args.cycle_length, args.restart_warmup_steps) == ("cosine_restarts", 200, 20)
+    assert parse(*relora, "--restart_warmup_steps", 7).restart_warmup_steps == 7
+    assert parse("--peft", "relora", "--reset_every", 5000).restart_warmup_steps == 100
+    assert (parse().scheduler, parse().restart_warmup_steps) == ("cosine", 0)
+    assert parse("--peft", "lora").scheduler == "cosine"
+    assert "contradicts --peft relora" in refusal(*relora, "--scheduler", "linear")
+    assert "where it is 200" in refusal(*relora, "--cycle_length", 100)
+
+
+def test_what_cannot_be_had_with_adapters_is_refused():
+    assert "which projects gradients" in refusal("--peft", "lora", "--optimizer", "galore_adamw")
+    assert "--weight_quant" in refusal("--peft", "lora", "--optimizer", "adamw8bit", "--weight_quant")
+    assert "--peft relora needs --reset_every" in refusal("--peft", "relora")
+    assert "only --peft relora resets" in refusal("--peft", "lora", "--reset_every", 10)
+    assert refusal("--peft", "relora", "--reset_every", 1).startswith("--reset_every 1: must be at least 2")
+    assert refusal("--peft", "lora", "--peft_alpha", 0).startswith("--peft_alpha 0")
+    assert "low_rank" in refusal("--peft", "dora")
+
+
+def test_factors_alone_cannot_begin_with_another_model(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    message = refusal("--peft", "low_rank", "--continue_from", tmp_path)
+    assert "--peft low_rank cannot begin with the weights of" in message and "lora or relora" in message
+
+
+def test_flags_of_adapters_without_effect_are_known():
+    assert parse("--peft_alpha", 16, "--reset_every", 10).ignored == ["--peft_alpha", "--reset_every"]
+    assert parse("--peft", "low_rank", "--peft_alpha", 16, "--rank", 8).ignored == ["--peft_alpha"]
+    assert parse("--peft", "lora", "--peft_alpha", 16, "--rank", 8).ignored == []
+
+
+def test_without_the_package_peft_there_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match="need the package peft .*: pip install peft"):
+        meta_model(CONFIG, adapters=LORA)
+    assert meta_model(CONFIG, adapters=LOW_RANK).num_parameters() > 0, "which low_rank can do without"
