@@ -61,7 +61,7 @@ class Adapters:
         return f"LoRA, rank {self.rank}, alpha {self.alpha}{resets}"
 
     def part(self, module: str, part: str) -> str:
-        """The name of a matrix' A or B. module: the name of the linear layer that it is in."""
+        """The name of a matrix's A or B. module: the name of the linear layer that it is in."""
         return f"{module}.lora_{part}.default.weight" if self.kind in LORA_KINDS else f"{module}.{part}.weight"
 
     @torch.no_grad()

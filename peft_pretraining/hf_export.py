@@ -35,7 +35,9 @@ from peft_pretraining.tokenizer import Tokenizer, check_fits, load_tokenizer
 from qgalore.int8_weight import SimulatedInt8Weight
 from qgalore.quantize_model import quantize_module_weight
 
-MERGED = 2**-14  # of the largest logit: what merging in float32 may move. Measured: see the tests
+# How far merging adapters may move logits in float32, over the largest of them. It moved those of models of 9M to 350M
+# parameters by 1e-6 to 3e-5; leaving out the adapters of a run of six updates, by more than 0.1.
+MERGED = 2**-12
 
 
 class NotTheSameModel(Exception):

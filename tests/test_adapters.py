@@ -222,6 +222,18 @@ def test_interrupted_around_a_reset_n_and_n_updates_are_2_n(tiny, tmp_path, when
     assert saved[1][B].any(), "the last update is no occasion for one"
 
 
+def test_other_adapters_than_the_checkpoint_s_alter_training(tiny, tmp_path, capsys):
+    flags = dict(peft="lora", rank=4, num_training_steps=2)
+    assert torchrun_main.command_line(tiny.flags(tmp_path / "one", **flags)) == 0
+    for changed in (dict(peft=None), dict(peft="low_rank"), dict(peft_alpha=16)):
+        capsys.readouterr()
+        there = tiny.flags(tmp_path / "two", continue_from=tmp_path / "one", **flags | changed)
+        assert torchrun_main.command_line(there) == 2
+        ((name, value),) = changed.items()
+        old = {"peft": "lora", "peft_alpha": 32}[name]
+        assert f"--{name} {old} -> {value}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_with_adapters_is_evaluated_and_exported_as_a_plain_model(tiny, tmp_path, kind, capsys):
     flags = dict(peft=kind, rank=4, num_training_steps=9, save_every=5)
