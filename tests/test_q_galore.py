@@ -43,8 +43,8 @@ def captured_model(monkeypatch) -> list:
         models.append(original(*args, **kwargs))
         return models[-1]
 
-    original = torchrun_main.build_model
-    monkeypatch.setattr(torchrun_main, "build_model", build)
+    original = torchrun_main.prepare_model
+    monkeypatch.setattr(torchrun_main, "prepare_model", build)
     return models
 
 
