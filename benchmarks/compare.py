@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 LOW_RANK = ["--galore_scale", "0.25"]
 ITERATE = [*LOW_RANK, "--update_proj_gap", "10"]
-ONLINE = [*LOW_RANK, "--update_proj_gap", "200"]
+ONLINE = [*LOW_RANK, "--update_proj_gap", "200"]  # proj_lr 1 / 200
 INT8 = ["--weight_quant", "--proj_quant", "--cos_threshold", "1"]
 Methods = dict[str, tuple[str, list[str], tuple[float, ...]]]
 METHODS: Methods = {  # title: optimizer, flags, learning rates
@@ -78,7 +78,7 @@ METHODS: Methods = {  # title: optimizer, flags, learning rates
     "Online Subspace Descent: Lion, basis by AdamW": (
         "galore_lion",
         [*ONLINE, "--proj_type", "continuous"],
-        (0.0005, 0.001, 0.002),
+        (0.002, 0.004, 0.008),
     ),
     "Online Subspace Descent: Adafactor, basis by AdamW": (
         "galore_adafactor",
@@ -90,13 +90,16 @@ METHODS: Methods = {  # title: optimizer, flags, learning rates
         [*LOW_RANK, "--update_proj_gap", "50", "--proj_type", "random"],
         (0.004, 0.008, 0.016),
     ),
+    "LoRA": ("adamw", ["--peft", "lora"], (0.002, 0.004, 0.008)),
+    "ReLoRA, four cycles": ("adamw", ["--peft", "relora", "--reset_every", "75"], (0.002, 0.004, 0.008)),
+    "low rank: W = B A": ("adamw", ["--peft", "low_rank"], (0.002, 0.004, 0.008)),
 }
 
 
 def run(args: argparse.Namespace, methods: Methods, method: str, *, lr: float, seed: int) -> dict:
     """One training run. Returns its record: method, lr, seed, perplexity, seconds, refreshes."""
     optimizer, flags, _ = methods[method]
-    rank = ["--rank", str(args.rank)] if "galore" in optimizer else []
+    rank = ["--rank", str(args.rank)] if "galore" in optimizer or "--peft" in flags else []
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "torchrun_main.py", "--model_config", args.model_config, "--dataset", args.dataset]
         command += ["--tokenizer", args.tokenizer, "--optimizer", optimizer, *flags, *rank, "--lr", str(lr)]
