@@ -21,6 +21,7 @@ LOW_RANK = ["--galore_scale", "0.25"]
 ITERATE = [*LOW_RANK, "--update_proj_gap", "10"]
 ONLINE = [*LOW_RANK, "--update_proj_gap", "200"]  # proj_lr 1 / 200
 INT8 = ["--weight_quant", "--proj_quant", "--cos_threshold", "1"]
+RECOMMENDED = "Q-GaLore, lazy, residual recovered (recommended)"
 Methods = dict[str, tuple[str, list[str], tuple[float, ...]]]
 METHODS: Methods = {  # title: optimizer, flags, learning rates
     "AdamW, full rank": ("adamw", [], (0.001, 0.002, 0.004)),
@@ -60,7 +61,7 @@ METHODS: Methods = {  # title: optimizer, flags, learning rates
         [*ITERATE, "--residual", "fira"],
         (0.004, 0.008, 0.016),
     ),
-    "Q-GaLore, lazy, residual recovered (recommended)": (
+    RECOMMENDED: (
         "q_galore_adamw8bit",
         [*ITERATE, *INT8[:2], "--stochastic_round", "--residual", "fira"],
         (0.004, 0.008, 0.016),

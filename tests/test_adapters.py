@@ -378,9 +378,11 @@ def test_factors_alone_cannot_begin_with_another_model(tmp_path):
 
 
 def test_flags_of_adapters_without_effect_are_known():
-    assert parse("--peft_alpha", 16, "--reset_every", 10).ignored == ["--peft_alpha", "--reset_every"]
-    assert parse("--peft", "low_rank", "--peft_alpha", 16, "--rank", 8).ignored == ["--peft_alpha"]
-    assert parse("--peft", "lora", "--peft_alpha", 16, "--rank", 8).ignored == []
+    without = dict.fromkeys(("--peft_alpha", "--reset_every"), "without --peft")
+    assert parse("--peft_alpha", 16, "--reset_every", 10).ignored == without
+    factors = parse("--peft", "low_rank", "--peft_alpha", 16, "--rank", 8).ignored
+    assert factors == {"--peft_alpha": "with --peft low_rank"}
+    assert parse("--peft", "lora", "--peft_alpha", 16, "--rank", 8).ignored == {}
 
 
 def test_without_the_package_peft_there_is_one_line(monkeypatch):

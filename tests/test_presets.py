@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from compare import METHODS, RECOMMENDED
 from runs import ROOT
 from test_args import refusal
 
@@ -14,13 +15,31 @@ from peft_pretraining.presets import FOLDER, load_preset, preset_names
 PERPLEXITY = {  # Zhang et al. 2024, table 1, on C4
     "galore": {"60m": 34.88, "130m": 25.36, "350m": 18.95, "1b": 15.64, "7b": None},
     "q_galore": {"60m": 34.88, "130m": 25.53, "350m": 19.79, "1b": 16.25, "7b": None},
+    "osd": {"60m": None, "7b": None},
+    "recommended": {"9m": None, "20m": None, "60m": None, "130m": None, "350m": None, "1b": None, "7b": None},
 }
 
 
-def test_every_published_recipe_is_there():
+def test_every_recipe_is_there():
     assert set(preset_names()) == {f"{method}_{size}" for method, sizes in PERPLEXITY.items() for size in sizes}
     for method, sizes in PERPLEXITY.items():
         assert {size: load_preset(f"{method}_{size}").perplexity for size in sizes} == sizes
+
+
+@pytest.mark.parametrize("size", PERPLEXITY["recommended"])
+def test_what_is_recommended_is_what_was_measured(size):
+    """The settings of benchmarks/compare.py's row; but at 7B the residual would keep 13 GB of gradients."""
+    args = parse_args(["--preset", f"recommended_{size}"])
+    optimizer, flags, _ = METHODS[RECOMMENDED]
+    expected = parse_args([*flags, "--optimizer", optimizer, "--model_config", "x.json", "--batch_size", "1"])
+    given = {flag.removeprefix("--") for flag in flags if flag.startswith("--")}
+    if size == "7b":
+        assert args.optimizer == f"{optimizer}_per_layer" and args.residual == "none"
+        given.remove("residual")
+    else:
+        assert args.optimizer == optimizer
+    assert {name: getattr(args, name) for name in given} == {name: getattr(expected, name) for name in given}
+    assert (load_preset(f"recommended_{size}").measured is not None) == (size in ("9m", "20m"))
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -28,11 +47,14 @@ def test_a_preset_is_a_run_that_can_be_meant(name):
     args = parse_args(["--preset", name])
     preset = load_preset(name)
     assert {flag: getattr(args, flag) for flag in preset.flags} == preset.flags
-    assert args.model_config == f"configs/llama_{name.split('_')[-1]}.json" and args.total_batch_size == 512
+    size = name.split("_")[-1]
+    assert args.model_config == f"configs/llama_{size}.json"
+    assert args.total_batch_size == (8 if size in ("9m", "20m") else 512)
     assert args.warmup_steps == args.num_training_steps // 10
     assert not args.ignored, "it sets nothing that has no effect"
     assert {type(preset.flags[flag]) for flag in preset.flags if defaults()[flag] is False} <= {bool}
-    assert preset.source.split(", ")[-1].startswith("table") or "scripts/" in preset.source
+    own = name.startswith("recommended")
+    assert preset.source == "docs/results.md" if own else "arXiv" in preset.source
 
 
 def test_the_command_line_wins():
