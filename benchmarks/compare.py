@@ -17,83 +17,57 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+RATES = (0.004, 0.008, 0.016)
+QUARTER, SIXTEENTH = (["--matrix_lr_ratio", ratio] for ratio in ("0.25", "0.0625"))
 LOW_RANK = ["--galore_scale", "0.25"]
 ITERATE = [*LOW_RANK, "--update_proj_gap", "10"]
-ONLINE = [*LOW_RANK, "--update_proj_gap", "200"]  # proj_lr 1 / 200
-INT8 = ["--weight_quant", "--proj_quant", "--cos_threshold", "1"]
+ONLINE = [*LOW_RANK, "--update_proj_gap", "200", "--proj_type"]  # steps of 1 / 200
+INT8 = ["--weight_quant", "--proj_quant", "--stochastic_round"]
+NOT_LAZY = ["--cos_threshold", "1"]
+FIRA = ["--residual", "fira"]
 RECOMMENDED = "Q-GaLore, lazy, residual recovered (recommended)"
 Methods = dict[str, tuple[str, list[str], tuple[float, ...]]]
 METHODS: Methods = {  # title: optimizer, flags, learning rates
     "AdamW, full rank": ("adamw", [], (0.001, 0.002, 0.004)),
-    "AdamW, full rank, the matrices at a quarter of the rate": (
-        "adamw",
-        ["--matrix_lr_ratio", "0.25"],
-        (0.004, 0.008, 0.016),
-    ),
-    "AdamW, full rank, the matrices at a sixteenth of the rate": (
-        "adamw",
-        ["--matrix_lr_ratio", "0.0625"],
-        (0.004, 0.008, 0.016),
-    ),
+    "AdamW, full rank, the matrices at a quarter of the rate": ("adamw", QUARTER, RATES),
+    "AdamW, full rank, the matrices at a sixteenth of the rate": ("adamw", SIXTEENTH, (0.008, 0.016, 0.032)),
     "GaLore as the reference: SVD, gap 50, moments kept": (
         "galore_adamw",
         [*LOW_RANK, "--subspace", "svd", "--update_proj_gap", "50", "--moments_on_refresh", "keep"],
-        (0.004, 0.008, 0.016),
+        RATES,
     ),
-    "GaLore: iteration, gap 10, first moment carried over": ("galore_adamw", ITERATE, (0.004, 0.008, 0.016)),
-    "Q-GaLore, same settings": (
-        "q_galore_adamw8bit_per_layer",
-        [*ITERATE, *INT8, "--stochastic_round"],
-        (0.004, 0.008, 0.016),
-    ),
-    "Q-GaLore, rounded to nearest (control)": (
-        "q_galore_adamw8bit_per_layer",
-        [*ITERATE, *INT8],
-        (0.004, 0.008, 0.016),
-    ),
-    "Q-GaLore, lazy (the default)": (
-        "q_galore_adamw8bit_per_layer",
-        [*ITERATE, *INT8[:2], "--stochastic_round"],
-        (0.008,),
-    ),
-    "GaLore: iteration, gap 10, residual recovered": (
-        "galore_adamw",
-        [*ITERATE, "--residual", "fira"],
-        (0.004, 0.008, 0.016),
-    ),
-    RECOMMENDED: (
-        "q_galore_adamw8bit",
-        [*ITERATE, *INT8[:2], "--stochastic_round", "--residual", "fira"],
-        (0.004, 0.008, 0.016),
-    ),
-    "Online Subspace Descent: AdamW, basis by AdamW": (
-        "galore_adamw",
-        [*ONLINE, "--proj_type", "continuous"],
-        (0.004, 0.008, 0.016),
-    ),
-    "Online Subspace Descent: AdamW, basis by SGD": (
-        "galore_adamw",
-        [*ONLINE, "--proj_type", "continuous_sgd"],
-        (0.004, 0.008, 0.016),
-    ),
-    "Online Subspace Descent: Lion, basis by AdamW": (
-        "galore_lion",
-        [*ONLINE, "--proj_type", "continuous"],
-        (0.002, 0.004, 0.008),
-    ),
-    "Online Subspace Descent: Adafactor, basis by AdamW": (
-        "galore_adafactor",
-        [*ONLINE, "--proj_type", "continuous"],
-        (0.004, 0.008, 0.016),
-    ),
+    "GaLore: iteration, gap 10, first moment carried over": ("galore_adamw", ITERATE, RATES),
+    "GaLore: iteration, gap 10, residual recovered": ("galore_adamw", [*ITERATE, *FIRA], RATES),
     "GaLore: random bases, gap 50": (
         "galore_adamw",
         [*LOW_RANK, "--update_proj_gap", "50", "--proj_type", "random"],
-        (0.004, 0.008, 0.016),
+        RATES,
     ),
-    "LoRA": ("adamw", ["--peft", "lora"], (0.002, 0.004, 0.008)),
-    "ReLoRA, four cycles": ("adamw", ["--peft", "relora", "--reset_every", "75"], (0.002, 0.004, 0.008)),
-    "low rank: W = B A": ("adamw", ["--peft", "low_rank"], (0.002, 0.004, 0.008)),
+    "Q-GaLore, same settings": ("q_galore_adamw8bit_per_layer", [*ITERATE, *INT8, *NOT_LAZY], RATES),
+    "Q-GaLore, rounded to nearest (control)": (
+        "q_galore_adamw8bit_per_layer",
+        [*ITERATE, *INT8[:2], *NOT_LAZY],
+        RATES,
+    ),
+    "Q-GaLore, lazy (the default)": ("q_galore_adamw8bit_per_layer", [*ITERATE, *INT8], (0.008,)),
+    RECOMMENDED: ("q_galore_adamw8bit", [*ITERATE, *INT8, *FIRA], RATES),
+    "Online Subspace Descent: AdamW, basis by AdamW": ("galore_adamw", [*ONLINE, "continuous"], RATES),
+    "Online Subspace Descent: AdamW, basis by SGD": ("galore_adamw", [*ONLINE, "continuous_sgd"], RATES),
+    "Online Subspace Descent: Lion, basis by AdamW": ("galore_lion", [*ONLINE, "continuous"], (0.0003, 0.001, 0.004)),
+    "Online Subspace Descent: Adafactor, basis by AdamW": ("galore_adafactor", [*ONLINE, "continuous"], RATES),
+    "LoRA": ("adamw", ["--peft", "lora"], (0.004,)),
+    "LoRA, the factors at a sixteenth of the rate": ("adamw", ["--peft", "lora", *SIXTEENTH], (0.008, 0.016)),
+    "ReLoRA, four cycles, the factors at a sixteenth of the rate": (
+        "adamw",
+        ["--peft", "relora", "--reset_every", "75", *SIXTEENTH],
+        (0.008, 0.016),
+    ),
+    "low rank: W = B A": ("adamw", ["--peft", "low_rank"], (0.004,)),
+    "low rank: W = B A, the factors at a sixteenth of the rate": (
+        "adamw",
+        ["--peft", "low_rank", *SIXTEENTH],
+        (0.008, 0.016),
+    ),
 }
 
 
