@@ -19,14 +19,15 @@ def pca_gradient(G: Tensor, R: Tensor, P: Tensor, *, reg: float) -> Tensor:
     side pass G.mT and R.mT.  Not finite where the norm of G is not.
 
     With R^ = G^ P and S = G^^T R^ it is -2 [2 S - S (P^T P) - P (R^^T R^)] + 4 reg P (P^T P - I): one product with G,
-    and nothing of its size, where autograd would build the (n, n) projector and the (m, n) residual.
+    two of (n, r) by (r, r), and nothing of G's size, where autograd would build the (n, n) projector and the (m, n)
+    residual.
     """
     norm = torch.linalg.vector_norm(G, dtype=R.dtype)
     scale = norm.clamp_min(SMALLEST_NORM)
     R = R / scale
-    S = (G.mT @ R.to(G.dtype)).to(R.dtype) / scale  # (n, r)
+    S = (G.mT @ R.to(G.dtype)).to(R.dtype).div_(scale)  # (n, r)
     gram = P.mT @ P  # (r, r)
     energy = P.mT @ S if len(P) < len(R) else R.mT @ R  # (r, r), the same: by the shorter of the two
-    slope = S @ gram - 2 * S + P @ energy
-    pull = 4 * reg * (P @ gram - P)
-    return slope.mul_(2).add_(pull).add_(norm * 0)  # an infinite norm would pass for a G of zeros
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    slope = S @ (2 * gram - 4 * identity) + P @ (2 * energy + 4 * reg * (gram - identity))
+    return slope.add_(norm * 0)  # an infinite norm would pass for a G of zeros

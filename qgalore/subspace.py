@@ -22,7 +22,7 @@ def orthonormalize(Y: Tensor) -> Tensor:
     optimizer's moments, which live in its coordinates, keep their meaning.
     """
     Q, T = torch.linalg.qr(Y)  # (m, k), (k, k)
-    return Q * torch.where(T.diagonal() < 0, -1.0, 1.0).to(Y.dtype)
+    return Q.mul_(torch.where(T.diagonal() < 0, -1.0, 1.0).to(Y.dtype))
 
 
 def exact_basis(G: Tensor, *, rank: int) -> Tensor:
@@ -65,7 +65,7 @@ def iterate_basis(G: Tensor, basis: Tensor) -> Tensor:
     Source: Golub and Van Loan, Matrix Computations, section 7.3.2 ("orthogonal iteration").
     """
     Z = product(G.mT, basis)  # (n, r)
-    Z = Z / Z.norm().clamp_min(torch.finfo(Z.dtype).tiny)  # G may be tiny: its square must not underflow
+    Z.div_(Z.norm().clamp_min(torch.finfo(Z.dtype).tiny))  # G may be tiny: its square must not underflow
     return orthonormalize(product(G, Z))
 
 
