@@ -21,7 +21,8 @@ RATES = (0.004, 0.008, 0.016)
 QUARTER, SIXTEENTH = (["--matrix_lr_ratio", ratio] for ratio in ("0.25", "0.0625"))
 LOW_RANK = ["--galore_scale", "0.25"]
 ITERATE = [*LOW_RANK, "--update_proj_gap", "10"]
-ONLINE = [*LOW_RANK, "--update_proj_gap", "200", "--proj_type"]  # steps of 1 / 200
+ONLINE = [*LOW_RANK, "--update_proj_gap", "200", "--proj_type"]  # its code's steps: 1 / 200
+FIVEFOLD = ["--proj_lr", "0.04"]  # its paper's: five times the learning rate, here 0.008
 INT8 = ["--weight_quant", "--proj_quant", "--stochastic_round"]
 NOT_LAZY = ["--cos_threshold", "1"]
 FIRA = ["--residual", "fira"]
@@ -52,9 +53,27 @@ METHODS: Methods = {  # title: optimizer, flags, learning rates
     "Q-GaLore, lazy (the default)": ("q_galore_adamw8bit_per_layer", [*ITERATE, *INT8], (0.008,)),
     RECOMMENDED: ("q_galore_adamw8bit", [*ITERATE, *INT8, *FIRA], RATES),
     "Online Subspace Descent: AdamW, basis by AdamW": ("galore_adamw", [*ONLINE, "continuous"], RATES),
-    "Online Subspace Descent: AdamW, basis by SGD": ("galore_adamw", [*ONLINE, "continuous_sgd"], RATES),
-    "Online Subspace Descent: Lion, basis by AdamW": ("galore_lion", [*ONLINE, "continuous"], (0.0003, 0.001, 0.004)),
-    "Online Subspace Descent: Adafactor, basis by AdamW": ("galore_adafactor", [*ONLINE, "continuous"], RATES),
+    "Online Subspace Descent: AdamW, basis by AdamW, steps of 0.04": (
+        "galore_adamw",
+        [*ONLINE, "continuous", *FIVEFOLD],
+        RATES,
+    ),
+    "Online Subspace Descent: Adafactor, basis by AdamW, steps of 0.04": (
+        "galore_adafactor",
+        [*ONLINE, "continuous", *FIVEFOLD],
+        (0.008, 0.016),
+    ),
+    "Online Subspace Descent: Lion, basis by AdamW, steps of 0.04": (
+        "galore_lion",
+        [*ONLINE, "continuous", *FIVEFOLD],
+        (0.0003, 0.001),
+    ),
+    "Online Subspace Descent: AdamW, basis by SGD": ("galore_adamw", [*ONLINE, "continuous_sgd"], (0.008,)),
+    "Online Subspace Descent: AdamW, basis by SGD, steps of 0.5": (
+        "galore_adamw",
+        [*ONLINE, "continuous_sgd", "--proj_lr", "0.5"],
+        (0.008,),
+    ),
     "LoRA": ("adamw", ["--peft", "lora"], (0.004,)),
     "LoRA, the factors at a sixteenth of the rate": ("adamw", ["--peft", "lora", *SIXTEENTH], (0.008, 0.016)),
     "ReLoRA, four cycles, the factors at a sixteenth of the rate": (
