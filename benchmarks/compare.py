@@ -32,6 +32,7 @@ METHODS: Methods = {  # title: optimizer, flags, learning rates
     "AdamW, full rank": ("adamw", [], (0.001, 0.002, 0.004)),
     "AdamW, full rank, the matrices at a quarter of the rate": ("adamw", QUARTER, RATES),
     "AdamW, full rank, the matrices at a sixteenth of the rate": ("adamw", SIXTEENTH, (0.008, 0.016, 0.032)),
+    "AdamW, full rank, the matrices at a 64th of the rate": ("adamw", ["--matrix_lr_ratio", "0.015625"], (0.016,)),
     "GaLore as the reference: SVD, gap 50, moments kept": (
         "galore_adamw",
         [*LOW_RANK, "--subspace", "svd", "--update_proj_gap", "50", "--moments_on_refresh", "keep"],
@@ -58,20 +59,22 @@ METHODS: Methods = {  # title: optimizer, flags, learning rates
         [*ONLINE, "continuous", *FIVEFOLD],
         RATES,
     ),
+    "Online Subspace Descent: Adafactor, basis by AdamW": ("galore_adafactor", [*ONLINE, "continuous"], (0.008,)),
     "Online Subspace Descent: Adafactor, basis by AdamW, steps of 0.04": (
         "galore_adafactor",
         [*ONLINE, "continuous", *FIVEFOLD],
         (0.008, 0.016),
     ),
+    "Online Subspace Descent: Lion, basis by AdamW": ("galore_lion", [*ONLINE, "continuous"], (0.001, 0.004)),
     "Online Subspace Descent: Lion, basis by AdamW, steps of 0.04": (
         "galore_lion",
         [*ONLINE, "continuous", *FIVEFOLD],
         (0.0003, 0.001),
     ),
     "Online Subspace Descent: AdamW, basis by SGD": ("galore_adamw", [*ONLINE, "continuous_sgd"], (0.008,)),
-    "Online Subspace Descent: AdamW, basis by SGD, steps of 0.5": (
+    "Online Subspace Descent: AdamW, basis by SGD, steps of 0.04": (
         "galore_adamw",
-        [*ONLINE, "continuous_sgd", "--proj_lr", "0.5"],
+        [*ONLINE, "continuous_sgd", *FIVEFOLD],
         (0.008,),
     ),
     "LoRA": ("adamw", ["--peft", "lora"], (0.004,)),
