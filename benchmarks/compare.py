@@ -51,7 +51,12 @@ METHODS: Methods = {  # title: optimizer, flags, learning rates
         [*ITERATE, *INT8[:2], *NOT_LAZY],
         RATES,
     ),
-    "Q-GaLore, lazy (the default)": ("q_galore_adamw8bit_per_layer", [*ITERATE, *INT8], (0.008,)),
+    "Q-GaLore, lazy (the default)": ("q_galore_adamw8bit_per_layer", [*ITERATE, *INT8], (0.008, 0.016)),
+    "Q-GaLore, lazy, 32-bit moments of embedding and head": (
+        "q_galore_adamw8bit_per_layer",
+        [*ITERATE, *INT8, "--embedding_state_bits", "32"],
+        (0.016,),
+    ),
     RECOMMENDED: ("q_galore_adamw8bit", [*ITERATE, *INT8, *FIRA], RATES),
     "Online Subspace Descent: AdamW, basis by AdamW": ("galore_adamw", [*ONLINE, "continuous"], RATES),
     "Online Subspace Descent: AdamW, basis by AdamW, steps of 0.04": (
@@ -69,7 +74,7 @@ METHODS: Methods = {  # title: optimizer, flags, learning rates
     "Online Subspace Descent: Lion, basis by AdamW, steps of 0.04, the matrices at a sixteenth of the rate": (
         "galore_lion",
         [*ONLINE, "continuous", *FIVEFOLD, *QUARTER],  # times --galore_scale
-        (0.002, 0.004),
+        (0.002, 0.004, 0.008),
     ),
     "Online Subspace Descent: AdamW, basis by SGD": ("galore_adamw", [*ONLINE, "continuous_sgd"], (0.008,)),
     "Online Subspace Descent: AdamW, basis by SGD, steps of 0.04": (
