@@ -47,7 +47,7 @@ from peft_pretraining.resume import check_data, choose_start
 from peft_pretraining.run import Run, State
 from peft_pretraining.schedules import lr_ratio
 from peft_pretraining.tokenizer import Tokenizer, check_fits, load_tokenizer
-from qgalore.factory import Settings, create_optimizer, create_updates, find_recipe, set_lr
+from qgalore.factory import Recipe, Settings, create_optimizer, create_updates, find_recipe, set_lr
 from qgalore.grad_sync import GradSync
 from qgalore.memory import adamw_bytes, kept_bytes
 from qgalore.outcome import Outcome
@@ -71,11 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     # How is it updated?
     recipe = find_recipe(args.optimizer)
     settings = Settings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)})
-    adapters = Adapters.of(vars(args))
-    blueprint = meta_model(config, adapters=adapters)
-    table = report.describe_groups(
-        blueprint, recipe=recipe, settings=settings, int8=args.weight_quant, adapters=adapters
-    )
+    table = describe_training(args, config=config, recipe=recipe, settings=settings)
     report.log_plan(args, groups=table, dtype=dtype, world=world, threads=threads)
 
     # From where?
@@ -133,6 +129,17 @@ def read_shape(args: argparse.Namespace, *, device: torch.device) -> tuple[Llama
             f"--max_length {args.max_length}: {args.model_config} ends at {config.max_position_embeddings}."
         )
     return config, dtype
+
+
+def describe_training(
+    args: argparse.Namespace, *, config: LlamaConfig, recipe: Recipe, settings: Settings
+) -> list[dict[str, Any]]:
+    """Who is trained how, one record a group of parameters, before any of them exists."""
+    adapters = Adapters.of(vars(args))
+    blueprint = meta_model(config, adapters=adapters)
+    return report.describe_groups(
+        blueprint, recipe=recipe, settings=settings, int8=args.weight_quant, adapters=adapters
+    )
 
 
 def reading_options(args: argparse.Namespace, *, world: World) -> dict[str, Any]:

@@ -23,7 +23,8 @@ LOW_RANK = ["--galore_scale", "0.25"]
 ITERATE = [*LOW_RANK, "--update_proj_gap", "10"]
 ONLINE = [*LOW_RANK, "--update_proj_gap", "200", "--proj_type"]  # its code's steps: 1 / 200
 FIVEFOLD = ["--proj_lr", "0.04"]  # its paper's: five times the learning rate, here 0.008
-INT8 = ["--weight_quant", "--proj_quant", "--stochastic_round"]
+NEAREST = ["--weight_quant", "--proj_quant"]
+INT8 = [*NEAREST, "--stochastic_round"]
 NOT_LAZY = ["--cos_threshold", "1"]
 FIRA = ["--residual", "fira"]
 RECOMMENDED = "Q-GaLore, lazy, residual recovered (recommended)"
@@ -48,7 +49,7 @@ METHODS: Methods = {  # title: optimizer, flags, learning rates
     "Q-GaLore, same settings": ("q_galore_adamw8bit_per_layer", [*ITERATE, *INT8, *NOT_LAZY], RATES),
     "Q-GaLore, rounded to nearest (control)": (
         "q_galore_adamw8bit_per_layer",
-        [*ITERATE, *INT8[:2], *NOT_LAZY],
+        [*ITERATE, *NEAREST, *NOT_LAZY],
         RATES,
     ),
     "Q-GaLore, lazy (the default)": ("q_galore_adamw8bit_per_layer", [*ITERATE, *INT8], (0.008, 0.016)),

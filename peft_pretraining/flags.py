@@ -173,7 +173,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
              choices=("online", "offline", "disabled")),
         Flag("unset_wandb", bool, False, "", "the reference's name for --wandb_mode disabled"),
         Flag("project", str, "qgalore", "NAME", "wandb project"),
-        Flag("name", str, None, "NAME", "of the run in wandb", shown="CONFIG-OPTIMIZER"),
+        Flag("name", str, None, "NAME", "of the run in wandb", shown="CONFIG-OPTIMIZER, and -PEFT with --peft"),
         Flag("tags", str, None, "A,B", "for wandb", shown="none"),
         Flag("dry_run", bool, False, "", "check the arguments, say who is trained how, and stop"),
     ),
