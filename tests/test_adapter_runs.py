@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from runs import losses, record, torchrun
 from safetensors.torch import load_file
+from support.runs import losses, record, torchrun
 from test_adapters import LORA, UP_PROJ, build
 from test_resume import assert_halves_make_a_whole, checkpoint
 from transformers import LlamaConfig

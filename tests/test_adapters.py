@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from checkpointed_models import write_checkpoint
+from support.checkpointed_models import write_checkpoint
 from test_args import parse, refusal
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from runs import ROOT, losses, shell, torchrun
+from support.runs import ROOT, losses, shell, torchrun
 
 import torchrun_main
 

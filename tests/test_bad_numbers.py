@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from ranks import run_distributed
+from support.ranks import run_distributed
 from test_per_layer import Model, batches, loss_of
 from torch import nn
 

@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from oracles import ORACLES
-from runs import record
+from support.oracles import ORACLES
+from support.runs import record
 from test_low_rank_optimizer import gradients, largest_difference, parameters
 from test_per_layer import Model, batches, loss_of
 from test_training_state import Training

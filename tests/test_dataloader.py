@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.runs import ROOT
 
 from peft_pretraining import dataloader, packing, records
 from peft_pretraining.dataloader import IGNORED, Batch, ValidationSet, train_batches
@@ -22,7 +23,6 @@ from peft_pretraining.hub_stream import HubDocuments
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
-ROOT = Path(__file__).parents[1]
 
 
 class ByteTokenizer:

@@ -8,13 +8,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from support.runs import ROOT
 
 from peft_pretraining import documents
 from peft_pretraining.document_order import Document, Skipped
 from peft_pretraining.documents import HELD_OUT, LocalDocuments, find_files, open_documents, split_of
 from peft_pretraining.errors import UserError
-
-ROOT = Path(__file__).parents[1]
 
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:

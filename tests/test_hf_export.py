@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpointed_models import quantize, write_checkpoint
-from runs import shell
 from safetensors.torch import load_file, save_file
+from support.checkpointed_models import quantize, write_checkpoint
+from support.runs import shell
 from test_tokenizer import train_sentencepiece
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.runs import ROOT
 
-ROOT = Path(__file__).parent.parent
 OPTIONAL = ("wandb", "datasets", "pyarrow", "peft")
 OURS = ("torchrun_main", "peft_pretraining", "qgalore")
 

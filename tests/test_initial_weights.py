@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpointed_models import quantize, values, write_checkpoint
 from safetensors.torch import load_file, save_file
+from support.checkpointed_models import quantize, values, write_checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_pretraining.errors import UserError

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import ROOT, record, shell, torchrun
+from support.runs import ROOT, record, shell, torchrun
 from test_resume import INT8, LOW_RANK, digests, run
 
 from peft_pretraining.checkpoint_files import complete_checkpoints, verify

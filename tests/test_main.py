@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from runs import losses, record, torchrun
+from support.runs import losses, record, torchrun
 from transformers import AutoModelForCausalLM
 
 import torchrun_main

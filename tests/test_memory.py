@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from runs import ROOT, shell
+from support.runs import ROOT, shell
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_pretraining.loss import token_loss_sum

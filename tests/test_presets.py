@@ -5,7 +5,7 @@ import re
 
 import pytest
 from compare import METHODS, RECOMMENDED
-from runs import ROOT
+from support.runs import ROOT
 from test_args import refusal
 
 from peft_pretraining.args import parse_args

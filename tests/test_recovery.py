@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from runs import losses, record
+from support.runs import losses, record
 from test_bad_input import refusal
 
 import torchrun_main

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from oracles import Adam
+from support.oracles import Adam
 from test_low_rank_optimizer import gradients, largest_difference, parameters
 from test_memory import LiveBytes
 

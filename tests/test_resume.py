@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ROOT, losses, record, torchrun
 from safetensors.torch import load_file
+from support.runs import ROOT, losses, record, torchrun
 from test_bad_input import refusal
 
 import torchrun_main

@@ -5,12 +5,12 @@ import pickle
 from pathlib import Path
 
 import pytest
+from support.runs import ROOT
 from test_bad_input import refusal
 
 import torchrun_main
 from peft_pretraining.checkpoint import choose_save_dir
 
-ROOT = Path(__file__).parent.parent
 CODE = [
     ROOT / "torchrun_main.py",
     *sorted(path for folder in ("qgalore", "peft_pretraining", "benchmarks") for path in (ROOT / folder).glob("*.py")),

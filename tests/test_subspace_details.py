@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from runs import losses, record
+from support.runs import losses, record
 from test_per_layer import Model, batches, loss_of
 
 import torchrun_main

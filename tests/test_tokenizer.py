@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tokenizers
+from support.runs import ROOT
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from peft_pretraining import tokenizer as tokenizer_module
 from peft_pretraining.errors import UserError
 from peft_pretraining.tokenizer import SentencePieceTokenizer, Tokenizer, check_fits, load_tokenizer
 
-ROOT = Path(__file__).parents[1]
 COMMIT = "0123456789abcdef" * 2 + "01234567"  # a commit of a made-up hub repository
 TEXTS = ["the cat sat on the mat", "", "the dog <extra_id_0> and</s>the cat<pad>"]
 SENTENCES = [f"the {a} sat on the {b} and the dog" for a in ("cat", "rat", "bat") for b in ("mat", "hat", "sofa")]
