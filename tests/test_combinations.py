@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
+from support.gradients import gradients, largest_difference, parameters
+from support.models import Model, batches, loss_of
 from support.oracles import ORACLES
 from support.runs import record
-from test_low_rank_optimizer import gradients, largest_difference, parameters
-from test_per_layer import Model, batches, loss_of
-from test_training_state import Training
+from support.training import Training
 
 import torchrun_main
 from peft_pretraining.checkpoint_files import write_checkpoint

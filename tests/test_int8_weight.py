@@ -3,9 +3,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from support.int8_models import gradients_of, mlp, quantized_mlp, tiny_llama
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from qgalore.int8_weight import Int8Weight, SimulatedInt8Weight
 from qgalore.low_rank_optimizer import LowRankOptimizer
@@ -13,32 +13,6 @@ from qgalore.quantize import mix_seed, store_weight
 from qgalore.quantize_model import quantize_linear_layers, quantize_module_weight
 
 KINDS = [Int8Weight, SimulatedInt8Weight]
-
-
-def mlp() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(96, 80), nn.SiLU(), nn.Linear(80, 48, bias=False))
-
-
-def quantized_mlp(*, simulation: bool = False, **settings) -> nn.Sequential:
-    model = mlp()
-    quantize_linear_layers(model, simulation=simulation, **settings)
-    return model
-
-
-def tiny_llama(*, simulation: bool = False) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, use_cache=False
-    )
-    model = LlamaForCausalLM(config)
-    names = quantize_linear_layers(model, select=lambda name: name != "lm_head", simulation=simulation)
-    assert len(names) == 14
-    return model.train()
-
-
-def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.grad for name, p in model.named_parameters()}
 
 
 # The three products
@@ -319,11 +293,11 @@ def test_gradients_clip_accumulate_and_fire_hooks_in_a_llama():
     for batch in tokens:
         model(input_ids=batch, labels=batch).loss.backward()
     assert sorted(fired) == sorted(2 * [(n, torch.Tensor, p.shape) for n, p in model.named_parameters()])
-    summed = copy.deepcopy(gradients(model))
+    summed = copy.deepcopy(gradients_of(model))
     model.zero_grad()
     both = tokens.flatten(0, 1)
     (2 * model(input_ids=both, labels=both).loss).backward()
-    for name, gradient in gradients(model).items():
+    for name, gradient in gradients_of(model).items():
         torch.testing.assert_close(gradient, summed[name], rtol=1e-4, atol=1e-6)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
     assert norm > 1e-3
@@ -339,7 +313,7 @@ def test_activation_checkpointing_gives_the_same_gradients():
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         model(input_ids=tokens, labels=tokens).loss.backward()
-        found.append(gradients(model))
+        found.append(gradients_of(model))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
     layer, x = quantized_mlp(), torch.randn(3, 96, requires_grad=True)
     direct = torch.autograd.grad(layer(x).sum(), x)[0]
@@ -376,8 +350,8 @@ def test_compiled_equals_eager():
         for model, y in ((compiled, ours), (eager, theirs)):
             model.zero_grad()
             y.square().sum().backward()
-        for name, gradient in gradients(eager).items():
-            torch.testing.assert_close(gradients(compiled)[name], gradient)
+        for name, gradient in gradients_of(eager).items():
+            torch.testing.assert_close(gradients_of(compiled)[name], gradient)
         for model in (compiled, eager):
             store_weight(model[0].weight, torch.full((80, 96), 0.1 * (step + 1)), seed=step)
 

@@ -6,30 +6,11 @@ import math
 
 import pytest
 import torch
+from support.gradients import SHAPES, gradients, largest_difference, parameters
 
 from qgalore.low_rank_optimizer import LowRankOptimizer
 from qgalore.moments import MOMENT_POLICIES
 from qgalore.projectors import SIDE_TYPES
-
-SHAPES = [(12, 20), (20, 12), (16, 16)]
-
-
-def parameters(*, dtype=torch.float64, shapes=SHAPES) -> list[torch.nn.Parameter]:
-    return [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
-
-
-def gradients(steps: int, *, shapes=SHAPES) -> list[list[torch.Tensor]]:
-    """A gradient a step and shape: a dominant part that turns slowly, and noise."""
-    base = [torch.randn(m, 3, dtype=torch.float64) @ torch.randn(3, n, dtype=torch.float64) for m, n in shapes]
-    turn = [torch.randn(m, n, dtype=torch.float64) for m, n in shapes]
-    return [
-        [b + 0.05 * t * step + 0.3 * torch.randn_like(b) for b, t in zip(base, turn, strict=True)]
-        for step in range(steps)
-    ]
-
-
-def largest_difference(one, other) -> float:
-    return max((p.double() - q.double()).abs().max().item() for p, q in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.8, 0.95)])

@@ -5,8 +5,8 @@ import pickle
 from pathlib import Path
 
 import pytest
+from support.command_line import refusal
 from support.runs import ROOT
-from test_bad_input import refusal
 
 import torchrun_main
 from peft_pretraining.checkpoint import choose_save_dir
