@@ -5,6 +5,7 @@ import pickle
 from pathlib import Path
 
 import pytest
+from support.checkpoints import Bomb, replace_file
 from support.command_line import refusal
 from support.runs import ROOT
 
@@ -70,31 +71,15 @@ def test_the_walk_finds_what_it_looks_for(source):
     assert len(dangers(source)) == 1
 
 
-class Bomb:
-    """A pickle of it, read, makes a file."""
-
-    def __init__(self, mark: Path):
-        self.mark = mark
-
-    def __reduce__(self):
-        return Path.touch, (self.mark,)
-
-
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "config.json"]
 )
 def test_a_pickle_in_place_of_a_checkpoints_file_is_refused_unread(tiny, tmp_path, capsys, name):
     """Even where the manifest vouches for it: whoever can write one can write the other."""
-    import hashlib
-    import json
-
     assert torchrun_main.command_line(tiny.flags(tmp_path / "run")) == 0
     folder, mark = tmp_path / "run" / "checkpoint-00000006", tmp_path / "boom"
     content = pickle.dumps(Bomb(mark))
-    (folder / name).write_bytes(content)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    replace_file(folder, name, content)
     message = refusal(tiny.flags(tmp_path / "other", continue_from=folder), capsys)
     assert name in message and not mark.exists()
     pickle.loads(content)

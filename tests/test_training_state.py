@@ -1,13 +1,12 @@
 """What training continues from, out of a live model and back: equal to the last bit, and never read unchecked."""
 
 import copy
-import hashlib
-import json
 import math
 import pickle
 
 import pytest
 import torch
+from support.checkpoints import Bomb, replace_file
 from support.training import CONFIG, Training
 from transformers import LlamaConfig
 
@@ -187,27 +186,12 @@ def test_the_optimizer_of_another_model_is_refused(tmp_path):
         restore_optimizer(training.optimizer, folder, names={training.model.lm_head.weight: "lm_head.weight"})
 
 
-class Bomb:
-    """Unpickled, it leaves a file behind."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
 @pytest.mark.parametrize("agreeing", [False, True])
 def test_a_pickle_in_the_place_of_tensors_is_refused_unread(agreeing, tmp_path):
     """Where the manifest knows nothing of it, and where the manifest was made to agree."""
     folder = write_checkpoint(tmp_path, Training().snapshot())
     crafted = pickle.dumps(Bomb(tmp_path / "exploded"))
-    (folder / "model.safetensors").write_bytes(crafted)
-    if agreeing:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        entry = {"bytes": len(crafted), "sha256": hashlib.sha256(crafted).hexdigest()}
-        manifest["files"]["model.safetensors"] = entry
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+    replace_file(folder, "model.safetensors", crafted, vouched=agreeing)
     with pytest.raises(UserError, match="not a safetensors file" if agreeing else "bytes where"):
         restore_model(Training().model, folder)
     assert not (tmp_path / "exploded").exists()
