@@ -1,3 +1,5 @@
+"""Settings of all tests, and the tiny data set, tokenizer and model that runs of seconds are made on."""
+
 import gzip
 import json
 import os
@@ -7,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+pytest.register_assert_rewrite("support")  # so that what fails there is explained as in a test
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["WANDB_MODE"] = "disabled"  # whatever a test forgets to say, nothing leaves this machine

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from runs import losses, record, torchrun
 from safetensors.torch import load_file
-from test_adapters import LORA, UP_PROJ, build
-from test_resume import assert_halves_make_a_whole, checkpoint
+from support.adapted_models import LORA, UP_PROJ, build
+from support.resumed_runs import assert_halves_make_a_whole, checkpoint
+from support.runs import losses, record, torchrun
 from transformers import LlamaConfig
 
 import torchrun_main

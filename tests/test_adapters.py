@@ -4,11 +4,12 @@ import sys
 
 import pytest
 import torch
-from checkpointed_models import write_checkpoint
-from test_args import parse, refusal
+from support.adapted_models import CONFIG, LORA, LOW_RANK, UP_PROJ, build
+from support.checkpointed_models import write_checkpoint
+from support.command_line import flags_refusal, parse
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from peft_pretraining.adapters import KINDS, Adapters, base_parameters, is_factor, reset
 from peft_pretraining.errors import UserError
@@ -22,18 +23,7 @@ from qgalore.master_weights import MasterWeights
 from qgalore.memory import kept_bytes
 from qgalore.param_groups import frozen_parameters, split_parameters
 
-CONFIG = LlamaConfig(
-    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=40
-)  # fmt: skip
 IDS = torch.randint(0, 64, (6, 4, 17), generator=torch.Generator().manual_seed(1))
-LORA, LOW_RANK = Adapters("lora", rank=4, alpha=8), Adapters("low_rank", rank=4, alpha=8)
-UP_PROJ = "model.layers.1.mlp.up_proj"
-
-
-def build(adapters: Adapters | None, *, dtype: torch.dtype = torch.float32, **config: object) -> LlamaForCausalLM:
-    shape = LlamaConfig(**CONFIG.to_dict() | config)
-    return build_model(shape, device="cpu", dtype=dtype, seed=3, adapters=adapters)
 
 
 def updates_of(model: LlamaForCausalLM, optimizer: str, **settings: float):
@@ -271,23 +261,23 @@ def test_relora_completes_the_schedule():
     assert parse("--peft", "relora", "--reset_every", 5000).restart_warmup_steps == 100
     assert (parse().scheduler, parse().restart_warmup_steps) == ("cosine", 0)
     assert parse("--peft", "lora").scheduler == "cosine"
-    assert "contradicts --peft relora" in refusal(*relora, "--scheduler", "linear")
-    assert "where it is 200" in refusal(*relora, "--cycle_length", 100)
+    assert "contradicts --peft relora" in flags_refusal(*relora, "--scheduler", "linear")
+    assert "where it is 200" in flags_refusal(*relora, "--cycle_length", 100)
 
 
 def test_what_cannot_be_had_with_adapters_is_refused():
-    assert "which projects gradients" in refusal("--peft", "lora", "--optimizer", "galore_adamw")
-    assert "--weight_quant" in refusal("--peft", "lora", "--optimizer", "adamw8bit", "--weight_quant")
-    assert "--peft relora needs --reset_every" in refusal("--peft", "relora")
-    assert "only --peft relora resets" in refusal("--peft", "lora", "--reset_every", 10)
-    assert refusal("--peft", "relora", "--reset_every", 1).startswith("--reset_every 1: must be at least 2")
-    assert refusal("--peft", "lora", "--peft_alpha", 0).startswith("--peft_alpha 0")
-    assert "low_rank" in refusal("--peft", "dora")
+    assert "which projects gradients" in flags_refusal("--peft", "lora", "--optimizer", "galore_adamw")
+    assert "--weight_quant" in flags_refusal("--peft", "lora", "--optimizer", "adamw8bit", "--weight_quant")
+    assert "--peft relora needs --reset_every" in flags_refusal("--peft", "relora")
+    assert "only --peft relora resets" in flags_refusal("--peft", "lora", "--reset_every", 10)
+    assert flags_refusal("--peft", "relora", "--reset_every", 1).startswith("--reset_every 1: must be at least 2")
+    assert flags_refusal("--peft", "lora", "--peft_alpha", 0).startswith("--peft_alpha 0")
+    assert "low_rank" in flags_refusal("--peft", "dora")
 
 
 def test_factors_alone_cannot_begin_with_another_model(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    message = refusal("--peft", "low_rank", "--continue_from", tmp_path)
+    message = flags_refusal("--peft", "low_rank", "--continue_from", tmp_path)
     assert "--peft low_rank cannot begin with the weights of" in message and "lora or relora" in message
 
 

@@ -1,12 +1,11 @@
 import re
 
 import pytest
+from support.command_line import flags_refusal, parse
 
 from peft_pretraining.args import parse_args, schedule_of
 from peft_pretraining.errors import UserError
 from peft_pretraining.flags import FLAGS, parse_count
-
-REQUIRED = ["--model_config", "configs/llama_9m.json", "--batch_size", "16"]
 
 # Every flag of the three reference scripts.
 REFERENCE = """
@@ -15,18 +14,6 @@ scheduler min_lr_ratio activation_checkpointing weight_decay warmup_steps eval_e
 save_every save_dir tags name dtype workers seed project unset_wandb grad_clipping beta1 beta2 rank update_proj_gap
 galore_scale proj_type proj_quant proj_bits proj_group_size weight_quant weight_bits weight_group_size stochastic_round
 simulation cos_threshold gamma_proj queue_size single_gpu log_details""".split()
-
-
-def parse(*more, world_size=1):
-    return parse_args([*REQUIRED, *map(str, more)], world_size=world_size)
-
-
-def refusal(*more, world_size=1) -> str:
-    with pytest.raises(UserError) as caught:
-        parse(*more, world_size=world_size)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def test_every_flag_of_the_references_is_known():
@@ -54,7 +41,7 @@ def test_counts_take_suffixes(text, count):
 
 @pytest.mark.parametrize("text", ["many", "1.5", "K", "inf", "1e400", ""])
 def test_what_is_no_count_is_refused(text):
-    assert "--eval_tokens" in refusal("--eval_tokens", text)
+    assert "--eval_tokens" in flags_refusal("--eval_tokens", text)
 
 
 def test_accumulation_and_total_batch_complete_each_other():
@@ -66,30 +53,30 @@ def test_accumulation_and_total_batch_complete_each_other():
 
 def test_a_total_batch_that_does_not_divide_is_refused():
     expected = "--total_batch_size 500 is not a multiple of --batch_size 16 x 1 process. Try 496 or 512."
-    assert refusal("--total_batch_size", 500) == expected
-    assert refusal("--total_batch_size", 8).endswith("Try 16.")
-    assert "x 2 processes. Try 32 or 64." in refusal("--total_batch_size", 48, world_size=2)
-    assert "it is 4" in refusal("--total_batch_size", 64, "--gradient_accumulation", 3)
+    assert flags_refusal("--total_batch_size", 500) == expected
+    assert flags_refusal("--total_batch_size", 8).endswith("Try 16.")
+    assert "x 2 processes. Try 32 or 64." in flags_refusal("--total_batch_size", 48, world_size=2)
+    assert "it is 4" in flags_refusal("--total_batch_size", 64, "--gradient_accumulation", 3)
 
 
 def test_single_gpu_means_one_process():
     assert parse("--single_gpu").single_gpu
-    assert "--nproc_per_node 1" in refusal("--single_gpu", world_size=2)
+    assert "--nproc_per_node 1" in flags_refusal("--single_gpu", world_size=2)
 
 
 def test_training_tokens_are_counted_in_tokens():
     """The reference divides tokens by sequences. 1M tokens are 15 updates of 256 x 256, the rest is left."""
     args = parse("--max_train_tokens", "1M", "--total_batch_size", 256, "--max_length", 256)
     assert args.num_training_steps == 1_000_000 // (256 * 256) == 15
-    assert "one update alone takes 4096 tokens" in refusal("--max_train_tokens", "4K")
+    assert "one update alone takes 4096 tokens" in flags_refusal("--max_train_tokens", "4K")
 
 
 def test_the_schedule_is_completed_and_checked():
     assert parse("--num_training_steps", 50).warmup_steps == 5
     assert parse("--num_training_steps", 100_000).warmup_steps == 1000
     assert schedule_of(parse("--warmup_steps", 7))["warmup_steps"] == 7
-    assert "--warmup_steps" in refusal("--num_training_steps", 5, "--warmup_steps", 6)
-    assert "--cycle_length" in refusal("--scheduler", "cosine_restarts")
+    assert "--warmup_steps" in flags_refusal("--num_training_steps", 5, "--warmup_steps", 6)
+    assert "--cycle_length" in flags_refusal("--scheduler", "cosine_restarts")
 
 
 @pytest.mark.parametrize(
@@ -115,14 +102,14 @@ def test_the_schedule_is_completed_and_checked():
     ],
 )
 def test_numbers_out_of_range_are_refused(flag, value):
-    assert refusal(f"--{flag}", value).startswith(f"--{flag} {value if value != 0 else ''}".rstrip())
+    assert flags_refusal(f"--{flag}", value).startswith(f"--{flag} {value if value != 0 else ''}".rstrip())
 
 
 def test_unknown_names_are_refused_with_the_known_ones():
-    assert "Did you mean galore_adamw? Known: adam, adamw" in refusal("--optimizer", "galore_adam")
-    assert "std" in refusal("--proj_type", "middle")
-    assert "--learning_rate" in refusal("--learning_rate", 1)
-    assert "--lr" in refusal("--lr", "fast")
+    assert "Did you mean galore_adamw? Known: adam, adamw" in flags_refusal("--optimizer", "galore_adam")
+    assert "std" in flags_refusal("--proj_type", "middle")
+    assert "--learning_rate" in flags_refusal("--learning_rate", 1)
+    assert "--lr" in flags_refusal("--lr", "fast")
     with pytest.raises(UserError, match="--batch_size"):
         parse_args(["--model_config", "x.json"])
 
@@ -166,21 +153,21 @@ def test_quantization_is_completed_and_checked():
     assert parse("--optimizer", "q_galore_adamw8bit", "--cos_threshold", 0.4).cos_threshold == 0.4
     plain = parse("--optimizer", "galore_adamw")
     assert plain.proj_bits is None and plain.cos_threshold is None, "plain GaLore is never lazy unasked"
-    assert "8 bits only" in refusal("--weight_bits", 4)
-    assert "must be 4 or 8" in refusal("--proj_bits", 3)
-    assert "above 0, or -1" in refusal("--weight_group_size", 0)
-    assert "float32" in refusal("--accumulation_dtype", "float16"), "not silently the model's"
-    assert "only galore_*, q_galore_*, lion and *8bit can" in refusal("--weight_quant", "--optimizer", "adamw")
+    assert "8 bits only" in flags_refusal("--weight_bits", 4)
+    assert "must be 4 or 8" in flags_refusal("--proj_bits", 3)
+    assert "above 0, or -1" in flags_refusal("--weight_group_size", 0)
+    assert "float32" in flags_refusal("--accumulation_dtype", "float16"), "not silently the model's"
+    assert "only galore_*, q_galore_*, lion and *8bit can" in flags_refusal("--weight_quant", "--optimizer", "adamw")
 
 
 def test_a_residual_is_recovered_only_where_that_is_possible():
     fira = ("--residual", "fira", "--optimizer")
     assert parse(*fira, "q_galore_adamw8bit_per_layer").residual == "fira"
     assert parse(*fira, "adamw").ignored == {"--residual": "with --optimizer adamw"}
-    assert "only *galore_adamw* can" in refusal(*fira, "galore_lion")
-    assert "--proj_type full" in refusal(*fira, "galore_adamw", "--proj_type", "full")
+    assert "only *galore_adamw* can" in flags_refusal(*fira, "galore_lion")
+    assert "--proj_type full" in flags_refusal(*fira, "galore_adamw", "--proj_type", "full")
     accumulated = (*fira, "galore_adamw_per_layer", "--gradient_accumulation", 4)
-    assert "Take --optimizer galore_adamw, or one micro-batch" in refusal(*accumulated)
+    assert "Take --optimizer galore_adamw, or one micro-batch" in flags_refusal(*accumulated)
 
 
 def test_names_follow_from_the_rest():
@@ -191,5 +178,5 @@ def test_names_follow_from_the_rest():
 
 
 def test_resume_auto_needs_a_folder_to_look_into():
-    assert "--resume auto needs --save_dir" in refusal("--resume", "auto")
+    assert "--resume auto needs --save_dir" in flags_refusal("--resume", "auto")
     assert parse("--resume", "auto", "--save_dir", "runs/x").resume == "auto"

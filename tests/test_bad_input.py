@@ -3,20 +3,10 @@
 import json
 
 import pytest
-from runs import ROOT, losses, shell, torchrun
+from support.command_line import refusal
+from support.runs import ROOT, losses, shell, torchrun
 
 import torchrun_main
-
-
-def refusal(flags: list[str], capsys) -> str:
-    """The one line on stderr that begins with `error:`."""
-    assert torchrun_main.command_line(flags) == 2
-    lines = [
-        line for line in capsys.readouterr().err.splitlines() if " | " not in line and not line.startswith("name ")
-    ]
-    errors = [line for line in lines if line.startswith("error: ")]
-    assert len(errors) == 1 and lines[-1] == errors[0], lines
-    return errors[0].removeprefix("error: ")
 
 
 def write_lines(path, *lines: str):

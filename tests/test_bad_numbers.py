@@ -6,8 +6,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from ranks import run_distributed
-from test_per_layer import Model, batches, loss_of
+from support.models import Model, batches, loss_of
+from support.ranks import run_distributed
 from torch import nn
 
 from peft_pretraining.loss import head_loss_sum

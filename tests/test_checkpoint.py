@@ -7,7 +7,7 @@ import threading
 from collections import namedtuple
 
 import pytest
-from checkpoints import fail_at, logged, names, saved_updates, snapshot
+from support.checkpoints import fail_at, logged, names, saved_updates, snapshot
 
 from peft_pretraining import checkpoint as checkpoint_module
 from peft_pretraining.checkpoint import CheckpointWriter

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import fail_at, logged, names, saved_updates, snapshot
 from safetensors.torch import load_file
+from support.checkpoints import fail_at, logged, names, saved_updates, snapshot
 
 from peft_pretraining.checkpoint_files import (
     FILES,
@@ -73,7 +73,7 @@ def test_all_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 SAVING_WITHOUT_END = """
 import sys
 from pathlib import Path
-from checkpoints import snapshot
+from support.checkpoints import snapshot
 from peft_pretraining.checkpoint_files import prune, write_checkpoint
 
 save_dir, update = Path(sys.argv[1]), int(sys.argv[2])

@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
-from oracles import ORACLES
-from runs import record
-from test_low_rank_optimizer import gradients, largest_difference, parameters
-from test_per_layer import Model, batches, loss_of
-from test_training_state import Training
+from support.gradients import gradients, largest_difference, parameters
+from support.models import Model, batches, loss_of
+from support.oracles import ORACLES, GaLore
+from support.runs import record
+from support.training import Training
 
 import torchrun_main
 from peft_pretraining.checkpoint_files import write_checkpoint
@@ -24,47 +24,6 @@ from qgalore.residual import RESIDUALS
 
 RANK, GAP, LR, DECAY, SCALE, REG = 3, 10, 0.02, 0.1, 0.25, 0.1
 RULES = ("adam", "lion", "adafactor")
-
-
-class Oracle:
-    """One matrix, its shorter side projected: Zhao et al. 2024, algorithm 2, with Lion and online PCA as Liang et al.
-    2024 have them. Bases from an SVD, learning by autograd. drawn: gives the basis of an update where it is random."""
-
-    def __init__(self, W, *, rule, proj_type, refreshes, drawn):
-        self.wide = W.shape[0] < W.shape[1]
-        self.W, self.proj_type, self.refreshes, self.drawn = W.clone(), proj_type, refreshes, drawn
-        self.rule = ORACLES[rule]()
-        self.learner = ORACLES[LEARNERS[proj_type].rule]() if proj_type in LEARNERS else None
-        self.P, self.t = None, 0
-
-    def leading(self, G):
-        V = torch.linalg.svd(G).Vh[:RANK].T
-        peak = torch.stack([column[column.abs().argmax()] for column in V.unbind(1)])
-        return V * peak.sign()
-
-    def refresh(self, G):
-        old, self.P = self.P, self.drawn() if self.proj_type == "random" else self.leading(G)
-        if old is not None:
-            self.rule.m = self.rule.m @ old.T @ self.P
-
-    def learn(self, G):
-        P = self.P.clone().requires_grad_()
-        unit = G / G.norm()
-        missed = (unit - unit @ P @ P.T).square().sum() + REG * (P.T @ P - torch.eye(RANK)).square().sum()
-        (gradient,) = torch.autograd.grad(missed, P)
-        self.P = self.P - self.learner.finish(self.learner.step(gradient)) / GAP
-
-    def update(self, G):
-        """As if the right side were projected: every rule does the same to a gradient and to its transpose."""
-        self.t += 1
-        G = G.T if self.wide else G
-        first = self.P is None
-        if first or (self.learner is None and self.t in self.refreshes):
-            self.refresh(G)
-        U = SCALE * self.rule.finish(self.rule.step(G @ self.P) @ self.P.T)
-        self.W = self.W - LR * DECAY * self.W - LR * (U.T if self.wide else U)
-        if self.learner is not None and not first:
-            self.learn(G)
 
 
 def drawn_basis(optimizer, p):
@@ -85,12 +44,18 @@ def compare(*, rule, proj_type, dtype, accumulation=1):
     group = {"params": ours, "rank": RANK, "update_proj_gap": GAP, "scale": SCALE, "rule": rule, "subspace": "svd"}
     optimizer = LowRankOptimizer([group | {"proj_type": proj_type, "proj_reg": REG}], lr=LR, weight_decay=DECAY)
     oracles = [
-        Oracle(
+        GaLore(
             p.detach(),
-            rule=rule,
-            proj_type=proj_type,
+            rank=RANK,
+            scale=SCALE,
+            lr=LR,
+            weight_decay=DECAY,
+            rule=ORACLES[rule],
             refreshes={1, *range(1 + math.ceil(GAP * (i + 1) / 3), 31, GAP)},
-            drawn=drawn_basis(optimizer, q),
+            drawn=drawn_basis(optimizer, q) if proj_type == "random" else None,
+            learner=ORACLES[LEARNERS[proj_type].rule]() if proj_type in LEARNERS else None,
+            step_size=1 / GAP,
+            reg=REG,
         )
         for i, (p, q) in enumerate(zip(start, ours, strict=True))
     ]

@@ -10,7 +10,7 @@ import json
 
 import pytest
 import torch
-from runs import losses, record, torchrun
+from support.runs import losses, record, torchrun
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig
 

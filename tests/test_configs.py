@@ -1,12 +1,11 @@
 """Every shape in configs/ builds, and has the parameters it should have."""
 
-from pathlib import Path
-
 import pytest
+from support.runs import ROOT
 
 from peft_pretraining.model import meta_model, read_config
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = ROOT / "configs"
 SHAPES = {  # hidden, intermediate, layers, heads, vocabulary, longest sequence
     "3m": (192, 512, 4, 4, 4096, 1024),
     "9m": (128, 352, 4, 4, 32000, 1024),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_dataloader import rows, take
+from support.batches import rows, take
 
 from peft_pretraining import data_position, document_order, packing
 from peft_pretraining.data_position import Layout, Position, Progress, owner, resume_progress

@@ -1,6 +1,5 @@
 """Batches: the token stream exactly, every document once, the same order whatever the batch size, clean ends."""
 
-import json
 import multiprocessing
 import subprocess
 import sys
@@ -13,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.batches import TOKENIZER, ByteTokenizer, documents, local, rows, take
+from support.runs import ROOT
 
 from peft_pretraining import dataloader, packing, records
 from peft_pretraining.dataloader import IGNORED, Batch, ValidationSet, train_batches
@@ -22,43 +23,6 @@ from peft_pretraining.hub_stream import HubDocuments
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
-ROOT = Path(__file__).parents[1]
-
-
-class ByteTokenizer:
-    name = "bytes"
-    vocab_size = 258
-    eos_id = 256
-    pad_id = 257
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        return [list(text.encode()) for text in texts]
-
-    def decode(self, ids: list[int]) -> str:
-        return bytes(i for i in ids if i < 256).decode()
-
-
-TOKENIZER = ByteTokenizer()
-
-
-def local(path: Path, texts: list[str], *, shuffle: bool = True) -> LocalDocuments:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return LocalDocuments([path], name=str(path), seed=0, shuffle=shuffle)
-
-
-def documents(count: int) -> list[str]:
-    return [f"document {i:04}" for i in range(count)]
-
-
-def take(batches: Iterator[Batch], count: int) -> list[Batch]:
-    taken = list(islice(batches, count))
-    batches.close()  # type: ignore[attr-defined]
-    return taken
-
-
-def rows(batches: list[Batch]) -> torch.Tensor:
-    """(sequences, 2, L)"""
-    return torch.cat([torch.stack((batch.input_ids, batch.targets), dim=1) for batch in batches])
 
 
 def texts_of_first_epochs(batches: Iterator[Batch], *, epochs: int, total: int) -> list[list[str]]:
@@ -261,7 +225,11 @@ def test_process_ends_while_batches_are_open(tmp_path: Path, workers: int, endin
     script = f"""
 import sys
 sys.path.insert(0, "tests")
-from test_dataloader import *
+import multiprocessing
+from pathlib import Path
+from support.batches import TOKENIZER
+from peft_pretraining.dataloader import train_batches
+from peft_pretraining.documents import LocalDocuments
 source = LocalDocuments([Path({str(tmp_path / "a.jsonl")!r})], name="", seed=0, shuffle=True)
 batches = train_batches(source, TOKENIZER, batch_size=2, max_length=8, packing="concat", workers={workers})
 for _ in range(3):

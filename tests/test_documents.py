@@ -1,51 +1,16 @@
 """Local documents: every one once per epoch, in one global order, with errors that name the line."""
 
-import gzip
-import json
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from support.documents import error_of, read, texts, write_jsonl
+from support.runs import ROOT
 
 from peft_pretraining import documents
-from peft_pretraining.document_order import Document, Skipped
 from peft_pretraining.documents import HELD_OUT, LocalDocuments, find_files, open_documents, split_of
-from peft_pretraining.errors import UserError
-
-ROOT = Path(__file__).parents[1]
-
-
-def write_jsonl(path: Path, texts: list[str]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps({"text": text, "url": "x"}) + "\n" for text in texts)
-    if path.suffix == ".gz":
-        path.write_bytes(gzip.compress(lines.encode()))
-    else:
-        path.write_text(lines)
-    return path
-
-
-def texts(prefix: str, count: int) -> list[str]:
-    return [f"{prefix} document {i}" for i in range(count)]
-
-
-def read(source: documents.DocumentSource, epoch: int = 0, reader: int = 0, readers: int = 1) -> list[str]:
-    items = source.read(epoch=epoch, reader=reader, readers=readers)
-    return [item.text for item in items if isinstance(item, Document)]
-
-
-def skipped(source: documents.DocumentSource) -> list[str]:
-    return [item.reason for item in source.read(epoch=0, reader=0, readers=1) if isinstance(item, Skipped)]
-
-
-def error_of(dataset: Path | str, **options: str) -> str:
-    with pytest.raises(UserError) as caught:
-        open_documents(str(dataset), split=options.pop("split", "train"), seed=0, **options).check()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ROOT, losses
+from support.runs import ROOT, losses
 
 import torchrun_main
 

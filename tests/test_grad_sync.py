@@ -1,6 +1,6 @@
 import pytest
 import torch
-from ranks import run_distributed
+from support.ranks import run_distributed
 
 from qgalore.grad_sync import GradSync
 from qgalore.low_rank_optimizer import LowRankOptimizer

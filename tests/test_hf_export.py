@@ -2,14 +2,16 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from checkpointed_models import quantize, write_checkpoint
-from runs import shell
 from safetensors.torch import load_file, save_file
-from test_tokenizer import train_sentencepiece
+from support.checkpointed_models import quantize, write_checkpoint
+from support.command_line import refusal as program_refusal
+from support.runs import shell
+from support.tokenizers import train_sentencepiece
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from peft_pretraining import hf_folder
@@ -28,6 +30,8 @@ SIZES = dict(
 )  # fmt: skip
 IDS = torch.randint(0, 64, (3, 17), generator=torch.Generator().manual_seed(1))
 UP_PROJ = "model.layers.0.mlp.up_proj.weight"
+
+refusal = partial(program_refusal, program=command_line)
 
 
 def untrained(*, dtype: torch.dtype = torch.float32, **config: object) -> LlamaForCausalLM:
@@ -49,13 +53,6 @@ def trained(optimizer: str, *, dtype: torch.dtype, int8: bool = False, **config:
         updates.finish()
     assert (model.get_parameter(UP_PROJ).detach() - before).abs().max() > 0.01, "it has moved"
     return model.eval()
-
-
-def refusal(flags: list[object], capsys, *, status: int = 2) -> str:
-    """The one line on stderr that begins with `error:`."""
-    assert command_line([str(flag) for flag in flags]) == status
-    (line,) = capsys.readouterr().err.splitlines()
-    return line.removeprefix("error: ")
 
 
 @pytest.fixture(scope="module")

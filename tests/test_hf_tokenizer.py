@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 
 import pytest
-from test_tokenizer import make_bpe_folder, make_unigram_folder, train_sentencepiece
+from support.tokenizers import make_bpe_folder, make_unigram_folder, train_sentencepiece
 from transformers import AutoTokenizer, LlamaConfig
 
 from peft_pretraining.errors import UserError

@@ -8,9 +8,9 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import pytest
+from support.runs import ROOT
 
 from peft_pretraining import hub_stream
 from peft_pretraining.errors import UserError
@@ -18,7 +18,6 @@ from peft_pretraining.hub_stream import HubDocuments, is_transient, resilient, s
 
 datasets = pytest.importorskip("datasets")
 
-ROOT = Path(__file__).parents[1]
 DOCUMENTS = 7  # in each shard
 
 

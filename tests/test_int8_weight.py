@@ -1,44 +1,18 @@
+"""INT8 weights: their products, how they are written, and parameters among others."""
+
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.int8_models import mlp, quantized_mlp
 from torch import nn
-from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from qgalore.int8_weight import Int8Weight, SimulatedInt8Weight
-from qgalore.low_rank_optimizer import LowRankOptimizer
 from qgalore.quantize import mix_seed, store_weight
 from qgalore.quantize_model import quantize_linear_layers, quantize_module_weight
 
 KINDS = [Int8Weight, SimulatedInt8Weight]
-
-
-def mlp() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(96, 80), nn.SiLU(), nn.Linear(80, 48, bias=False))
-
-
-def quantized_mlp(*, simulation: bool = False, **settings) -> nn.Sequential:
-    model = mlp()
-    quantize_linear_layers(model, simulation=simulation, **settings)
-    return model
-
-
-def tiny_llama(*, simulation: bool = False) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, use_cache=False
-    )
-    model = LlamaForCausalLM(config)
-    names = quantize_linear_layers(model, select=lambda name: name != "lm_head", simulation=simulation)
-    assert len(names) == 14
-    return model.train()
-
-
-def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.grad for name, p in model.named_parameters()}
 
 
 # The three products
@@ -287,99 +261,6 @@ def test_frozen_weights_stay_frozen():
     layer(x).sum().backward()
     assert layer.weight.grad is None
     torch.testing.assert_close(x.grad, layer.weight.float().sum(0).expand(2, 64))
-
-
-# Training
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_galore_trains_int8_weights(dtype):
-    """Updates of a hundredth of a step: to nearest, the loss would not move."""
-    losses = {}
-    for stochastic in (True, False):
-        model, x = quantized_mlp(stochastic=stochastic).to(dtype), torch.randn(64, 96).to(dtype)
-        target = x.float().roll(1, dims=1)[:, :48]
-        optimizer = LowRankOptimizer([{"params": [model[0].weight, model[2].weight], "rank": 8}], lr=2e-5)
-        for _ in range(100):
-            loss = (model(x).float() - target).square().mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.setdefault(stochastic, []).append(loss.item())
-        assert optimizer.state[model[0].weight]["exp_avg"].dtype == torch.float32
-    fall = {stochastic: values[0] - values[-1] for stochastic, values in losses.items()}
-    assert fall[True] > 0.005 and abs(fall[False]) < 0.1 * fall[True], fall
-
-
-def test_gradients_clip_accumulate_and_fire_hooks_in_a_llama():
-    model, tokens = tiny_llama(), torch.randint(64, (2, 4, 16))
-    fired = []
-    for name, p in model.named_parameters():
-        p.register_post_accumulate_grad_hook(lambda p, name=name: fired.append((name, type(p.grad), p.grad.shape)))
-    for batch in tokens:
-        model(input_ids=batch, labels=batch).loss.backward()
-    assert sorted(fired) == sorted(2 * [(n, torch.Tensor, p.shape) for n, p in model.named_parameters()])
-    summed = copy.deepcopy(gradients(model))
-    model.zero_grad()
-    both = tokens.flatten(0, 1)
-    (2 * model(input_ids=both, labels=both).loss).backward()
-    for name, gradient in gradients(model).items():
-        torch.testing.assert_close(gradient, summed[name], rtol=1e-4, atol=1e-6)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
-    assert norm > 1e-3
-    clipped = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
-    assert clipped.item() == pytest.approx(1e-3, rel=1e-3)
-
-
-def test_activation_checkpointing_gives_the_same_gradients():
-    tokens, found = torch.randint(64, (4, 16)), []
-    for checkpointing in (False, True):
-        model = tiny_llama()
-        if checkpointing:
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
-        model(input_ids=tokens, labels=tokens).loss.backward()
-        found.append(gradients(model))
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
-    layer, x = quantized_mlp(), torch.randn(3, 96, requires_grad=True)
-    direct = torch.autograd.grad(layer(x).sum(), x)[0]
-    recomputed = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).sum(), x)[0]
-    assert torch.equal(direct, recomputed)
-
-
-def test_llamas_of_codes_and_of_simulated_codes_train_alike():
-    batch, losses = torch.randint(64, (4, 16)), []
-    for simulation in (False, True):
-        model = tiny_llama(simulation=simulation)
-        optimizer = LowRankOptimizer(model.parameters(), lr=1e-2)
-        for _ in range(5):
-            loss = model(input_ids=batch, labels=batch).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-    assert losses[:5] == losses[5:]
-    assert losses[4] < losses[0] - 0.1
-
-
-# torch.compile
-
-
-def test_compiled_equals_eager():
-    """One graph, forward and backward; and an update afterwards reaches the compiled code."""
-    eager, compiled = quantized_mlp(), quantized_mlp()
-    run = torch.compile(compiled, fullgraph=True)
-    for step in range(2):
-        x = torch.randn(6, 96)
-        ours, theirs = run(x), eager(x)
-        torch.testing.assert_close(ours, theirs)
-        for model, y in ((compiled, ours), (eager, theirs)):
-            model.zero_grad()
-            y.square().sum().backward()
-        for name, gradient in gradients(eager).items():
-            torch.testing.assert_close(gradients(compiled)[name], gradient)
-        for model in (compiled, eager):
-            store_weight(model[0].weight, torch.full((80, 96), 0.1 * (step + 1)), seed=step)
 
 
 def test_compile_caches_tell_weights_apart():

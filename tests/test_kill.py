@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import ROOT, record, shell, torchrun
-from test_resume import INT8, LOW_RANK, digests, run
+from support.resumed_runs import INT8, LOW_RANK, digests
+from support.runs import ROOT, record, run, shell, torchrun
 
 from peft_pretraining.checkpoint_files import complete_checkpoints, verify
 

@@ -2,34 +2,17 @@
 
 import contextlib
 import copy
+import functools
 import math
 
 import pytest
 import torch
+from support.gradients import SHAPES, gradients, largest_difference, parameters
+from support.oracles import Adam, GaLore
 
 from qgalore.low_rank_optimizer import LowRankOptimizer
 from qgalore.moments import MOMENT_POLICIES
 from qgalore.projectors import SIDE_TYPES
-
-SHAPES = [(12, 20), (20, 12), (16, 16)]
-
-
-def parameters(*, dtype=torch.float64, shapes=SHAPES) -> list[torch.nn.Parameter]:
-    return [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
-
-
-def gradients(steps: int, *, shapes=SHAPES) -> list[list[torch.Tensor]]:
-    """A gradient a step and shape: a dominant part that turns slowly, and noise."""
-    base = [torch.randn(m, 3, dtype=torch.float64) @ torch.randn(3, n, dtype=torch.float64) for m, n in shapes]
-    turn = [torch.randn(m, n, dtype=torch.float64) for m, n in shapes]
-    return [
-        [b + 0.05 * t * step + 0.3 * torch.randn_like(b) for b, t in zip(base, turn, strict=True)]
-        for step in range(steps)
-    ]
-
-
-def largest_difference(one, other) -> float:
-    return max((p.double() - q.double()).abs().max().item() for p, q in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.8, 0.95)])
@@ -75,67 +58,6 @@ def test_with_an_identity_basis_at_full_rank_it_is_adamw(proj_type, subspace):
     assert largest_difference(ours, theirs) < 1e-10
 
 
-class Oracle:
-    """GaLore for one matrix, from Zhao et al. 2024, algorithm 2, with singular vectors from an SVD in float64.
-
-    refreshes: the updates (from 1) at which the bases are computed. Moments follow the basis as `policy` says.
-    share: how far a basis turns at a refresh; 1 is the paper's, less is ours for gaps under 10.
-    """
-
-    def __init__(self, W, *, rank, proj_type, scale, refreshes, share, policy, lr, weight_decay, eps):
-        self.W, self.rank, self.scale, self.refreshes, self.policy = W.clone(), rank, scale, refreshes, policy
-        self.share = share
-        self.lr, self.weight_decay, self.eps = lr, weight_decay, eps
-        m, n = W.shape
-        self.left = proj_type in ("left", "full") or proj_type == ("std" if m < n else "reverse_std")
-        self.right = proj_type in ("right", "full") or proj_type == ("std" if m >= n else "reverse_std")
-        self.t = 0
-        self.P = self.Q = None
-        self.weight_sum = [0.0, 0.0]
-
-    def singular_vectors(self, G):
-        U = torch.linalg.svd(G, full_matrices=False).U[:, : self.rank]
-        peak = torch.stack([column[column.abs().argmax()] for column in U.unbind(1)])
-        return U * peak.sign()
-
-    def turned(self, old, new):
-        """From old towards new, which is first rotated to match: the polar factor of new^T old, then Gram-Schmidt."""
-        if old is None or self.share == 1:
-            return new
-        cross = new.T @ old
-        values, vectors = torch.linalg.eigh(cross.T @ cross)
-        new = new @ cross @ vectors @ torch.diag(values**-0.5) @ vectors.T
-        columns = []
-        for column in ((1 - self.share) * old + self.share * new).unbind(1):
-            for earlier in columns:
-                column = column - earlier * (earlier @ column)
-            columns.append(column / column.norm())
-        return torch.stack(columns, dim=1)
-
-    def refresh(self, G):
-        P, Q = self.P, self.Q
-        self.P = self.turned(P, self.singular_vectors(G)) if self.left else torch.eye(G.shape[0], dtype=G.dtype)
-        self.Q = self.turned(Q, self.singular_vectors(G.T)) if self.right else torch.eye(G.shape[1], dtype=G.dtype)
-        if P is None:
-            self.M = self.V = 0 * (self.P.T @ G @ self.Q)
-        elif self.policy == "project":
-            self.M = (self.P.T @ P) @ self.M @ (Q.T @ self.Q)
-        elif self.policy == "reset":
-            self.M, self.V, self.weight_sum = 0 * self.M, 0 * self.V, [0.0, 0.0]
-
-    def update(self, G):
-        self.t += 1
-        if self.t in self.refreshes:
-            self.refresh(G)
-        R = self.P.T @ G @ self.Q
-        self.M = 0.9 * self.M + 0.1 * R
-        self.V = 0.999 * self.V + 0.001 * R**2
-        self.weight_sum = [0.9 * self.weight_sum[0] + 0.1, 0.999 * self.weight_sum[1] + 0.001]
-        N = (self.M / self.weight_sum[0]) / ((self.V / self.weight_sum[1]).sqrt() + self.eps)
-        U = self.scale * self.P @ N @ self.Q.T
-        self.W = self.W - self.lr * self.weight_decay * self.W - self.lr * U
-
-
 @pytest.mark.parametrize("gap", [10, 4])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("policy", MOMENT_POLICIES)
@@ -150,13 +72,13 @@ def test_galore_is_the_papers(proj_type, policy, dtype, tolerance, gap):
     eps = 1e-2 if proj_type == "full" else 1e-8
     options = dict(rank=3, scale=0.25, proj_type=proj_type)
     oracles = [
-        Oracle(
+        GaLore(
             p.detach(),
             **options,
             policy=policy,
             lr=0.02,
             weight_decay=0.1,
-            eps=eps,
+            rule=functools.partial(Adam, eps=eps),
             refreshes={1, *range(1 + math.ceil(gap * (i + 1) / 3), 31, gap)},
             share=gap / 10,
         )

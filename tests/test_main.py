@@ -5,14 +5,8 @@ import math
 
 import pytest
 import torch
-from runs import losses, record, torchrun
+from support.runs import losses, record, run, torchrun
 from transformers import AutoModelForCausalLM
-
-import torchrun_main
-
-
-def run(tiny, save_dir, **flags) -> None:
-    assert torchrun_main.command_line(tiny.flags(save_dir, **flags)) == 0
 
 
 def test_a_run_leaves_its_record_and_a_model(tiny, tmp_path):

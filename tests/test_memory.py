@@ -1,12 +1,11 @@
 """Bytes that are counted, and the most that is alive while an update is made."""
 
 import argparse
-import weakref
 
 import pytest
 import torch
-from runs import ROOT, shell
-from torch.utils._python_dispatch import TorchDispatchMode
+from support.memory import LiveBytes
+from support.runs import ROOT, shell
 
 from peft_pretraining.loss import token_loss_sum
 from peft_pretraining.model import build_model, meta_model, read_config, weight_quantizer
@@ -74,35 +73,6 @@ def test_the_7b_fits_where_it_should():
     assert totals["q_galore, INT8 weights, INT4 bases"] <= 11.5
     result = shell(["python", "benchmarks/state_bytes.py", "--model_config", "configs/none.json"])
     assert result.returncode == 2 and result.stderr.startswith("error: ")
-
-
-class LiveBytes(TorchDispatchMode):
-    """The bytes of all storages that operations made inside this mode and that are still alive; and their peak."""
-
-    def __init__(self):
-        super().__init__()
-        self.live = self.peak = 0
-        self._seen = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        torch.utils._pytree.tree_map_only(torch.Tensor, self._watch, result)
-        return result
-
-    def _watch(self, tensor):
-        if hasattr(tensor, "stored_bytes") or tensor.is_meta:
-            return
-        storage = tensor.untyped_storage()
-        if storage in self._seen:
-            return
-        self._seen.add(storage)
-        size = storage.nbytes()
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._forget, size)
-
-    def _forget(self, size):
-        self.live -= size
 
 
 def gradients_alive(*, per_layer: bool) -> tuple[int, int]:

@@ -1,14 +1,12 @@
 """The model: what a file may say, and what is built from it."""
 
 import json
-import weakref
 
 import pytest
 import torch
+from support.memory import LiveBytes
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_pretraining import model as model_module
@@ -163,33 +161,6 @@ def test_tied_weights_stay_tied():
     model = build(tie_word_embeddings=True)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.lm_head.weight.std().item() == pytest.approx(0.02, rel=0.1)
-
-
-class LiveBytes(TorchDispatchMode):
-    """Follows the storages that operations put out: bytes alive now, and the most there were."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen, self.live, self.peak = set(), 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
-                self.follow(leaf.untyped_storage())
-        return out
-
-    def follow(self, storage):
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.seen:
-            self.seen.add(key)
-            self.live += size
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self.forget, key, size)
-
-    def forget(self, key, size):
-        self.seen.discard(key)
-        self.live -= size
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -5,7 +5,7 @@ from itertools import chain
 
 import numpy as np
 import pytest
-from test_dataloader import TOKENIZER
+from support.batches import TOKENIZER
 
 from peft_pretraining import packing
 from peft_pretraining.data_position import Position

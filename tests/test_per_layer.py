@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from support.gradients import largest_difference
+from support.models import Model, batches, loss_of
 
 from qgalore.factory import Settings, create_optimizer
 from qgalore.grad_sync import GradSync
@@ -12,29 +13,6 @@ from qgalore.low_rank_optimizer import LowRankOptimizer
 from qgalore.param_groups import split_parameters
 from qgalore.per_layer import PerLayerUpdates
 from qgalore.whole_model import WholeModelUpdates
-
-
-class Model(nn.Module):
-    def __init__(self, width=8):
-        super().__init__()
-        self.embedding = nn.Embedding(16, width)
-        wide = 3 * width // 2
-        self.mlp = nn.ModuleList([nn.Linear(width, wide, bias=False), nn.Linear(wide, width, bias=False)])
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, 16, bias=False)
-
-    def forward(self, ids):
-        hidden = self.embedding(ids)
-        return self.head(self.norm(hidden + self.mlp[1](torch.tanh(self.mlp[0](hidden)))))
-
-
-def loss_of(model, batch) -> torch.Tensor:
-    inputs, targets = batch
-    return nn.functional.cross_entropy(model(inputs).float(), targets)
-
-
-def batches(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return [(torch.randint(16, (32,)), torch.randint(16, (32,))) for _ in range(count)]
 
 
 def optimizer_of(model, **settings) -> LowRankOptimizer:
@@ -62,10 +40,6 @@ def per_layer(model, data, *, accumulation=1, prepare=lambda optimizer: None, **
     return updates
 
 
-def largest_difference(one: nn.Module, other: nn.Module) -> float:
-    return max((p - q).abs().max().item() for p, q in zip(one.parameters(), other.parameters(), strict=True))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_without_accumulation_it_is_the_whole_model_bit_for_bit(dtype):
     """Twenty updates, refreshes included."""
@@ -73,7 +47,7 @@ def test_without_accumulation_it_is_the_whole_model_bit_for_bit(dtype):
     twin = copy.deepcopy(model)
     per_layer(model, data)
     whole(twin, data)
-    assert largest_difference(model, twin) == 0
+    assert largest_difference(model.parameters(), twin.parameters()) == 0
 
 
 def test_with_accumulation_it_is_the_whole_model_given_the_same_first_bases():
@@ -100,7 +74,7 @@ def test_with_accumulation_it_is_the_whole_model_given_the_same_first_bases():
 
     per_layer(model, data, accumulation=4, prepare=take_bases)
     whole(twin, data, accumulation=4)
-    assert largest_difference(model, twin) < 1e-5
+    assert largest_difference(model.parameters(), twin.parameters()) < 1e-5
 
 
 def test_only_the_first_bases_differ_with_accumulation():
@@ -130,7 +104,7 @@ def test_with_random_bases_accumulation_changes_nothing_from_the_first_update_on
             (loss_of(driven, batch) / 4).backward()
         if index % 4 == 0:
             updates.finish(), whole_updates.finish()
-            assert largest_difference(model, twin) < 1e-5
+            assert largest_difference(model.parameters(), twin.parameters()) < 1e-5
         else:
             sizes = [(updates.sums[layer.weight].numel(), rank * max(layer.weight.shape)) for layer in model.mlp]
             assert all(held == projected for held, projected in sizes)
@@ -155,7 +129,7 @@ def test_a_bad_gradient_where_a_basis_is_drawn_changes_nothing(policy):
                 continue
             loss_of(model, batch).backward()
             updates.finish()
-    assert largest_difference(*models) < 1e-5
+    assert largest_difference(*(model.parameters() for model in models)) < 1e-5
 
 
 def test_sums_are_of_rank_size_except_where_a_refresh_is_due():

@@ -5,8 +5,8 @@ import re
 
 import pytest
 from compare import METHODS, RECOMMENDED
-from runs import ROOT
-from test_args import refusal
+from support.command_line import flags_refusal
+from support.runs import ROOT
 
 from peft_pretraining.args import parse_args
 from peft_pretraining.flags import defaults
@@ -69,7 +69,7 @@ def test_a_preset_works_from_any_folder(tmp_path, monkeypatch):
 
 
 def test_an_unknown_preset_lists_the_known_ones():
-    message = refusal("--preset", "galore_60")
+    message = flags_refusal("--preset", "galore_60")
     assert message.startswith("unknown --preset 'galore_60'. Did you mean galore_60m? Known: galore_130m, ")
 
 
@@ -78,7 +78,7 @@ def test_a_preset_with_an_unknown_flag_is_refused(tmp_path, monkeypatch):
     content["flags"]["rnak"] = 4
     (tmp_path / "own.json").write_text(json.dumps(content))
     monkeypatch.setattr("peft_pretraining.presets.FOLDER", tmp_path)
-    assert "own.json: there is no flag --rnak" in refusal("--preset", "own")
+    assert "own.json: there is no flag --rnak" in flags_refusal("--preset", "own")
 
 
 def test_the_readme_lists_every_preset_with_its_figure():

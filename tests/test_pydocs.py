@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from support.runs import ROOT
 
 from peft_pretraining import pydocs
 from peft_pretraining.errors import UserError
@@ -128,9 +129,7 @@ def test_nothing_is_imported(tree: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_finding_the_packages_does_not_import_them() -> None:
     code = "import sys; from peft_pretraining import pydocs; print(*pydocs.source_roots()); print(*sys.modules)"
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
-    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     roots, modules = run.stdout.splitlines()
     assert "torch" in roots.split()
     assert not {"torch", "numpy"} & set(modules.split())

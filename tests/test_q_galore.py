@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from runs import losses, record
+from support.runs import losses, record
 
 import torchrun_main
 from qgalore.int8_weight import Int8Weight, SimulatedInt8Weight

@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 
 import pytest
-from test_documents import error_of, read, skipped, texts, write_jsonl
+from support.documents import error_of, read, skipped, texts, write_jsonl
 
 from peft_pretraining import records
 from peft_pretraining.document_order import Skipped

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from runs import losses, record
-from test_bad_input import refusal
+from support.command_line import refusal
+from support.runs import losses, record
 
 import torchrun_main
 from peft_pretraining.health import FEWEST, Health, is_spike

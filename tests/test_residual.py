@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from oracles import Adam
-from test_low_rank_optimizer import gradients, largest_difference, parameters
-from test_memory import LiveBytes
+from support.gradients import gradients, largest_difference, parameters
+from support.memory import LiveBytes
+from support.oracles import Adam
 
 from qgalore.low_rank_optimizer import LowRankOptimizer
 

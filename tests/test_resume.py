@@ -1,6 +1,5 @@
 """N + N updates are 2 N updates, to the last bit; and what a run refuses to go on with."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -8,54 +7,15 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-import torch
-from runs import ROOT, losses, record, torchrun
-from safetensors.torch import load_file
-from test_bad_input import refusal
+from support.command_line import refusal
+from support.resumed_runs import INT8, LOW_RANK, assert_halves_make_a_whole, checkpoint, digests
+from support.runs import ROOT, losses, record, run, torchrun
 
 import torchrun_main
 from peft_pretraining.resume import HARMLESS
 from qgalore.factory import OPTIMIZERS
-
-LOW_RANK = dict(rank=8, update_proj_gap=3)
-INT8 = dict(weight_quant=True, weight_group_size=16, stochastic_round=True, proj_quant=True)
-
-
-def run(tiny, save_dir: Path, **flags) -> None:
-    assert torchrun_main.command_line(tiny.flags(save_dir, **flags)) == 0
-
-
-def checkpoint(save_dir: Path, update: int) -> Path:
-    return save_dir / f"checkpoint-{update:08}"
-
-
-def digests(save_dir: Path, update: int) -> dict[str, tuple]:
-    """Of the tensors that training goes on from: weights, moments, bases, generators. (Metadata comes in any order.)"""
-    found = {}
-    for path in checkpoint(save_dir, update).glob("*.safetensors"):
-        for name, tensor in load_file(path).items():
-            bits = tensor.flatten().view(torch.uint8).numpy().tobytes()
-            found[path.stem, name] = (tensor.dtype, tensor.shape, hashlib.sha256(bits).hexdigest())
-    return found
-
-
-def assert_halves_make_a_whole(tiny, tmp_path: Path, *, updates: int = 8, **flags) -> None:
-    """A run of `updates`, and one that goes on from its checkpoint half-way, in another folder."""
-    half = updates // 2
-    chosen = flags | dict(num_training_steps=updates, save_every=half, keep_last=0, eval_every=3)
-    run(tiny, tmp_path / "whole", **chosen)
-    shutil.copytree(checkpoint(tmp_path / "whole", half), tmp_path / "half" / f"checkpoint-{half:08}")
-    run(tiny, tmp_path / "half", **chosen, continue_from=tmp_path / "half")
-    assert losses(tmp_path / "half") == losses(tmp_path / "whole")[half:]
-    assert digests(tmp_path / "half", updates) == digests(tmp_path / "whole", updates)
-    ends = [record(tmp_path / name, "end")[0] for name in ("half", "whole")]
-    assert ends[0]["tokens_seen"] == ends[1]["tokens_seen"] and ends[0]["perplexity"] == ends[1]["perplexity"]
-    assert ends[0]["refreshes"] == ends[1]["refreshes"], "counted on, not anew"
-    evaluated = [[line["update"] for line in record(tmp_path / name, "eval")] for name in ("half", "whole")]
-    assert evaluated[0] == [update for update in evaluated[1] if update > half]
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

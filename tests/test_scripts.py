@@ -5,7 +5,7 @@ import re
 import sys
 
 import pytest
-from runs import ROOT, record, shell
+from support.runs import ROOT, record, shell
 
 from peft_pretraining.args import parse_args
 

@@ -5,16 +5,15 @@ import pickle
 from pathlib import Path
 
 import pytest
-from test_bad_input import refusal
+from support.checkpoints import Bomb, replace_file
+from support.command_line import refusal
+from support.runs import ROOT
+from support.source_code import sources
 
 import torchrun_main
 from peft_pretraining.checkpoint import choose_save_dir
 
-ROOT = Path(__file__).parent.parent
-CODE = [
-    ROOT / "torchrun_main.py",
-    *sorted(path for folder in ("qgalore", "peft_pretraining", "benchmarks") for path in (ROOT / folder).glob("*.py")),
-]
+CODE = ("torchrun_main", "qgalore", "peft_pretraining", "benchmarks", "tests.support")
 UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 RUNNERS = {"eval", "exec", "compile", "__import__"}
 OBJECT_COLLECTIVES = {"all_gather_object", "broadcast_object_list", "gather_object", "scatter_object_list"}
@@ -46,9 +45,16 @@ def _dangers_of_call(call: ast.Call) -> list[str]:
     return found + [key for key in ("shell", "trust_remote_code", "allow_pickle") if given.get(key, "False") != "False"]
 
 
-@pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_code_runs_what_it_reads(path):
-    assert not dangers(path.read_text())
+def dangers_below(root: Path, *names: str) -> list[str]:
+    """The same of all files of these packages and modules, at any depth, each with its module's name."""
+    return [
+        f"{module}: {danger}" for module, path in sources(root, *names).items() for danger in dangers(path.read_text())
+    ]
+
+
+def test_no_code_runs_what_it_reads():
+    assert not dangers_below(ROOT, *CODE)
+    assert len(sources(ROOT, *CODE)) >= 80, "a walk that sees little says little"
 
 
 @pytest.mark.parametrize(
@@ -66,18 +72,14 @@ def test_no_code_runs_what_it_reads(path):
         "os.system(text)",
     ],
 )
-def test_the_walk_finds_what_it_looks_for(source):
+def test_the_walk_finds_what_it_looks_for(source, tmp_path):
+    """However deep it lies: in folders, and in functions."""
     assert len(dangers(source)) == 1
-
-
-class Bomb:
-    """A pickle of it, read, makes a file."""
-
-    def __init__(self, mark: Path):
-        self.mark = mark
-
-    def __reduce__(self):
-        return Path.touch, (self.mark,)
+    deep = tmp_path / "package" / "in" / "another"
+    deep.mkdir(parents=True)
+    (deep / "module.py").write_text(f"class A:\n    def f(path):\n        {source}\n")
+    (tmp_path / "package" / "__init__.py").touch()
+    assert dangers_below(tmp_path, "package") == [f"package.in.another.module: {danger}" for danger in dangers(source)]
 
 
 @pytest.mark.parametrize(
@@ -85,16 +87,10 @@ class Bomb:
 )
 def test_a_pickle_in_place_of_a_checkpoints_file_is_refused_unread(tiny, tmp_path, capsys, name):
     """Even where the manifest vouches for it: whoever can write one can write the other."""
-    import hashlib
-    import json
-
     assert torchrun_main.command_line(tiny.flags(tmp_path / "run")) == 0
     folder, mark = tmp_path / "run" / "checkpoint-00000006", tmp_path / "boom"
     content = pickle.dumps(Bomb(mark))
-    (folder / name).write_bytes(content)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    replace_file(folder, name, content)
     message = refusal(tiny.flags(tmp_path / "other", continue_from=folder), capsys)
     assert name in message and not mark.exists()
     pickle.loads(content)

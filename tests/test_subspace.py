@@ -1,6 +1,6 @@
 import pytest
 import torch
-from runs import shell
+from support.runs import shell
 
 from qgalore.subspace import align, exact_basis, iterate_basis, orthonormalize, randomized_basis, turn_towards
 

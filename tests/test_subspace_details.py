@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from runs import losses, record
-from test_per_layer import Model, batches, loss_of
+from support.models import Model, batches, loss_of
+from support.runs import losses, record
 
 import torchrun_main
 from qgalore.factory import Settings, create_optimizer, create_updates

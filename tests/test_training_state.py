@@ -1,13 +1,13 @@
 """What training continues from, out of a live model and back: equal to the last bit, and never read unchecked."""
 
 import copy
-import hashlib
-import json
 import math
 import pickle
 
 import pytest
 import torch
+from support.checkpoints import Bomb, replace_file
+from support.training import CONFIG, Training
 from transformers import LlamaConfig
 
 from peft_pretraining.checkpoint_files import FILES, write_checkpoint
@@ -18,79 +18,9 @@ from peft_pretraining.training_state import (
     restore_model,
     restore_optimizer,
     restore_rng,
-    take_snapshot,
 )
-from qgalore.factory import OPTIMIZERS, Settings, create_optimizer, create_updates
-from qgalore.grad_sync import GradSync
+from qgalore.factory import OPTIMIZERS
 from qgalore.memory import kept_bytes
-from qgalore.param_groups import split_parameters
-from qgalore.quantize_model import quantize_linear_layers
-
-CONFIG = LlamaConfig(
-    vocab_size=64,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    max_position_embeddings=16,
-)
-TOKENS = torch.arange(64 * 8).view(64, 8) * 7919 % 61
-
-
-class Training:
-    """A small LLaMA with its optimizer. Moments, bases and weights are large enough to be kept in few bits."""
-
-    def __init__(
-        self, optimizer="galore_adamw", *, dtype=torch.float32, int8=False, seed=0, tied=False, device="cpu", **settings
-    ):
-        config = copy.deepcopy(CONFIG)
-        config.tie_word_embeddings = tied
-        self.model = build_model(config, device=device, dtype=dtype, seed=seed)
-        if int8:
-            simulation = int8 == "simulated"
-            quantize_linear_layers(self.model, select=lambda n: "layers" in n, group_size=16, simulation=simulation)
-        lazy = dict(proj_bits=4, cos_threshold=0.4, queue_size=2) if OPTIMIZERS[optimizer].lazy else {}
-        chosen = Settings(**dict(lr=0.01, beta1=0.9, rank=32, update_proj_gap=3) | lazy | settings)
-        self.optimizer = create_optimizer(optimizer, groups=split_parameters(self.model), settings=chosen)
-        self.updates = create_updates(optimizer, optimizer=self.optimizer, sync=GradSync())
-        self.done = 0
-
-    def train(self, updates: int) -> "Training":
-        for _ in range(updates):
-            ids = TOKENS[self.done * 4 : self.done * 4 + 4].to(self.model.device)
-            logits = self.model(ids).logits.float()
-            torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
-            self.updates.finish()
-            self.done += 1
-        return self
-
-    def snapshot(self, **progress):
-        return take_snapshot(self.model, self.optimizer, update=self.done, progress=progress)
-
-    def restore(self, folder) -> "Training":
-        restore_model(self.model, folder)
-        names = {p: name for name, p in self.model.named_parameters()}
-        restore_optimizer(self.optimizer, folder, names=names)
-        self.done = read_state(folder)["done"]
-        return self
-
-    def everything(self) -> dict[str, object]:
-        """All weights and states, tensors as bytes and kind. Without refresh_seconds, which are a clock's."""
-        held = {}
-        for name, p in self.model.named_parameters():
-            held |= {f"{name}.{part}": t for part, t in (p.parts() if hasattr(p, "parts") else {"": p}).items()}
-        names = {p: name for name, p in self.model.named_parameters()}
-        states = self.optimizer.states() if hasattr(self.optimizer, "states") else self.optimizer.state
-        held |= {f"{names[p]}:{key}": value for p, state in states.items() for key, value in state.items()}
-        return {key: exactly(value) for key, value in held.items() if not key.endswith("refresh_seconds")}
-
-
-def exactly(value):
-    if not torch.is_tensor(value):
-        return value
-    data = value.detach().reshape(-1).view(torch.uint8).tolist()
-    return value.dtype, value.device, value.shape, value.stride(), data
-
 
 CASES = [
     (name, dtype, int8)
@@ -256,27 +186,12 @@ def test_the_optimizer_of_another_model_is_refused(tmp_path):
         restore_optimizer(training.optimizer, folder, names={training.model.lm_head.weight: "lm_head.weight"})
 
 
-class Bomb:
-    """Unpickled, it leaves a file behind."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
 @pytest.mark.parametrize("agreeing", [False, True])
 def test_a_pickle_in_the_place_of_tensors_is_refused_unread(agreeing, tmp_path):
     """Where the manifest knows nothing of it, and where the manifest was made to agree."""
     folder = write_checkpoint(tmp_path, Training().snapshot())
     crafted = pickle.dumps(Bomb(tmp_path / "exploded"))
-    (folder / "model.safetensors").write_bytes(crafted)
-    if agreeing:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        entry = {"bytes": len(crafted), "sha256": hashlib.sha256(crafted).hexdigest()}
-        manifest["files"]["model.safetensors"] = entry
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+    replace_file(folder, "model.safetensors", crafted, vouched=agreeing)
     with pytest.raises(UserError, match="not a safetensors file" if agreeing else "bytes where"):
         restore_model(Training().model, folder)
     assert not (tmp_path / "exploded").exists()

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from oracles import ORACLES
+from support.oracles import ORACLES
 
 from qgalore.low_rank_optimizer import LowRankOptimizer
 from qgalore.update_rules import RULES

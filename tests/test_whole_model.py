@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from ranks import run_distributed
+from support.ranks import run_distributed
 from torch import nn
 
 from qgalore.grad_sync import GradSync

@@ -1,4 +1,4 @@
-"""Runs of the main script, for tests."""
+"""Runs of the main script, in this process and in others, and what they record."""
 
 import json
 import os
@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+import torchrun_main
+
+ROOT = Path(__file__).parents[2]
 
 
 def record(save_dir: Path, event: str) -> list[dict]:
@@ -16,7 +18,13 @@ def record(save_dir: Path, event: str) -> list[dict]:
 
 
 def losses(save_dir: Path) -> list[float]:
+    """Of the updates, in their order."""
     return [line["loss"] for line in record(save_dir, "update")]
+
+
+def run(tiny, save_dir: Path, **flags: object) -> None:
+    """A short run on `tiny`, in this process, to its end."""
+    assert torchrun_main.command_line(tiny.flags(save_dir, **flags)) == 0
 
 
 def torchrun(

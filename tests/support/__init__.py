@@ -1,0 +1,1 @@
+"""What tests share: runs, models, data, oracles. Test files import from here, never from one another."""
