@@ -21,20 +21,17 @@ import torch
 from loguru import logger
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_pretraining import report
-from peft_pretraining.adapters import Adapters, reset_if_due
-from peft_pretraining.args import parse_args, schedule_of
-from peft_pretraining.checkpoint import CheckpointWriter, choose_save_dir, prepare_save_dir
-from peft_pretraining.dataloader import IGNORED, Batch, ValidationSet, train_batches
+from peft_pretraining.checkpoint.start import check_data, choose_start
+from peft_pretraining.checkpoint.writer import CheckpointWriter, choose_save_dir, prepare_save_dir
+from peft_pretraining.cli.args import parse_args, schedule_of
+from peft_pretraining.data.loader import IGNORED, Batch, ValidationSet, train_batches
+from peft_pretraining.data.sources import DocumentSource, open_documents
+from peft_pretraining.data.tokenizer import Tokenizer, check_fits, load_tokenizer
 from peft_pretraining.distributed import World, make_deterministic, use_threads
-from peft_pretraining.documents import DocumentSource, open_documents
 from peft_pretraining.errors import UserError
-from peft_pretraining.evaluate import evaluate, evaluate_only
-from peft_pretraining.hf_folder import save_model
-from peft_pretraining.interruption import BY_HAND, Interrupted, Interruption
-from peft_pretraining.loss import token_loss_sum
-from peft_pretraining.metrics import memory_bytes, open_metrics, set_up_log
-from peft_pretraining.model import (
+from peft_pretraining.export.folder import save_model
+from peft_pretraining.model.adapters import Adapters, reset_if_due
+from peft_pretraining.model.build import (
     DTYPES,
     check_compiler,
     meta_model,
@@ -42,17 +39,20 @@ from peft_pretraining.model import (
     read_config,
     resolve_dtype,
 )
-from peft_pretraining.recovery import begin, give_up, last_checkpoint, react, save
-from peft_pretraining.resume import check_data, choose_start
-from peft_pretraining.run import Run, State
+from peft_pretraining.model.loss import token_loss_sum
 from peft_pretraining.schedules import lr_ratio
-from peft_pretraining.tokenizer import Tokenizer, check_fits, load_tokenizer
+from peft_pretraining.training import report
+from peft_pretraining.training.evaluate import evaluate, evaluate_only
+from peft_pretraining.training.interruption import BY_HAND, Interrupted, Interruption
+from peft_pretraining.training.metrics import memory_bytes, open_metrics, set_up_log
+from peft_pretraining.training.run import Run, State
+from peft_pretraining.training.saving import begin, give_up, last_checkpoint, react, save
 from qgalore.factory import Recipe, Settings, create_optimizer, create_updates, find_recipe, set_lr
-from qgalore.grad_sync import GradSync
 from qgalore.memory import adamw_bytes, kept_bytes
 from qgalore.outcome import Outcome
 from qgalore.param_groups import split_parameters
 from qgalore.per_layer import PerLayerUpdates
+from qgalore.sync import GradSync
 from qgalore.whole_model import WholeModelUpdates
 
 

@@ -38,7 +38,7 @@ RUNS: dict[str, str] = {
     "lion per layer": "--optimizer lion_per_layer",
     "galore_adamw": f"--optimizer galore_adamw {LOW_RANK} --weight_decay 0.01",
     "galore_adamw, svd": f"--optimizer galore_adamw {LOW_RANK} --subspace svd",
-    "galore_adamw, svd, gap 12": f"--optimizer galore_adamw --rank 24 --update_proj_gap 12 --subspace svd",
+    "galore_adamw, svd, gap 12": "--optimizer galore_adamw --rank 24 --update_proj_gap 12 --subspace svd",
     "galore_adamw, keep": f"--optimizer galore_adamw {LOW_RANK} --moments_on_refresh keep",
     "galore_adamw, reset": f"--optimizer galore_adamw {LOW_RANK} --moments_on_refresh reset",
     "galore_adamw, lazy": f"--optimizer galore_adamw {LOW_RANK} --cos_threshold 0.1 --queue_size 1",
@@ -87,7 +87,16 @@ RUNS: dict[str, str] = {
     f"galore_adamw, two {TWO}": f"--optimizer galore_adamw {LOW_RANK}",
     f"q_galore per layer, two {TWO}": f"--optimizer q_galore_adamw8bit_per_layer {QUANT} --gradient_accumulation 2",
 }
-COMPARED = ("update", "loss", "grad_norm", "lr", "perplexity", "overlap", "reconstruction_error", "orthonormality_error")
+COMPARED = (
+    "update",
+    "loss",
+    "grad_norm",
+    "lr",
+    "perplexity",
+    "overlap",
+    "reconstruction_error",
+    "orthonormality_error",
+)
 EVENTS = ("update", "eval", "subspace_details")
 
 

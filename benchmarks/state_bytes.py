@@ -16,11 +16,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 from peft_pretraining.errors import UserError
-from peft_pretraining.model import build_model, meta_model, read_config, weight_quantizer
-from peft_pretraining.report import format_table
+from peft_pretraining.model.build import build_model, meta_model, read_config, weight_quantizer
+from peft_pretraining.training.report import format_table
 from qgalore.factory import Settings, create_optimizer, find_recipe
-from qgalore.low_rank_optimizer import LowRankOptimizer
 from qgalore.memory import kept_bytes
+from qgalore.optimizer import LowRankOptimizer
 from qgalore.param_groups import split_parameters
 
 RUNS = {  # title: optimizer, INT8 weights, INT4 bases

@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from torch import Tensor
 
-from qgalore.online_pca import pca_gradient
-from qgalore.subspace import exact_basis, iterate_basis, randomized_basis
+from qgalore.subspace.bases import exact_basis, iterate_basis, randomized_basis
+from qgalore.subspace.online_pca import pca_gradient
 
 Method = Callable[[], Tensor]
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from qgalore.grad_sync import GradSync
-from qgalore.low_rank_optimizer import LowRankOptimizer
 from qgalore.master_weights import MasterWeights
+from qgalore.optimizer import LowRankOptimizer
 from qgalore.param_groups import ParameterGroup
 from qgalore.per_layer import PerLayerUpdates
-from qgalore.projectors import LEARNERS
-from qgalore.update_rules import RULES
+from qgalore.rules.rules import RULES
+from qgalore.subspace.projector import LEARNERS
+from qgalore.sync import GradSync
 from qgalore.whole_model import WholeModelUpdates
 
 

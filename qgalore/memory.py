@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from qgalore.projectors import is_basis
+from qgalore.subspace.projector import is_basis
 
 KINDS = ("weights", "scales", "bases", "moments", "accumulators")
 

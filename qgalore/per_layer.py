@@ -13,7 +13,7 @@ The clock is the update: schedules, refreshes and bias corrections count updates
 import torch
 from torch import Tensor
 
-from qgalore.low_rank_optimizer import LowRankOptimizer
+from qgalore.optimizer import LowRankOptimizer
 from qgalore.outcome import Outcome
 
 

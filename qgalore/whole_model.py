@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
-from qgalore.grad_sync import GradSync
-from qgalore.low_rank_optimizer import LowRankOptimizer
+from qgalore.optimizer import LowRankOptimizer
 from qgalore.outcome import Outcome
+from qgalore.sync import GradSync
 
 
 class WholeModelUpdates:

@@ -9,11 +9,11 @@ from support.runs import losses, record, torchrun
 from transformers import LlamaConfig
 
 import torchrun_main
-from peft_pretraining.adapters import KINDS
+from peft_pretraining.checkpoint.weights import load_initial_weights
 from peft_pretraining.errors import UserError
-from peft_pretraining.hf_export import export
-from peft_pretraining.initial_weights import load_initial_weights
-from peft_pretraining.model import meta_model
+from peft_pretraining.export.__main__ import export
+from peft_pretraining.model.adapters import KINDS
+from peft_pretraining.model.build import meta_model
 
 
 @pytest.mark.parametrize("when, reset_every", [("after", 3), ("at", 4), ("before", 5)])

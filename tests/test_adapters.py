@@ -11,17 +11,17 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from peft_pretraining.adapters import KINDS, Adapters, base_parameters, is_factor, reset
+from peft_pretraining.checkpoint.snapshot import restore_model
 from peft_pretraining.errors import UserError
-from peft_pretraining.hf_export import export
-from peft_pretraining.loss import token_loss_sum
-from peft_pretraining.model import build_model, meta_model
-from peft_pretraining.training_state import restore_model
+from peft_pretraining.export.__main__ import export
+from peft_pretraining.model.adapters import KINDS, Adapters, base_parameters, is_factor, reset
+from peft_pretraining.model.build import build_model, meta_model
+from peft_pretraining.model.loss import token_loss_sum
 from qgalore.factory import OPTIMIZERS, Settings, create_optimizer, create_updates
-from qgalore.grad_sync import GradSync
 from qgalore.master_weights import MasterWeights
 from qgalore.memory import kept_bytes
 from qgalore.param_groups import frozen_parameters, split_parameters
+from qgalore.sync import GradSync
 
 IDS = torch.randint(0, 64, (6, 4, 17), generator=torch.Generator().manual_seed(1))
 
@@ -211,7 +211,7 @@ def test_the_exported_model_computes_what_the_adapters_do(tmp_path, adapters, dt
 
 
 def test_an_export_that_forgets_the_adapters_is_found_out(tmp_path, monkeypatch):
-    from peft_pretraining.hf_export import NotTheSameModel
+    from peft_pretraining.export.__main__ import NotTheSameModel
 
     live = build(LORA)
     train(live, updates_of(live, "adamw"), count=6)
@@ -243,7 +243,7 @@ def test_what_adapters_keep_is_counted():
 @pytest.mark.slow
 @pytest.mark.parametrize("adapters", [LORA, LOW_RANK], ids=lambda adapters: adapters.kind)
 def test_compiled_layers_compute_what_eager_ones_do(adapters):
-    from peft_pretraining.model import compile_layers
+    from peft_pretraining.model.build import compile_layers
 
     eager, compiled = build(adapters), build(adapters)
     compile_layers(compiled)

@@ -3,9 +3,9 @@ import re
 import pytest
 from support.command_line import flags_refusal, parse
 
-from peft_pretraining.args import parse_args, schedule_of
+from peft_pretraining.cli.args import parse_args, schedule_of
+from peft_pretraining.cli.flags import FLAGS, parse_count
 from peft_pretraining.errors import UserError
-from peft_pretraining.flags import FLAGS, parse_count
 
 # Every flag of the three reference scripts.
 REFERENCE = """

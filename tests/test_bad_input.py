@@ -85,12 +85,12 @@ def test_a_folder_that_cannot_be_written(tiny, tmp_path, capsys, save_dir):
 
 
 def test_bfloat16_on_a_device_without_it(tiny, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("peft_pretraining.model.native_bfloat16", lambda device: False)
+    monkeypatch.setattr("peft_pretraining.model.build.native_bfloat16", lambda device: False)
     assert "Use --dtype float32" in refusal(tiny.flags(tmp_path / "out", dtype="bfloat16"), capsys)
 
 
 def test_compiling_without_a_compiler(tiny, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("peft_pretraining.model.shutil.which", lambda name: None)
+    monkeypatch.setattr("peft_pretraining.model.build.shutil.which", lambda name: None)
     assert "--compile needs a C++ compiler" in refusal(tiny.flags(tmp_path / "out", compile=True), capsys)
 
 

@@ -10,12 +10,12 @@ from support.models import Model, batches, loss_of
 from support.ranks import run_distributed
 from torch import nn
 
-from peft_pretraining.loss import head_loss_sum
+from peft_pretraining.model.loss import head_loss_sum
 from qgalore.factory import Settings, create_optimizer, create_updates
-from qgalore.grad_sync import GradSync
 from qgalore.param_groups import split_parameters
 from qgalore.per_layer import PerLayerUpdates
-from qgalore.quantize_model import quantize_linear_layers
+from qgalore.storage.convert import quantize_linear_layers
+from qgalore.sync import GradSync
 from qgalore.whole_model import WholeModelUpdates
 
 WHOLE = ("adam", "adamw", "sgd", "adafactor", "adamw8bit", "galore_adamw", "q_galore_adamw8bit")

@@ -6,9 +6,9 @@ import pytest
 import torch
 from support.gradients import relative_error
 
-from qgalore import blockwise_state
-from qgalore.blockwise_state import create_moment, dequantize_state, dynamic_map, open_moment, quantize_state
-from qgalore.quantize import mix_seed
+from qgalore.storage import dynamic8 as blockwise_state
+from qgalore.storage.affine import mix_seed
+from qgalore.storage.dynamic8 import create_moment, dequantize_state, dynamic_map, open_moment, quantize_state
 
 BOTH = pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
 

@@ -9,9 +9,9 @@ from collections import namedtuple
 import pytest
 from support.checkpoints import fail_at, logged, names, saved_updates, snapshot
 
-from peft_pretraining import checkpoint as checkpoint_module
-from peft_pretraining.checkpoint import CheckpointWriter
-from peft_pretraining.checkpoint_files import complete_checkpoints, write_checkpoint
+from peft_pretraining.checkpoint import writer as checkpoint_module
+from peft_pretraining.checkpoint.files import complete_checkpoints, write_checkpoint
+from peft_pretraining.checkpoint.writer import CheckpointWriter
 
 NO_SPACE = os.strerror(errno.ENOSPC)
 

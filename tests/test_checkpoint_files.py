@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from support.checkpoints import fail_at, logged, names, saved_updates, snapshot
 
-from peft_pretraining.checkpoint_files import (
+from peft_pretraining.checkpoint.files import (
     FILES,
     complete_checkpoints,
     find_checkpoint,
@@ -74,7 +74,7 @@ SAVING_WITHOUT_END = """
 import sys
 from pathlib import Path
 from support.checkpoints import snapshot
-from peft_pretraining.checkpoint_files import prune, write_checkpoint
+from peft_pretraining.checkpoint.files import prune, write_checkpoint
 
 save_dir, update = Path(sys.argv[1]), int(sys.argv[2])
 while True:

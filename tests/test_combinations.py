@@ -12,15 +12,15 @@ from support.runs import record
 from support.training import Training
 
 import torchrun_main
-from peft_pretraining.checkpoint_files import write_checkpoint
+from peft_pretraining.checkpoint.files import write_checkpoint
 from qgalore.factory import OPTIMIZERS, Settings, create_optimizer, create_updates
-from qgalore.grad_sync import GradSync
-from qgalore.low_rank_optimizer import LowRankOptimizer
 from qgalore.memory import kept_bytes
+from qgalore.optimizer import LowRankOptimizer
 from qgalore.param_groups import split_parameters
 from qgalore.per_layer import PerLayerUpdates
-from qgalore.projectors import LEARNERS, PROJ_TYPES
-from qgalore.residual import RESIDUALS
+from qgalore.rules.lifts import RESIDUALS
+from qgalore.subspace.projector import LEARNERS, PROJ_TYPES
+from qgalore.sync import GradSync
 
 RANK, GAP, LR, DECAY, SCALE, REG = 3, 10, 0.02, 0.1, 0.25, 0.1
 RULES = ("adam", "lion", "adafactor")

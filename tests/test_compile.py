@@ -15,15 +15,15 @@ from torch._dynamo.utils import counters
 from transformers import LlamaConfig
 
 import torchrun_main
-from peft_pretraining.loss import token_loss_sum
-from peft_pretraining.model import build_model, compile_layers
+from peft_pretraining.model.build import build_model, compile_layers
+from peft_pretraining.model.loss import token_loss_sum
 from qgalore.factory import Settings, create_optimizer, create_updates
-from qgalore.grad_sync import GradSync
-from qgalore.int8_weight import Int8Weight, SimulatedInt8Weight
-from qgalore.low_rank_optimizer import LowRankOptimizer
+from qgalore.optimizer import LowRankOptimizer
 from qgalore.param_groups import split_parameters
-from qgalore.quantize import mix_seed, random_bits, seed_tensors, unpack_nibbles
-from qgalore.quantize_model import quantize_module_weight
+from qgalore.storage.affine import mix_seed, random_bits, seed_tensors, unpack_nibbles
+from qgalore.storage.convert import quantize_module_weight
+from qgalore.storage.int8_weight import Int8Weight, SimulatedInt8Weight
+from qgalore.sync import GradSync
 
 GALORE = dict(optimizer="galore_adamw")
 Q_GALORE = dict(optimizer="q_galore_adamw8bit_per_layer", int8=True, proj_bits=4, accumulation=2)

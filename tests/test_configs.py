@@ -3,7 +3,7 @@
 import pytest
 from support.runs import ROOT
 
-from peft_pretraining.model import meta_model, read_config
+from peft_pretraining.model.build import meta_model, read_config
 
 CONFIGS = ROOT / "configs"
 SHAPES = {  # hidden, intermediate, layers, heads, vocabulary, longest sequence

@@ -12,13 +12,15 @@ import pytest
 import torch
 from support.batches import rows, take
 
-from peft_pretraining import data_position, document_order, packing
-from peft_pretraining.data_position import Layout, Position, Progress, owner, resume_progress
-from peft_pretraining.dataloader import Batch, train_batches
-from peft_pretraining.document_order import Document, OrderedDocuments
-from peft_pretraining.documents import LocalDocuments
+from peft_pretraining.data import order as document_order
+from peft_pretraining.data import packing
+from peft_pretraining.data import position as data_position
+from peft_pretraining.data.hub import HubDocuments
+from peft_pretraining.data.loader import Batch, train_batches
+from peft_pretraining.data.order import Document, OrderedDocuments
+from peft_pretraining.data.position import Layout, Position, Progress, owner, resume_progress
+from peft_pretraining.data.sources import LocalDocuments
 from peft_pretraining.errors import UserError
-from peft_pretraining.hub_stream import HubDocuments
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 

@@ -15,11 +15,12 @@ import torch
 from support.batches import TOKENIZER, ByteTokenizer, documents, local, rows, take
 from support.runs import ROOT
 
-from peft_pretraining import dataloader, packing, records
-from peft_pretraining.dataloader import IGNORED, Batch, ValidationSet, train_batches
-from peft_pretraining.documents import LocalDocuments
+from peft_pretraining.data import loader as dataloader
+from peft_pretraining.data import packing, records
+from peft_pretraining.data.hub import HubDocuments
+from peft_pretraining.data.loader import IGNORED, Batch, ValidationSet, train_batches
+from peft_pretraining.data.sources import LocalDocuments
 from peft_pretraining.errors import UserError
-from peft_pretraining.hub_stream import HubDocuments
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -228,8 +229,8 @@ sys.path.insert(0, "tests")
 import multiprocessing
 from pathlib import Path
 from support.batches import TOKENIZER
-from peft_pretraining.dataloader import train_batches
-from peft_pretraining.documents import LocalDocuments
+from peft_pretraining.data.loader import train_batches
+from peft_pretraining.data.sources import LocalDocuments
 source = LocalDocuments([Path({str(tmp_path / "a.jsonl")!r})], name="", seed=0, shuffle=True)
 batches = train_batches(source, TOKENIZER, batch_size=2, max_length=8, packing="concat", workers={workers})
 for _ in range(3):

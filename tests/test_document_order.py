@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import pytest
 
-from peft_pretraining import document_order
-from peft_pretraining.document_order import Document, OrderedDocuments
+from peft_pretraining.data import order as document_order
+from peft_pretraining.data.order import Document, OrderedDocuments
 
 SIZES = (30, 3, 0, 120, 1, 46)  # records of each file
 

@@ -9,8 +9,8 @@ import pytest
 from support.documents import error_of, read, texts, write_jsonl
 from support.runs import ROOT
 
-from peft_pretraining import documents
-from peft_pretraining.documents import HELD_OUT, LocalDocuments, find_files, open_documents, split_of
+from peft_pretraining.data import sources as documents
+from peft_pretraining.data.sources import HELD_OUT, LocalDocuments, find_files, open_documents, split_of
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_readers_that_outnumber_documents_each_get_some(tmp_path: Path) -> None:
 
 
 def test_pydocs_has_both_splits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from peft_pretraining import pydocs
+    from peft_pretraining.data import pydocs
 
     monkeypatch.setattr(pydocs, "pydocs_files", lambda split: [write_jsonl(tmp_path / f"{split}.jsonl.gz", [split])])
     for split in ("train", "validation"):
@@ -129,7 +129,7 @@ def test_local_files_need_neither_datasets_nor_pyarrow(tmp_path: Path) -> None:
     script = f"""
 import sys
 sys.modules["datasets"] = sys.modules["pyarrow"] = sys.modules["huggingface_hub"] = None
-from peft_pretraining.documents import open_documents
+from peft_pretraining.data.sources import open_documents
 from peft_pretraining.errors import UserError
 source = open_documents({str(tmp_path)!r}, split="train", seed=0, validation="unused")
 print(len(list(source.read(epoch=0, reader=0, readers=1))))

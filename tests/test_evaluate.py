@@ -9,9 +9,9 @@ from torch import nn
 from transformers import LlamaConfig
 
 from peft_pretraining.errors import UserError
-from peft_pretraining.evaluate import evaluate, perplexity
-from peft_pretraining.loss import IGNORED
-from peft_pretraining.model import build_model
+from peft_pretraining.model.build import build_model
+from peft_pretraining.model.loss import IGNORED
+from peft_pretraining.training.evaluate import evaluate, perplexity
 
 BIGRAMS = torch.tensor([[0.5, 0.25, 0.25], [0.125, 0.75, 0.125], [0.9, 0.05, 0.05]])
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from peft_pretraining import hub_stream
-from peft_pretraining.documents import open_documents
-from peft_pretraining.fingerprint import EDGE, describe_change, fingerprint_files
-from peft_pretraining.hub_stream import HubDocuments
+from peft_pretraining.data import hub as hub_stream
+from peft_pretraining.data.fingerprint import EDGE, describe_change, fingerprint_files
+from peft_pretraining.data.hub import HubDocuments
+from peft_pretraining.data.sources import open_documents
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@ import pytest
 import torch
 from support.ranks import run_distributed
 
-from qgalore.grad_sync import GradSync
-from qgalore.low_rank_optimizer import LowRankOptimizer
+from qgalore.optimizer import LowRankOptimizer
+from qgalore.sync import GradSync
 
 
 def train(*, rank: int, ranks: int, at_rank_size: bool) -> dict[str, torch.Tensor]:

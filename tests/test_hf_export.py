@@ -14,15 +14,15 @@ from support.runs import shell
 from support.tokenizers import train_sentencepiece
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from peft_pretraining import hf_folder
-from peft_pretraining.hf_export import command_line, export
-from peft_pretraining.loss import token_loss_sum
-from peft_pretraining.model import build_model
-from peft_pretraining.tokenizer import load_tokenizer
+from peft_pretraining.data.tokenizer import load_tokenizer
+from peft_pretraining.export import folder as hf_folder
+from peft_pretraining.export.__main__ import command_line, export
+from peft_pretraining.model.build import build_model
+from peft_pretraining.model.loss import token_loss_sum
 from qgalore.factory import Settings, create_optimizer, create_updates
-from qgalore.grad_sync import GradSync
-from qgalore.int8_weight import Int8Weight
 from qgalore.param_groups import split_parameters
+from qgalore.storage.int8_weight import Int8Weight
+from qgalore.sync import GradSync
 
 SIZES = dict(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

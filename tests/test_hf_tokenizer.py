@@ -7,9 +7,9 @@ import pytest
 from support.tokenizers import make_bpe_folder, make_unigram_folder, train_sentencepiece
 from transformers import AutoTokenizer, LlamaConfig
 
+from peft_pretraining.data.tokenizer import load_tokenizer
 from peft_pretraining.errors import UserError
-from peft_pretraining.hf_tokenizer import save_tokenizer, to_transformers
-from peft_pretraining.tokenizer import load_tokenizer
+from peft_pretraining.export.tokenizer import save_tokenizer, to_transformers
 
 UNIGRAM = {"model_type": "unigram", "vocab_size": 20}
 

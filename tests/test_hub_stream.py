@@ -12,9 +12,9 @@ from functools import partial
 import pytest
 from support.runs import ROOT
 
-from peft_pretraining import hub_stream
+from peft_pretraining.data import hub as hub_stream
+from peft_pretraining.data.hub import HubDocuments, is_transient, resilient, seconds_to_wait
 from peft_pretraining.errors import UserError
-from peft_pretraining.hub_stream import HubDocuments, is_transient, resilient, seconds_to_wait
 
 datasets = pytest.importorskip("datasets")
 
@@ -190,7 +190,7 @@ def test_waits_double_and_honour_retry_after() -> None:
 def test_unreachable_hub_fails_in_seconds_with_advice(environment: dict[str, str]) -> None:
     script = """
 import time
-from peft_pretraining.documents import open_documents
+from peft_pretraining.data.sources import open_documents
 from peft_pretraining.errors import UserError
 source = open_documents("c4", split="train", seed=0)
 start = time.monotonic()

@@ -10,16 +10,16 @@ from support.checkpointed_models import quantize, values, write_checkpoint
 from support.command_line import message_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_pretraining.errors import UserError
-from peft_pretraining.initial_weights import (
+from peft_pretraining.checkpoint.weights import (
     is_checkpoint,
     is_transformers_folder,
     load_initial_weights,
     load_weights,
 )
-from peft_pretraining.loss import token_loss_sum
-from peft_pretraining.model import build_model, read_config
-from qgalore.int8_weight import Int8Weight, SimulatedInt8Weight
+from peft_pretraining.errors import UserError
+from peft_pretraining.model.build import build_model, read_config
+from peft_pretraining.model.loss import token_loss_sum
+from qgalore.storage.int8_weight import Int8Weight, SimulatedInt8Weight
 
 SIZES = dict(
     vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, use_cache=False

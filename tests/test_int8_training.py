@@ -7,8 +7,8 @@ import torch
 from support.int8_models import gradients_of, quantized_mlp, tiny_llama
 from torch.utils.checkpoint import checkpoint
 
-from qgalore.low_rank_optimizer import LowRankOptimizer
-from qgalore.quantize import store_weight
+from qgalore.optimizer import LowRankOptimizer
+from qgalore.storage.affine import store_weight
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

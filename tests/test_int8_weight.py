@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from support.int8_models import mlp, quantized_mlp
 from torch import nn
 
-from qgalore.int8_weight import Int8Weight, SimulatedInt8Weight
-from qgalore.quantize import mix_seed, store_weight
-from qgalore.quantize_model import quantize_linear_layers, quantize_module_weight
+from qgalore.storage.affine import mix_seed, store_weight
+from qgalore.storage.convert import quantize_linear_layers, quantize_module_weight
+from qgalore.storage.int8_weight import Int8Weight, SimulatedInt8Weight
 
 KINDS = [Int8Weight, SimulatedInt8Weight]
 

@@ -13,7 +13,7 @@ import pytest
 from support.resumed_runs import INT8, LOW_RANK, digests
 from support.runs import ROOT, record, run, shell, torchrun
 
-from peft_pretraining.checkpoint_files import complete_checkpoints, verify
+from peft_pretraining.checkpoint.files import complete_checkpoints, verify
 
 FLAGS = dict(optimizer="q_galore_adamw8bit_per_layer", batch_size=2, total_batch_size=4, workers=1, save_every=5)
 FLAGS |= dict(resume="auto", eval_every=50, **LOW_RANK, **INT8)

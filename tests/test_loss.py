@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 
-from peft_pretraining.loss import IGNORED, head_loss_sum, rows_per_chunk, token_loss_sum
-from peft_pretraining.model import build_model
+from peft_pretraining.model.build import build_model
+from peft_pretraining.model.loss import IGNORED, head_loss_sum, rows_per_chunk, token_loss_sum
 
 ROWS, HIDDEN, VOCAB = 50, 12, 37
 
@@ -124,7 +124,7 @@ def token_batch(model, rows=4, length=64):
 
 def test_logits_never_exist_whole(monkeypatch):
     """Chunks of 64 rows: no output of any operation reaches rows x vocab elements, in forward or backward."""
-    monkeypatch.setattr("peft_pretraining.loss.CHUNK_ELEMENTS", 64 * 512)
+    monkeypatch.setattr("peft_pretraining.model.loss.CHUNK_ELEMENTS", 64 * 512)
     model = tiny_model()
     input_ids, targets = token_batch(model)
     with LargestTensor() as chunked:

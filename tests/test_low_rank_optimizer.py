@@ -10,9 +10,9 @@ import torch
 from support.gradients import SHAPES, gradients, largest_difference, parameters
 from support.oracles import Adam, GaLore
 
-from qgalore.low_rank_optimizer import LowRankOptimizer
-from qgalore.moments import MOMENT_POLICIES
-from qgalore.projectors import SIDE_TYPES
+from qgalore.optimizer import LowRankOptimizer
+from qgalore.rules.moments import MOMENT_POLICIES
+from qgalore.subspace.projector import SIDE_TYPES
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.8, 0.95)])

@@ -7,14 +7,14 @@ import torch
 from support.memory import LiveBytes
 from support.runs import ROOT, shell
 
-from peft_pretraining.loss import token_loss_sum
-from peft_pretraining.model import build_model, meta_model, read_config, weight_quantizer
+from peft_pretraining.model.build import build_model, meta_model, read_config, weight_quantizer
+from peft_pretraining.model.loss import token_loss_sum
 from qgalore.factory import Settings, create_optimizer, create_updates
-from qgalore.grad_sync import GradSync
-from qgalore.int8_weight import Int8Weight
 from qgalore.memory import kept_bytes
 from qgalore.param_groups import split_parameters
-from qgalore.quantize_model import quantize_linear_layers
+from qgalore.storage.convert import quantize_linear_layers
+from qgalore.storage.int8_weight import Int8Weight
+from qgalore.sync import GradSync
 
 CONFIG = ROOT / "configs" / "llama_60m.json"
 SETTINGS = Settings(lr=0.001, rank=128, proj_bits=4, cos_threshold=0.6, update_proj_gap=2)

@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_pretraining import model as model_module
 from peft_pretraining.errors import UserError
-from peft_pretraining.loss import token_loss_sum
-from peft_pretraining.model import build_model, meta_model, native_bfloat16, read_config, resolve_dtype
+from peft_pretraining.model import build as model_module
+from peft_pretraining.model.build import build_model, meta_model, native_bfloat16, read_config, resolve_dtype
+from peft_pretraining.model.loss import token_loss_sum
 
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
 # As in the files of the reference repositories.

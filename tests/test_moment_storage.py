@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.gradients import relative_error
 
-from qgalore.blockwise_state import create_moment, open_moment, quantize_state
+from qgalore.storage.dynamic8 import create_moment, open_moment, quantize_state
 
 
 def test_a_moment_of_8_bits_takes_a_quarter_of_the_bytes():

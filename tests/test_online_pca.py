@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from qgalore.low_rank_optimizer import LowRankOptimizer
-from qgalore.online_pca import pca_gradient
-from qgalore.projectors import LEARNERS
-from qgalore.quantize import read_weight
-from qgalore.subspace import orthonormalize
+from qgalore.optimizer import LowRankOptimizer
+from qgalore.storage.affine import read_weight
+from qgalore.subspace.bases import orthonormalize
+from qgalore.subspace.online_pca import pca_gradient
+from qgalore.subspace.projector import LEARNERS
 
 RANK = 4
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from qgalore.packed_int4 import PackedBasis, pack_basis, unpack_basis
+from qgalore.storage.packed_basis import PackedBasis, pack_basis, unpack_basis
 
 
 def orthonormal(m: int, r: int) -> torch.Tensor:

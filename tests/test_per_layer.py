@@ -8,10 +8,10 @@ from support.gradients import largest_difference
 from support.models import Model, batches, loss_of
 
 from qgalore.factory import Settings, create_optimizer
-from qgalore.grad_sync import GradSync
-from qgalore.low_rank_optimizer import LowRankOptimizer
+from qgalore.optimizer import LowRankOptimizer
 from qgalore.param_groups import split_parameters
 from qgalore.per_layer import PerLayerUpdates
+from qgalore.sync import GradSync
 from qgalore.whole_model import WholeModelUpdates
 
 

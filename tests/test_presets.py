@@ -8,9 +8,9 @@ from compare import METHODS, RECOMMENDED
 from support.command_line import flags_refusal
 from support.runs import ROOT
 
-from peft_pretraining.args import parse_args
-from peft_pretraining.flags import defaults
-from peft_pretraining.presets import FOLDER, load_preset, preset_names
+from peft_pretraining.cli.args import parse_args
+from peft_pretraining.cli.flags import defaults
+from peft_pretraining.cli.presets import FOLDER, load_preset, preset_names
 
 PERPLEXITY = {  # Zhang et al. 2024, table 1, on C4
     "galore": {"60m": 34.88, "130m": 25.36, "350m": 18.95, "1b": 15.64, "7b": None},
@@ -77,7 +77,7 @@ def test_a_preset_with_an_unknown_flag_is_refused(tmp_path, monkeypatch):
     content = json.loads((FOLDER / "galore_60m.json").read_text())
     content["flags"]["rnak"] = 4
     (tmp_path / "own.json").write_text(json.dumps(content))
-    monkeypatch.setattr("peft_pretraining.presets.FOLDER", tmp_path)
+    monkeypatch.setattr("peft_pretraining.cli.presets.FOLDER", tmp_path)
     assert "own.json: there is no flag --rnak" in flags_refusal("--preset", "own")
 
 

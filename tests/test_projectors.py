@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from qgalore.projectors import SIDE_TYPES, Projector, Refresh, projection_sides
-from qgalore.subspace import orthonormalize
-from qgalore.subspace_schedule import RefreshSchedule
+from qgalore.subspace.bases import orthonormalize
+from qgalore.subspace.projector import SIDE_TYPES, Projector, Refresh, projection_sides
+from qgalore.subspace.schedule import RefreshSchedule
 
 
 def projector(shape, *, proj_type="std", rank=4, gap=3, method="iterate") -> Projector:
@@ -117,7 +117,7 @@ def test_a_factorization_that_fails_leaves_the_old_basis(monkeypatch):
     def fail(*args, **kwargs):
         raise torch.linalg.LinAlgError("the algorithm failed to converge")
 
-    monkeypatch.setattr("qgalore.projectors.iterate_basis", fail)
+    monkeypatch.setattr("qgalore.subspace.projector.iterate_basis", fail)
     with pytest.warns(UserWarning, match="no convergence"):
         p.prepare(torch.randn(8, 12), state, step=2)
     assert torch.equal(state["left"], old)

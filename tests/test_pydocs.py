@@ -14,7 +14,7 @@ import pytest
 import sentencepiece
 from support.runs import ROOT
 
-from peft_pretraining import pydocs
+from peft_pretraining.data import pydocs
 from peft_pretraining.errors import UserError
 
 VOCAB_SIZE = 350  # what so small a corpus can fill: 256 bytes, the letters, a few dozen merges
@@ -128,7 +128,7 @@ def test_nothing_is_imported(tree: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_finding_the_packages_does_not_import_them() -> None:
-    code = "import sys; from peft_pretraining import pydocs; print(*pydocs.source_roots()); print(*sys.modules)"
+    code = "import sys; from peft_pretraining.data import pydocs; print(*pydocs.source_roots()); print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     roots, modules = run.stdout.splitlines()
     assert "torch" in roots.split()

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from qgalore import quantize
-from qgalore.quantize import (
+from qgalore.storage import affine as quantize
+from qgalore.storage.affine import (
     check_finite,
     dequantize_groups,
     group_size_for,

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from support.documents import error_of, read, skipped, texts, write_jsonl
 
-from peft_pretraining import records
-from peft_pretraining.document_order import Skipped
-from peft_pretraining.documents import LocalDocuments, open_documents
+from peft_pretraining.data import records
+from peft_pretraining.data.order import Skipped
+from peft_pretraining.data.sources import LocalDocuments, open_documents
 from peft_pretraining.errors import UserError
 
 

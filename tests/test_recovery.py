@@ -10,8 +10,8 @@ from support.command_line import refusal
 from support.runs import losses, record
 
 import torchrun_main
-from peft_pretraining.health import FEWEST, Health, is_spike
-from peft_pretraining.metrics import Metrics
+from peft_pretraining.training.health import FEWEST, Health, is_spike
+from peft_pretraining.training.metrics import Metrics
 
 LOSS = torchrun_main.token_loss_sum
 
@@ -151,7 +151,7 @@ def test_a_shard_that_disappears_ends_the_run_after_saving_it(tiny, tmp_path, ca
     (data / "en" / "c4-train.99999.jsonl").unlink()
     shard = data / "en" / "c4-train.00001-of-00002.json.gz"
     step = torchrun_main.train_step
-    monkeypatch.setattr("peft_pretraining.records.RETRY_WAITS", (0.0,))
+    monkeypatch.setattr("peft_pretraining.data.records.RETRY_WAITS", (0.0,))
 
     def losing_a_shard(run):
         step(run)
@@ -171,11 +171,11 @@ def test_a_shard_that_disappears_ends_the_run_after_saving_it(tiny, tmp_path, ca
 
 def test_a_full_disk_stops_no_run(tiny, tmp_path, capsys, monkeypatch):
     """Every save after the first fails: each says so, the first checkpoint stays, the run ends as it should."""
-    from peft_pretraining import checkpoint_files
+    from peft_pretraining.checkpoint import files as checkpoint_files
 
     write = checkpoint_files._write_file
     monkeypatch.setattr(
-        "peft_pretraining.checkpoint_files._write_file",
+        "peft_pretraining.checkpoint.files._write_file",
         lambda path, content: write(path, content) if "00000002" in str(path) else no_space(),
     )
     assert torchrun_main.command_line(tiny.flags(tmp_path, save_every=2)) == 0

@@ -8,7 +8,7 @@ from support.gradients import gradients, largest_difference, parameters
 from support.memory import LiveBytes
 from support.oracles import Adam
 
-from qgalore.low_rank_optimizer import LowRankOptimizer
+from qgalore.optimizer import LowRankOptimizer
 
 RANK, LR, SCALE = 3, 0.02, 0.25
 

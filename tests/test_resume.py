@@ -14,7 +14,7 @@ from support.resumed_runs import INT8, LOW_RANK, assert_halves_make_a_whole, che
 from support.runs import ROOT, losses, record, run, torchrun
 
 import torchrun_main
-from peft_pretraining.resume import HARMLESS
+from peft_pretraining.checkpoint.start import HARMLESS
 from qgalore.factory import OPTIMIZERS
 
 
@@ -59,7 +59,7 @@ def test_every_way_to_train(tiny, tmp_path, flags):
 @pytest.mark.parametrize("optimizer", ["adamw", "galore_adamw", "q_galore_adamw8bit_per_layer"])
 def test_bfloat16(tiny, tmp_path, optimizer, monkeypatch):
     """Master weights of torch's optimizers are in the checkpoint; ours round stochastically by the update's number."""
-    monkeypatch.setattr("peft_pretraining.model.native_bfloat16", lambda device: True)  # slow elsewhere, but right
+    monkeypatch.setattr("peft_pretraining.model.build.native_bfloat16", lambda device: True)  # slow, but right
     low_rank = LOW_RANK if "galore" in optimizer else {}
     int8 = INT8 if optimizer.startswith("q_galore") else {}
     assert_halves_make_a_whole(tiny, tmp_path, optimizer=optimizer, dtype="bfloat16", **low_rank, **int8)
@@ -181,7 +181,7 @@ def test_nothing_to_go_on_from(tiny, tmp_path, capsys, path, message):
 
 
 def test_harmless_flags_exist():
-    from peft_pretraining.flags import defaults
+    from peft_pretraining.cli.flags import defaults
 
     assert defaults().keys() | {"ignored"} >= HARMLESS
 

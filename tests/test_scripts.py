@@ -7,7 +7,7 @@ import sys
 import pytest
 from support.runs import ROOT, record, shell
 
-from peft_pretraining.args import parse_args
+from peft_pretraining.cli.args import parse_args
 
 PRETRAIN = sorted((ROOT / "scripts" / "pretrain_c4").glob("*.sh"))
 PUBLISHED = {  # Zhao et al. 2024, table 2 and its scripts: rank, lr, updates, warm-up, gap

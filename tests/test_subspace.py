@@ -2,7 +2,7 @@ import pytest
 import torch
 from support.runs import shell
 
-from qgalore.subspace import align, exact_basis, iterate_basis, orthonormalize, randomized_basis, turn_towards
+from qgalore.subspace.bases import align, exact_basis, iterate_basis, orthonormalize, randomized_basis, turn_towards
 
 SHAPES = [(40, 64), (64, 40), (48, 48)]
 

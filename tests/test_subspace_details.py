@@ -10,13 +10,13 @@ from support.runs import losses, record
 
 import torchrun_main
 from qgalore.factory import Settings, create_optimizer, create_updates
-from qgalore.grad_sync import GradSync
-from qgalore.low_rank_optimizer import LowRankOptimizer
-from qgalore.packed_int4 import PackedBasis, unpack_basis
+from qgalore.optimizer import LowRankOptimizer
 from qgalore.param_groups import split_parameters
 from qgalore.per_layer import PerLayerUpdates
-from qgalore.projectors import LEARNERS, PROJ_TYPES
-from qgalore.subspace_details import Stopwatch, measuring_period, orthonormality_error, overlap, reconstruction_error
+from qgalore.storage.packed_basis import PackedBasis, unpack_basis
+from qgalore.subspace.probe import Stopwatch, measuring_period, orthonormality_error, overlap, reconstruction_error
+from qgalore.subspace.projector import LEARNERS, PROJ_TYPES
+from qgalore.sync import GradSync
 
 RANK, SHAPES = 4, [(10, 16), (16, 10), (12, 12)]
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from qgalore.low_rank_optimizer import LowRankOptimizer
-from qgalore.subspace_schedule import MAX_GROWTH, RefreshSchedule, staggered_offset
+from qgalore.optimizer import LowRankOptimizer
+from qgalore.subspace.schedule import MAX_GROWTH, RefreshSchedule, staggered_offset
 
 
 def refreshes(schedule: RefreshSchedule, overlaps, *, updates: int) -> list[int]:

@@ -12,9 +12,9 @@ from support.command_line import message_of
 from support.runs import ROOT
 from support.tokenizers import make_bpe_folder, make_unigram_folder, train_sentencepiece
 
-from peft_pretraining import tokenizer as tokenizer_module
+from peft_pretraining.data import tokenizer as tokenizer_module
+from peft_pretraining.data.tokenizer import SentencePieceTokenizer, Tokenizer, check_fits, load_tokenizer
 from peft_pretraining.errors import UserError
-from peft_pretraining.tokenizer import SentencePieceTokenizer, Tokenizer, check_fits, load_tokenizer
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"  # a commit of a made-up hub repository
 TEXTS = ["the cat sat on the mat", "", "the dog <extra_id_0> and</s>the cat<pad>"]
@@ -65,7 +65,7 @@ def test_without_eos_is_refused(tmp_path: Path) -> None:
 
 def test_pydocs_names_the_model_of_the_embedded_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = train_sentencepiece(tmp_path / "tokenizer.model")
-    monkeypatch.setattr("peft_pretraining.pydocs.pydocs_tokenizer_model", lambda: path)
+    monkeypatch.setattr("peft_pretraining.data.pydocs.pydocs_tokenizer_model", lambda: path)
     tokenizer = load_tokenizer("pydocs")
     assert (tokenizer.name, tokenizer.vocab_size) == ("pydocs", 40)
 
@@ -182,7 +182,7 @@ def test_without_the_hub(tmp_path: Path) -> None:
     (repository / ".no_exist" / COMMIT / "config.json").touch()  # so the hub client notes what a repository lacks
     code = """if True:
         from peft_pretraining.errors import UserError
-        from peft_pretraining.tokenizer import load_tokenizer
+        from peft_pretraining.data.tokenizer import load_tokenizer
         print(load_tokenizer("org/cached").vocab_size)
         try:
             load_tokenizer("t5-base")

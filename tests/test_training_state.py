@@ -10,15 +10,15 @@ from support.checkpoints import Bomb, replace_file
 from support.training import CONFIG, Training
 from transformers import LlamaConfig
 
-from peft_pretraining.checkpoint_files import FILES, write_checkpoint
-from peft_pretraining.errors import UserError
-from peft_pretraining.model import build_model
-from peft_pretraining.training_state import (
+from peft_pretraining.checkpoint.files import FILES, write_checkpoint
+from peft_pretraining.checkpoint.snapshot import (
     read_state,
     restore_model,
     restore_optimizer,
     restore_rng,
 )
+from peft_pretraining.errors import UserError
+from peft_pretraining.model.build import build_model
 from qgalore.factory import OPTIMIZERS
 from qgalore.memory import kept_bytes
 

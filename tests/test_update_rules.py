@@ -7,8 +7,8 @@ import pytest
 import torch
 from support.oracles import ORACLES
 
-from qgalore.low_rank_optimizer import LowRankOptimizer
-from qgalore.update_rules import RULES
+from qgalore.optimizer import LowRankOptimizer
+from qgalore.rules.rules import RULES
 
 SHAPES = [(12, 20), (20, 12), (16,), (2, 3, 4)]
 

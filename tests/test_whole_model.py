@@ -5,9 +5,9 @@ import torch
 from support.ranks import run_distributed
 from torch import nn
 
-from qgalore.grad_sync import GradSync
-from qgalore.low_rank_optimizer import LowRankOptimizer
-from qgalore.quantize_model import quantize_module_weight
+from qgalore.optimizer import LowRankOptimizer
+from qgalore.storage.convert import quantize_module_weight
+from qgalore.sync import GradSync
 from qgalore.whole_model import WholeModelUpdates
 
 

@@ -3,8 +3,8 @@
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_pretraining.adapters import Adapters
-from peft_pretraining.model import build_model
+from peft_pretraining.model.adapters import Adapters
+from peft_pretraining.model.build import build_model
 
 CONFIG = LlamaConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

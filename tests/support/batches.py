@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from peft_pretraining.dataloader import Batch
-from peft_pretraining.documents import LocalDocuments
+from peft_pretraining.data.loader import Batch
+from peft_pretraining.data.sources import LocalDocuments
 
 
 class ByteTokenizer:

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from peft_pretraining import checkpoint_files
-from peft_pretraining.training_state import take_snapshot
-from qgalore.int8_weight import Int8Weight
-from qgalore.quantize_model import quantize_linear_layers
+from peft_pretraining.checkpoint import files as checkpoint_files
+from peft_pretraining.checkpoint.snapshot import take_snapshot
+from qgalore.storage.convert import quantize_linear_layers
+from qgalore.storage.int8_weight import Int8Weight
 
 
 def write_checkpoint(model: LlamaForCausalLM, folder: Path, *, update: int = 3, **args: object) -> Path:

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from loguru import logger
 
-from peft_pretraining import checkpoint_files
-from peft_pretraining.checkpoint_files import FILES, Snapshot, TensorFile, complete_checkpoints, read_json, verify
+from peft_pretraining.checkpoint import files as checkpoint_files
+from peft_pretraining.checkpoint.files import FILES, Snapshot, TensorFile, complete_checkpoints, read_json, verify
 
 WATCHED = [
     (os, "mkdir"),

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 import torchrun_main
-from peft_pretraining.args import parse_args
+from peft_pretraining.cli.args import parse_args
 from peft_pretraining.errors import UserError
 
 REQUIRED = ["--model_config", "configs/llama_9m.json", "--batch_size", "16"]

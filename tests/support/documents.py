@@ -4,8 +4,8 @@ import gzip
 import json
 from pathlib import Path
 
-from peft_pretraining.document_order import Document, Skipped
-from peft_pretraining.documents import DocumentSource, open_documents
+from peft_pretraining.data.order import Document, Skipped
+from peft_pretraining.data.sources import DocumentSource, open_documents
 from support.command_line import message_of
 
 

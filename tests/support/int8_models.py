@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qgalore.quantize_model import quantize_linear_layers
+from qgalore.storage.convert import quantize_linear_layers
 
 
 def mlp() -> nn.Sequential:

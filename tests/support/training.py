@@ -5,12 +5,12 @@ import copy
 import torch
 from transformers import LlamaConfig
 
-from peft_pretraining.model import build_model
-from peft_pretraining.training_state import read_state, restore_model, restore_optimizer, take_snapshot
+from peft_pretraining.checkpoint.snapshot import read_state, restore_model, restore_optimizer, take_snapshot
+from peft_pretraining.model.build import build_model
 from qgalore.factory import OPTIMIZERS, Settings, create_optimizer, create_updates
-from qgalore.grad_sync import GradSync
 from qgalore.param_groups import split_parameters
-from qgalore.quantize_model import quantize_linear_layers
+from qgalore.storage.convert import quantize_linear_layers
+from qgalore.sync import GradSync
 
 CONFIG = LlamaConfig(
     vocab_size=64,

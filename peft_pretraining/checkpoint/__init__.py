@@ -1,0 +1,1 @@
+"""Checkpoints: files, snapshots, the background writer, weights from disk, where a run starts."""

@@ -1,0 +1,223 @@
+"""Everything that training continues from, copied out of a live model and optimizer and put back bit for bit.
+
+    model.safetensors       each parameter by name; INT8 weights as the parts that hold them, `NAME.codes` and so on
+    optimizer.safetensors   tensors of the optimizer's state, `NAME:KEY`
+    state.json              the caller's own values; numbers and lists of the optimizer's state, under "optimizer"
+    rng.safetensors         torch's generators
+
+Nothing is converted: what has 8 bits in memory has 8 bits in the file. JSON writes floats with as many digits as it
+takes to read the same float64 again, and NaN and infinities as NaN, Infinity and -Infinity, as Python's json does.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from peft_pretraining.checkpoint.files import (
+    CONFIG,
+    FORMAT,
+    MODEL,
+    OPTIMIZER,
+    RNG,
+    STATE,
+    Snapshot,
+    TensorFile,
+    checked_file,
+    read_json,
+)
+from peft_pretraining.errors import UserError
+from qgalore.master_weights import MasterWeights
+
+RESERVED = ("format", "optimizer")  # keys of state.json that are not the caller's
+
+
+def take_snapshot(
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer, *, update: int, progress: Mapping[str, Any]
+) -> Snapshot:
+    """Copies model, optimizer and generators to host memory; whatever changes afterwards does not reach the copy.
+
+    progress: what else is to be remembered, as JSON.  Takes as many bytes as model and optimizer keep.
+    Raises ValueError or TypeError where `progress` uses a key of RESERVED or is not JSON.
+    """
+    if taken := progress.keys() & set(RESERVED):
+        raise ValueError(f"progress must not have the keys {', '.join(sorted(taken))}")
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    tensors, scalars = _split_states({names[p]: state for p, state in _states(optimizer).items()})
+    weights = {key: tensor for p, name in names.items() for key, tensor in _pieces(name, p).items()}
+    quantized = {name: _settings(p) for p, name in names.items() if hasattr(p, "parts")}
+    copies = _to_host({MODEL: weights, OPTIMIZER: tensors, RNG: _rng_states()})
+    files: dict[str, str | TensorFile] = {
+        CONFIG: model.config.to_json_string(),
+        MODEL: TensorFile(copies[MODEL], {"format": "pt", "quantized": json.dumps(quantized)}),
+        OPTIMIZER: TensorFile(copies[OPTIMIZER], {"optimizer": _title(optimizer)}),
+        RNG: TensorFile(copies[RNG]),
+        STATE: json.dumps({**progress, "format": FORMAT, "optimizer": scalars}),
+    }
+    return Snapshot(update, files)
+
+
+def _states(optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, Any]]:
+    """The state of each parameter, float32 copies included."""
+    return optimizer.states() if isinstance(optimizer, MasterWeights) else dict(optimizer.state)
+
+
+def _split_states(states: dict[str, dict[str, Any]]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """The tensors as `NAME:KEY`, and everything else as {NAME: {KEY: value}}."""
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    for name, state in states.items():
+        tensors |= {f"{name}:{key}": value for key, value in state.items() if torch.is_tensor(value)}
+        scalars[name] = {key: value for key, value in state.items() if not torch.is_tensor(value)}
+    return tensors, scalars
+
+
+def _title(optimizer: torch.optim.Optimizer) -> str:
+    """Which optimizers can go on from each other's states."""
+    inner = f" of {type(optimizer.inner).__name__}" if isinstance(optimizer, MasterWeights) else ""
+    return type(optimizer).__name__ + inner
+
+
+def _pieces(name: str, p: Tensor) -> dict[str, Tensor]:
+    """The plain tensors that hold a parameter, by their names in the file. Writing to them writes the parameter."""
+    if hasattr(p, "parts"):
+        return {f"{name}.{part}": tensor for part, tensor in p.parts().items()}
+    return {name: p.detach()}
+
+
+def _settings(p: Any) -> dict[str, Any]:
+    """What is needed beside the parts to build an INT8 weight."""
+    dtype = str(p.dtype).removeprefix("torch.")
+    return {"kind": type(p).__name__, "group_size": p.group_size, "dtype": dtype, "stochastic": p.stochastic}
+
+
+def _rng_states() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _to_host(files: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Contiguous copies in host memory, after one wait for the device."""
+    copies = {file: {key: _host_copy(tensor) for key, tensor in tensors.items()} for file, tensors in files.items()}
+    for device in {tensor.device for tensors in files.values() for tensor in tensors.values() if tensor.is_cuda}:
+        torch.cuda.synchronize(device)
+    return copies
+
+
+def _host_copy(tensor: Tensor) -> Tensor:
+    """From a GPU it is under way when this returns."""
+    if not tensor.is_cuda:
+        return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    try:
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    except RuntimeError:  # the system limits how much may be pinned
+        host = torch.empty(tensor.shape, dtype=tensor.dtype)
+    return host.copy_(tensor.detach(), non_blocking=True)
+
+
+@contextmanager
+def _open_tensors(folder: Path, name: str) -> Iterator[Any]:
+    """A checked safetensors file, from which tensors are read one by one. Raises UserError where it is none."""
+    path = checked_file(folder, name)
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not a safetensors file ({error}). Resume from another checkpoint.") from None
+
+
+@torch.no_grad()
+def restore_model(model: PreTrainedModel, folder: Path) -> None:
+    """Fills the parameters of a model with those of a checkpoint, in place and one by one.
+
+    Raises UserError where names, shapes, dtypes or the settings of INT8 weights differ, or where the file is damaged.
+    """
+    parameters = dict(model.named_parameters())
+    targets = {key: tensor for name, p in parameters.items() for key, tensor in _pieces(name, p).items()}
+    with _open_tensors(folder, MODEL) as file:
+        saved = json.loads((file.metadata() or {}).get("quantized", "{}"))
+        for name, p in parameters.items():
+            here = _settings(p) if hasattr(p, "parts") else None
+            _compare(folder, name, saved=saved.get(name), here=here)
+        _compare(folder, "the parameters", saved=sorted(file.keys()), here=sorted(targets))
+        for key, target in targets.items():
+            tensor = file.get_tensor(key)
+            _compare(folder, key, saved=_kind(tensor), here=_kind(target))
+            target.copy_(tensor)
+    for p in parameters.values():
+        torch.autograd.graph.increment_version(p)  # what was written may be the inside of an Int8Weight
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def _compare(folder: Path, what: str, *, saved: Any, here: Any) -> None:
+    """Raises UserError where a checkpoint and what is to be restored are not of the same kind."""
+    if saved == here:
+        return
+    if isinstance(saved, list):
+        saved, here = ([n for n in a if n not in b][:3] or "no others" for a, b in ((saved, here), (here, saved)))
+    raise UserError(
+        f"{folder} does not fit: {what} saved as {saved or 'unquantized'}, here {here or 'unquantized'}. "
+        "Resume with the flags that the checkpoint was made with."
+    )
+
+
+@torch.no_grad()
+def restore_optimizer(optimizer: torch.optim.Optimizer, folder: Path, *, names: Mapping[Tensor, str]) -> None:
+    """Gives an optimizer the state of a checkpoint. names: of its parameters.
+
+    The optimizer is built as the saved one was; learning rates and other settings are not saved and stay.
+    Raises UserError where it is another optimizer or another model's, or where a file is damaged.
+    """
+    scalars = read_state(folder).get("optimizer", {})
+    parameters = {name: p for p, name in names.items()}
+    with _open_tensors(folder, OPTIMIZER) as file:
+        saved = (file.metadata() or {}).get("optimizer")
+        _compare(folder, "the optimizer", saved=saved, here=_title(optimizer))
+        unknown = (scalars.keys() | {key.partition(":")[0] for key in file.keys()}) - parameters.keys()
+        _compare(folder, "state of other parameters", saved=sorted(unknown), here=[])
+        states = _read_states(file, scalars, parameters)
+        if isinstance(optimizer, MasterWeights):
+            optimizer.load_states(states)
+        else:
+            optimizer.state.update(states)
+
+
+def _read_states(
+    file: Any, scalars: dict[str, dict[str, Any]], parameters: dict[str, Tensor]
+) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """Each parameter with its state, read when it is asked for."""
+    keys: dict[str, list[str]] = defaultdict(list)
+    for key in file.keys():
+        keys[key.partition(":")[0]].append(key)
+    for name, values in scalars.items():
+        p, state = parameters[name], dict(values)
+        for key in keys[name]:
+            kind = key.partition(":")[2]
+            device = torch.device("cpu") if kind == "step" else p.device  # torch's optimizers count on the CPU
+            state[kind] = file.get_tensor(key).to(device, copy=True)
+        yield p, state
+
+
+def restore_rng(folder: Path) -> None:
+    """Sets torch's generators to where they were. Raises UserError where the file is damaged."""
+    with _open_tensors(folder, RNG) as file:
+        torch.set_rng_state(file.get_tensor("cpu").clone())
+        if "cuda" in file.keys() and torch.cuda.is_available():
+            torch.cuda.set_rng_state(file.get_tensor("cuda").clone())
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """state.json: what the caller gave as `progress`, besides "format" and "optimizer". Raises UserError."""
+    return read_json(checked_file(folder, STATE))

@@ -1,0 +1,139 @@
+"""Where a run begins: anew, with the weights of another model, or at a checkpoint of its own."""
+
+import argparse
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+from transformers import LlamaConfig
+
+from peft_pretraining.checkpoint.files import complete_checkpoints, find_checkpoint, newest_sound, verify
+from peft_pretraining.checkpoint.snapshot import read_state
+from peft_pretraining.checkpoint.weights import is_transformers_folder
+from peft_pretraining.data.fingerprint import describe_change
+from peft_pretraining.errors import UserError
+from peft_pretraining.model.build import read_config
+
+# Flags that may change from one part of a run to the next: where and how it runs, what it records, when it saves.
+HARMLESS = frozenset(
+    "activation_checkpointing allow_changed batch_size compile continue_from dataset dry_run eval_every eval_only "
+    "eval_tokens gradient_accumulation ignored keep_every keep_last log_details max_bad_documents max_bad_updates "
+    "max_train_tokens model_config name num_threads preset project resume save_dir save_every single_gpu "
+    "spike_rollback tags unset_wandb wandb_mode workers".split()
+)
+INHERITED_NOT = ("continue_from", "eval_only", "dry_run", "save_dir", "resume", "ignored", "batch_size", "single_gpu")
+EVALUATION_BATCH = 8  # sequences, where nobody says
+
+
+@dataclass(frozen=True)
+class Start:
+    """checkpoint: of the run that goes on.  weights: a transformers folder, whose weights a new run begins with.
+
+    saved: the checkpoint's state.json.  Nothing of these: a new run with weights of its own.
+    """
+
+    checkpoint: Path | None = None
+    weights: Path | None = None
+    saved: dict[str, Any] = field(default_factory=dict)
+
+
+def choose_start(args: argparse.Namespace, *, config: LlamaConfig) -> Start:
+    """What --continue_from and --resume ask for; --resume auto comes first, if there is something.
+
+    Raises UserError where there is nothing, where it is damaged, or where the arguments would alter training.
+    """
+    if args.eval_only:
+        return Start()
+    checkpoint = newest_sound(Path(args.save_dir)) if args.resume else None
+    if checkpoint is None and args.continue_from:
+        if is_transformers_folder(args.continue_from):
+            _refuse_a_taken_folder(args.save_dir)
+            return Start(weights=Path(args.continue_from))
+        checkpoint = find_checkpoint(Path(args.continue_from))
+        verify(checkpoint)
+    if checkpoint is None or not same_folder(checkpoint.parent, args.save_dir):
+        _refuse_a_taken_folder(args.save_dir)
+    if checkpoint is None:
+        return Start()
+    saved = read_state(checkpoint)
+    check_unchanged(checkpoint, saved["args"], args, config=config)
+    return Start(checkpoint=checkpoint, saved=saved)
+
+
+def same_folder(folder: Path, save_dir: str | Path | None) -> bool:
+    """Whether --save_dir is this folder, or not given at all."""
+    return save_dir is None or folder.resolve() == Path(save_dir).resolve()
+
+
+def _refuse_a_taken_folder(save_dir: str | None) -> None:
+    """A run that begins in the folder of another would delete its checkpoints, one after the other."""
+    if save_dir and complete_checkpoints(Path(save_dir)):
+        raise UserError(
+            f"--save_dir {save_dir} holds checkpoints of an earlier run. Go on with it by --resume auto, or choose "
+            "another folder."
+        )
+
+
+def check_unchanged(checkpoint: Path, saved: dict[str, Any], args: argparse.Namespace, *, config: LlamaConfig) -> None:
+    """Raises UserError that names the flags which would alter the training of the run in `checkpoint`.
+
+    saved: the arguments of that run.  Those named by --allow_changed, and HARMLESS ones, may differ.
+    """
+    allowed = set((args.allow_changed or "").split(","))
+    now = vars(args)
+    changed = [
+        name
+        for name in sorted(saved.keys() & now.keys() - HARMLESS)
+        if saved[name] != now[name] and name not in allowed
+    ]
+    lines = [f"--{name} {saved[name]} -> {now[name]}" for name in changed]
+    if "model_config" not in allowed and _shape(read_config(checkpoint / "config.json")) != _shape(config):
+        lines.append(f"--model_config: {args.model_config} is another model")
+        changed.append("model_config")
+    if lines:
+        raise UserError(
+            f"{checkpoint} is of a run that was trained otherwise: {'; '.join(lines)}. Give what it had, or allow it: "
+            f"--allow_changed {','.join(changed)}"
+        )
+
+
+def _shape(config: LlamaConfig) -> dict[str, Any]:
+    """What makes two models different; names, versions and dtypes do not."""
+    ignored = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
+    return {name: value for name, value in config.to_dict().items() if name not in ignored}
+
+
+def check_data(now: dict[str, str], *, start: Start, args: argparse.Namespace) -> dict[str, str]:
+    """Returns `now`, the fingerprint of the training data (see DocumentSource).
+
+    Raises UserError where it is not that of the checkpoint, whose position in the data would mean nothing. The same
+    files may be in another place; where there are no fingerprints, --dataset must be the same.
+    """
+    if start.checkpoint is None:
+        return now
+    saved, dataset = start.saved["fingerprint"], start.saved["args"]["dataset"]
+    if saved and now:
+        change = describe_change(saved, now)
+    else:
+        change = None if dataset == args.dataset else f"--dataset {dataset} -> {args.dataset}"
+    if change is not None and "dataset" not in (args.allow_changed or "").split(","):
+        raise UserError(
+            f"the training data has changed since {start.checkpoint}: {change}. Bring the files back, or go on "
+            "regardless: --allow_changed dataset"
+        )
+    if change is not None:
+        logger.warning(f"the training data has changed: {change}. Documents may be read twice or not at all.")
+    return now
+
+
+def inherited_args(path: str) -> dict[str, Any]:
+    """What an evaluation of a checkpoint, a run's folder or a transformers folder takes from there."""
+    if is_transformers_folder(path):
+        own = {"tokenizer": path} if (Path(path) / "tokenizer_config.json").exists() else {}
+        return {"model_config": str(Path(path) / "config.json"), "batch_size": EVALUATION_BATCH} | own
+    checkpoint = find_checkpoint(Path(path))
+    saved = read_state(checkpoint)["args"]
+    kept = {name: value for name, value in saved.items() if name not in INHERITED_NOT}
+    sizes = {"batch_size": EVALUATION_BATCH, "total_batch_size": None, "gradient_accumulation": None}
+    return kept | sizes | {"model_config": str(checkpoint / "config.json")}

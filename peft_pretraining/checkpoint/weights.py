@@ -1,0 +1,265 @@
+"""Weights from disk, one tensor at a time: of a LLaMA in transformers' format, or of one of our checkpoints.
+
+Both are safetensors, which are never unpickled. All names and shapes are checked, from the files' headers, before the
+first weight is written; then every tensor is read, copied and forgotten, so no second copy of the model ever exists.
+"""
+
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from peft_pretraining.errors import UserError
+from peft_pretraining.model.adapters import base_parameters
+from peft_pretraining.model.build import DTYPES, read_config
+from qgalore.storage.int8_weight import Int8Weight, SimulatedInt8Weight
+
+KINDS: dict[str, type[Int8Weight]] = {kind.__name__: kind for kind in (Int8Weight, SimulatedInt8Weight)}
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}  # safetensors' names
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+SHAPE = (
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim vocab_size "
+    "hidden_act rms_norm_eps tie_word_embeddings attention_bias mlp_bias"
+).split()
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """How a checkpoint holds an 8-bit weight: the arguments of its class."""
+
+    kind: type[Int8Weight]
+    group_size: int
+    dtype: torch.dtype
+    stochastic: bool
+
+    def part_names(self, name: str) -> list[str]:
+        return [f"{name}.{part}" for part in self.kind.PARTS]
+
+    def build(self, parts: Iterable[Tensor]) -> Int8Weight:
+        return self.kind(*parts, group_size=self.group_size, dtype=self.dtype, stochastic=self.stochastic)
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """The weights in a folder. files: the file of each tensor, by the tensor's name.  quantized: the 8-bit weights."""
+
+    folder: Path
+    files: Mapping[str, Path]
+    quantized: Mapping[str, Quantized]
+
+    def names(self) -> set[str]:
+        """The weights' names; an 8-bit weight counts once."""
+        parts = {part for name, settings in self.quantized.items() for part in settings.part_names(name)}
+        return self.files.keys() - parts | self.quantized.keys()
+
+    def check(self, shapes: Mapping[str, torch.Size]) -> None:
+        """Raises UserError, naming the first mismatch, unless the weights have exactly these names and shapes."""
+        missing, unknown = shapes.keys() - self.names(), self.names() - shapes.keys()
+        if missing:
+            raise UserError(f"{self.folder}: {min(missing)}{_and_more(missing)} missing.")
+        if unknown:
+            raise UserError(f"{self.folder}: holds {min(unknown)}{_and_more(unknown)}, which the model does not have.")
+        for name, shape in shapes.items():
+            for stored, (wanted, dtypes) in self._expected(name, shape).items():
+                found, dtype = self._header(stored)
+                if found != wanted or dtype not in dtypes:
+                    needed = f"{' or '.join(dtypes)} {wanted}"
+                    raise UserError(f"{self.folder}: {stored} is {dtype} {found}, but the model needs {needed}.")
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype that a weight appears in."""
+        return self.quantized[name].dtype if name in self.quantized else FLOATS[self._header(name)[1]]
+
+    def read(self, name: str) -> Tensor:
+        """One weight, on the CPU: an ordinary tensor as it is stored, or an Int8Weight. Raises UserError for NaN."""
+        if name in self.quantized:
+            settings = self.quantized[name]
+            weight: Tensor = settings.build(_read_tensor(self.files[part], part) for part in settings.part_names(name))
+        else:
+            weight = _read_tensor(self.files[name], name)
+        # One NaN in a group makes its scale NaN.
+        if not torch.isfinite(getattr(weight, "scale", weight)).all():
+            raise UserError(f"{self.folder}: {name} holds NaN or infinity. Take an earlier or another model.")
+        return weight
+
+    def _header(self, stored: str) -> tuple[tuple[int, ...], str]:
+        """Shape and dtype of a tensor in the files."""
+        path = self.files.get(stored)
+        if path is None:
+            raise UserError(f"{self.folder}: {stored} is missing.")
+        with _opened(path) as file:
+            if stored not in file.keys():
+                raise UserError(f"{path}: {stored} is missing.")
+            header = file.get_slice(stored)
+            return tuple(header.get_shape()), header.get_dtype()
+
+    def _expected(self, name: str, shape: torch.Size) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+        """Shape and possible dtypes of each tensor that the files must hold for a weight."""
+        if name not in self.quantized:
+            return {name: (tuple(shape), tuple(FLOATS))}
+        settings = self.quantized[name]
+        group_size = settings.group_size
+        if len(shape) != 2 or group_size < 1 or shape[1] % group_size:
+            raise UserError(f"{self.folder}: {name} {tuple(shape)} cannot be in 8 bits in groups of {group_size}.")
+        twin = settings.kind.from_float(torch.empty(shape, device="meta"), group_size=group_size)
+        return {
+            f"{name}.{part}": (tuple(tensor.shape), ("F32" if tensor.is_floating_point() else "U8",))
+            for part, tensor in twin.parts().items()
+        }
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a folder is one of our checkpoints."""
+    return (Path(path) / "manifest.json").is_file()
+
+
+def is_transformers_folder(path: str | Path) -> bool:
+    """Whether a folder holds a model in transformers' format, of whatever kind. A checkpoint of ours does not."""
+    return (Path(path) / "config.json").is_file() and not is_checkpoint(path)
+
+
+def load_initial_weights(model: LlamaForCausalLM, folder: str | Path) -> None:
+    """Copies the weights of a LLaMA in transformers' format (config.json and safetensors) into `model`.
+
+    Each is cast to its parameter's dtype, or rounded to nearest where the parameter is in 8 bits. Adapters stay as
+    they are: at the start, LoRA's add nothing.
+    Raises UserError where files, architecture, names or shapes do not fit; the model is then as it was. Only NaN, or a
+    damaged file, may be found after some weights have been copied.
+    """
+    _load(base_parameters(model), Path(folder), config=model.config, open_weights=open_transformers)
+
+
+def load_weights(model: LlamaForCausalLM, folder: str | Path) -> None:
+    """As load_initial_weights, also from a checkpoint of ours: for evaluation, as it leaves the optimizer's state.
+
+    8-bit weights go bit for bit into parameters of the same kind and group size; otherwise they are decoded.
+    """
+    if not is_checkpoint(folder):
+        load_initial_weights(model, folder)
+        return
+    _load(dict(model.named_parameters()), Path(folder), config=model.config, open_weights=open_checkpoint)
+
+
+def open_checkpoint(folder: Path) -> StoredWeights:
+    """The weights of a checkpoint of ours. Raises UserError where it cannot be read."""
+    path = folder / "model.safetensors"
+    with _opened(path) as file:
+        files, metadata = dict.fromkeys(file.keys(), path), file.metadata() or {}
+    try:
+        quantized = {
+            name: Quantized(
+                kind=KINDS[entry["kind"]],
+                group_size=int(entry["group_size"]),
+                dtype=DTYPES[entry["dtype"]],
+                stochastic=bool(entry["stochastic"]),
+            )
+            for name, entry in json.loads(metadata.get("quantized", "{}")).items()
+        }
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: what it says of its 8-bit weights cannot be understood ({error!r}).") from error
+    return StoredWeights(folder, files, quantized)
+
+
+def open_transformers(folder: Path) -> StoredWeights:
+    """The weights of a transformers folder, in one file or in shards. Raises UserError where it cannot be read."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        with _opened(whole) as file:
+            files = dict.fromkeys(file.keys(), whole)
+    elif index.is_file():
+        files = _read_index(index)
+    elif pickles := sorted(folder.glob("pytorch_model*.bin*")):
+        raise UserError(
+            f"{folder}: {pickles[0].name} is a pickle, which can run code, and is not read. Convert it where you trust "
+            "it: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW) writes safetensors."
+        )
+    else:
+        raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json there.")
+    # Derived from rope_theta; transformers wrote it until version 4.31 and ignores it, too.
+    files = {name: path for name, path in files.items() if not name.endswith("rotary_emb.inv_freq")}
+    return StoredWeights(folder, files, quantized={})
+
+
+def _load(
+    parameters: Mapping[str, nn.Parameter],
+    folder: Path,
+    *,
+    config: LlamaConfig,
+    open_weights: Callable[[Path], StoredWeights],
+) -> None:
+    """Fills the parameters of a model of this config, by their names in the folder."""
+    theirs = read_config(folder / "config.json")
+    _check_config(config, theirs, folder=folder)
+    weights = open_weights(folder)
+    if theirs.tie_word_embeddings:
+        weights = _untie(weights)
+    weights.check({name: parameter.shape for name, parameter in parameters.items()})
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights.read(name))
+
+
+def _check_config(ours: LlamaConfig, theirs: LlamaConfig, *, folder: Path) -> None:
+    """Raises UserError where the folder's model computes something else than ours would with its weights."""
+    wanted, found = _architecture(ours), _architecture(theirs)
+    for name in wanted | found:
+        if wanted.get(name) != found.get(name):
+            raise UserError(
+                f"{folder}: {name} is {found.get(name)} there, but {wanted.get(name)} in the model to be filled. "
+                f"Build it from {folder / 'config.json'}."
+            )
+
+
+def _architecture(config: LlamaConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in SHAPE} | dict(config.rope_parameters or {})
+
+
+def _untie(weights: StoredWeights) -> StoredWeights:
+    """Leaves out the head, which is the embedding. Raises UserError where it is another matrix."""
+    files = dict(weights.files)
+    if {EMBEDDING, HEAD} <= files.keys() and not torch.equal(weights.read(HEAD), weights.read(EMBEDDING)):
+        raise UserError(f"{weights.folder}: its config ties {HEAD} to {EMBEDDING}, but the two differ.")
+    files.pop(HEAD, None)
+    return StoredWeights(weights.folder, files, weights.quantized)
+
+
+def _read_index(index: Path) -> dict[str, Path]:
+    """The file of each tensor. Only files beside the index count: a name must not lead out of the folder."""
+    try:
+        files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{index}: cannot be read as an index of safetensors files ({error!r}).") from error
+    for name, file in files.items():
+        if not isinstance(file, str) or not file.endswith(".safetensors") or "/" in file or "\\" in file:
+            raise UserError(f"{index}: {name} is said to be in {file!r}, which is not a safetensors file beside it.")
+    return {name: index.parent / file for name, file in files.items()}
+
+
+def _and_more(names: Collection[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def _opened(path: Path) -> Any:
+    """The safetensors file, its header read."""
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file.") from error
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged, or not a safetensors file ({error}).") from error
+
+
+def _read_tensor(path: Path, name: str) -> Tensor:
+    with _opened(path) as file:
+        return file.get_tensor(name)

@@ -1,0 +1,99 @@
+"""The folder of a run, and the checkpoints that are written into it while training goes on."""
+
+import contextlib
+import os
+import threading
+import time
+from pathlib import Path
+
+from loguru import logger
+
+from peft_pretraining.checkpoint.files import (
+    Snapshot,
+    checkpoint_folder,
+    complete_checkpoints,
+    prune,
+    tidy,
+    write_checkpoint,
+)
+from peft_pretraining.errors import UserError
+
+
+def choose_save_dir(save_dir: str | None, *, model_config: str, checkpoint: Path | None = None) -> Path:
+    """--save_dir, or without it the folder of the checkpoint that the run goes on from, or a new one."""
+    if save_dir:
+        return Path(save_dir)
+    if checkpoint is not None:
+        return checkpoint.parent
+    return Path("checkpoints") / f"{Path(model_config).stem}-{time.strftime('%Y-%m-%d-%H-%M-%S')}"
+
+
+def prepare_save_dir(save_dir: Path) -> None:
+    """Makes the folder and proves that it can be written. Raises UserError where it cannot."""
+    probe = save_dir / f".writable-{os.getpid()}"
+    try:
+        save_dir.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise UserError(f"--save_dir {save_dir} cannot be written ({reason}). Choose another folder.") from None
+
+
+class CheckpointWriter:
+    """Writes checkpoints into `save_dir` in the background, while training goes on.
+
+    keep_last: how many stay, 0 for all.  keep_every: those of updates that are a multiple of it stay in any case; 0:
+    none.  `last` is the newest complete checkpoint known, or None.
+
+    A snapshot takes as much host memory as model and optimizer. To have one at a time, wait before taking the next:
+
+        writer.wait()
+        writer.save(take_snapshot(model, optimizer, update=update, progress=progress))
+
+    A save that fails is reported, never raised: hours of training are worth more than one checkpoint.
+    """
+
+    def __init__(self, save_dir: Path, *, keep_last: int = 0, keep_every: int = 0) -> None:
+        self.save_dir, self.keep_last, self.keep_every = save_dir, keep_last, keep_every
+        self.last = self._newest()
+        self._saved: Path | None = None
+        self._thread: threading.Thread | None = None
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Starts writing and returns. Waits for the last save first."""
+        self.wait()
+        self._saved = None
+        self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> Path | None:
+        """Waits for the last save. Returns its folder; None where it failed or there was none."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        return self._saved
+
+    def _write(self, snapshot: Snapshot) -> None:
+        try:
+            self._saved = self.last = write_checkpoint(self.save_dir, snapshot)
+        except Exception as error:  # nobody would hear of any other that ends this thread
+            self._give_up(checkpoint_folder(self.save_dir, update=snapshot.update), error)
+            return
+        try:
+            prune(self.save_dir, newest=self._saved, keep_last=self.keep_last, keep_every=self.keep_every)
+        except OSError as error:
+            logger.warning(f"an old checkpoint in {self.save_dir} could not be deleted ({error.strerror or error})")
+
+    def _give_up(self, folder: Path, error: Exception) -> None:
+        """Removes what was written of a checkpoint and says what there is instead."""
+        with contextlib.suppress(OSError):
+            tidy(self.save_dir)
+        self.last = self._newest()
+        kept = f"the last complete checkpoint is {self.last}" if self.last else "there is no complete checkpoint yet"
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        logger.error(f"could not save {folder} ({reason}): training goes on; {kept}")
+
+    def _newest(self) -> Path | None:
+        complete = complete_checkpoints(self.save_dir)
+        return complete[-1] if complete else None

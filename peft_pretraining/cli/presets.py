@@ -1,0 +1,65 @@
+"""Recipes as data: configs/presets/NAME.json, whose flags hold wherever the command line says nothing."""
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft_pretraining.cli.flags import defaults
+from peft_pretraining.errors import UserError
+from peft_pretraining.model.build import read_json
+
+ROOT = Path(__file__).parent.parent.parent
+FOLDER = ROOT / "configs" / "presets"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """about, source: what it is, and where it is published or measured.  perplexity: published, on C4; None where there
+    is none.  measured: what we found with it, in words.
+
+    flags: name to value, as after parsing; paths are relative to the repository.
+    """
+
+    about: str
+    source: str
+    perplexity: float | None
+    flags: dict[str, Any]
+    measured: str | None = None
+
+    def describe(self) -> str:
+        """In one line."""
+        shown = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in self.flags.items())
+        published = "" if self.perplexity is None else f", perplexity {self.perplexity:g} (published)"
+        measured = "" if self.measured is None else f" ({self.measured})"
+        return f"{self.about}{published}{measured}: {shown}"
+
+
+def preset_names() -> list[str]:
+    """All presets there are."""
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def load_preset(name: str) -> Preset:
+    """The preset of that name. Raises UserError, listing the known ones, where there is none."""
+    names = preset_names()
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"Did you mean {close[0]}? " if close else ""
+        raise UserError(f"unknown --preset '{name}'. {hint}Known: {', '.join(names)}.")
+    path = FOLDER / f"{name}.json"
+    preset = Preset(**read_json(path))
+    if unknown := sorted(preset.flags.keys() - defaults().keys()):
+        raise UserError(f"{path}: there is no flag --{unknown[0]}.")
+    return preset
+
+
+def preset_flags(name: str | None) -> dict[str, Any]:
+    """The flags of a preset, none without one. The model's config is found from any working directory."""
+    if name is None:
+        return {}
+    flags = dict(load_preset(name).flags)
+    config = flags.get("model_config")
+    if config is not None and not Path(config).exists():
+        flags["model_config"] = str(ROOT / config)
+    return flags

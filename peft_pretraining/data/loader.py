@@ -1,0 +1,341 @@
+"""Documents to batches: tokenize, pack into sequences, share out over ranks and workers, collate, prefetch.
+
+    source --worker 0--> tokens --> sequences --\\
+    source --worker 1--> tokens --> sequences ---> round robin --> batches --(thread)--> the training loop
+
+Workers hand over sequences, not batches, so the order of the sequences does not depend on the batch size: 1 x 32, 4 x 8
+and 8 x 4 train on the same ones in the same order. Each worker packs its own documents, epoch after epoch without end;
+workers need not finish an epoch together.
+"""
+
+from __future__ import annotations
+
+import queue
+import signal
+import threading
+import weakref
+from collections import abc
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from itertools import count, islice
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+from loguru import logger
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from peft_pretraining.data.order import Skipped
+from peft_pretraining.data.packing import IGNORED, Packing, Piece, Sequence, encode, make_packer, to_sequence
+from peft_pretraining.data.position import Progress, resume_progress
+from peft_pretraining.data.sources import DocumentSource
+from peft_pretraining.errors import UserError
+
+if TYPE_CHECKING:
+    from peft_pretraining.data.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+PREFETCHED = 2  # batches ready before they are asked for
+EMPTY_EPOCHS = 20  # times the number of readers: so many in a row without a document, and there is none
+MOST_SKIPPED = 64  # bad documents that a reader keeps to itself while it looks for a good one
+MOST_WARNINGS = 5  # for bad documents of a validation set
+
+
+@dataclass(frozen=True)
+class Batch:
+    """input_ids, targets: (B, L) int64; ``targets[b, t]`` is what follows ``input_ids[b, t]``, or IGNORED.
+
+    epoch: 0-based, the latest that a document of this batch came from.
+    position: plain JSON, all that this rank has consumed up to and including the batch; see train_batches.
+    skipped: a line for each document that could not be read on the way to it.
+    """
+
+    input_ids: torch.Tensor
+    targets: torch.Tensor
+    epoch: int
+    position: dict[str, Any] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
+
+
+def train_batches(
+    source: DocumentSource,
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    max_length: int,
+    packing: Packing,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+    resume: abc.Sequence[dict[str, Any]] | None = None,
+) -> Generator[Batch, None, None]:
+    """Endless batches of this rank, epoch after reshuffled epoch; the same ones for the same arguments.
+
+    batch_size: sequences, B. max_length: tokens of a sequence, L. workers: processes that read and tokenize, or 0.
+    resume: ``Batch.position`` of the last batch of each rank, by rank. With as many ranks and workers (0 is 1), the
+        batches go on exactly; with others, no document is lost, and read twice are only those cut in the middle.
+    Batches arrive on ``device``, the next ones made in the background. Closing the iterator ends thread and workers.
+
+    A document that cannot be read is left out and named in ``Batch.skipped``.
+    Raises UserError, also from inside a worker, where a file is gone or there is no document at all.
+    """
+    assert batch_size >= 1 and max_length >= 2 and 0 <= rank < world_size
+    if resume is None:
+        progress = Progress.at_start(world_size=world_size, workers=max(1, workers))
+    else:
+        progress = resume_progress(resume, rank=rank, world_size=world_size, workers=max(1, workers))
+    dataset = _Sequences(source, tokenizer, max_length=max_length, packing=packing, rank=rank, progress=progress)
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_identity,
+        prefetch_factor=max(2, 2 * batch_size // workers) if workers else None,
+        worker_init_fn=_leave_signals_to_the_main_process,
+        generator=torch.Generator(),  # else it takes a number from the global generator, and the model's weights change
+    )
+    # iter() starts the workers: here, because a process should not be forked from the prefetching thread.
+    return _deliver(iter(loader), batch_size=batch_size, progress=progress, device=torch.device(device))
+
+
+class _Sequences(IterableDataset):
+    """The endless sequences of one reader; which reader it is depends on the worker it finds itself in."""
+
+    def __init__(
+        self,
+        source: DocumentSource,
+        tokenizer: Tokenizer,
+        *,
+        max_length: int,
+        packing: Packing,
+        rank: int,
+        progress: Progress,
+    ) -> None:
+        self.source, self.tokenizer = source, tokenizer
+        self.max_length, self.packing = max_length, packing
+        self.rank, self.progress = rank, progress
+
+    def __iter__(self) -> Iterator[Sequence | UserError]:
+        """A UserError comes as a value, because DataLoader would wrap a raised one into a page of traceback."""
+        info = get_worker_info()
+        # DataLoader asks worker 0 first, so the new worker 0 goes on where it is whose turn it was.
+        worker = ((info.id if info is not None else 0) + self.progress.turn) % len(self.progress.positions)
+        try:
+            yield from self._sequences(worker)
+        except UserError as error:
+            yield error
+
+    def _sequences(self, worker: int) -> Iterator[Sequence]:
+        position = self.progress.positions[worker]
+        length = self.max_length
+        packer = make_packer(self.packing, self.tokenizer, length=length, eos_first=position.eos_first)
+        skipped: list[str] = []
+        for item in self._pieces(worker):
+            if isinstance(item, Piece):
+                for sequence in packer.add(item):
+                    position = sequence.position
+                    yield sequence._replace(skipped=tuple(skipped))
+                    skipped.clear()
+                continue
+            skipped.append(item.reason)
+            if len(skipped) == MOST_SKIPPED:  # a sequence without targets, lest they be reported late or never
+                position = position._replace(reported=position.reported + MOST_SKIPPED)
+                nothing = to_sequence([], length=length, pad_id=self.tokenizer.pad_id)
+                yield Sequence(nothing, position, tuple(skipped))
+                skipped.clear()
+
+    def _pieces(self, worker: int) -> Iterator[Piece | Skipped]:
+        """The reader's tokenized documents from its position on, epoch after epoch."""
+        world_size, start = self.progress.world_size, self.progress.positions[worker]
+        share = {"reader": worker * world_size + self.rank, "readers": len(self.progress.positions) * world_size}
+        reported = start.reported
+        last = start.epoch  # in which there was a document
+        for epoch in count(start.epoch):
+            documents = self.source.read(epoch=epoch, **share, start=start, earlier=self.progress.earlier)
+            for item in encode(documents, self.tokenizer, start=start):
+                if isinstance(item, Piece):
+                    last = epoch
+                elif reported:
+                    reported -= 1
+                    continue
+                yield item
+            # Shares move on with the epoch, so even where readers outnumber documents each has one soon.
+            if epoch - last >= EMPTY_EPOCHS * share["readers"]:
+                raise UserError(f"no document with text in {self.source.name}. Is it empty?")
+
+
+def _deliver(
+    sequences: Iterator[Sequence | UserError], *, batch_size: int, progress: Progress, device: torch.device
+) -> Generator[Batch, None, None]:
+    # DataLoader has no public way to end its workers. Left to the garbage collector, as after an error that keeps its
+    # frames alive, they take 5 seconds each.
+    end_workers = getattr(sequences, "_shutdown_workers", lambda: None)
+    prefetcher = _Prefetcher(_collate(sequences, batch_size=batch_size, progress=progress), finish=end_workers)
+    del sequences  # now they end with the thread, not with the interpreter
+    with closing(prefetcher) as batches:
+        for batch in batches:
+            yield _to_device(batch, device)
+
+
+def _collate(sequences: Iterator[Sequence | UserError], *, batch_size: int, progress: Progress) -> Iterator[Batch]:
+    while True:
+        chosen: list[Sequence] = []
+        for item in islice(sequences, batch_size):
+            if isinstance(item, UserError):
+                raise item
+            chosen.append(item)
+            progress = progress.advance(item.position)
+        assert chosen, "the sequences never end"
+        tokens = torch.from_numpy(np.stack([sequence.tokens for sequence in chosen]))  # (B, 2, L) int32
+        yield replace(
+            _batch(tokens, epoch=max(sequence.position.epoch for sequence in chosen)),
+            position=progress.to_json(),
+            skipped=tuple(reason for sequence in chosen for reason in sequence.skipped),
+        )
+
+
+class _Prefetcher(Iterator[T]):
+    """``items``, made ahead of time by a thread. ``close()`` ends the thread, then calls ``finish``.
+
+    A process that exits with the thread running closes it too: frozen in the midst of a tensor, it would abort instead.
+    """
+
+    def __init__(self, items: Iterator[T], *, finish: Callable[[], object] = lambda: None) -> None:
+        self._ready: queue.Queue[T | BaseException] = queue.Queue(PREFETCHED)
+        stopped = threading.Event()
+        thread = threading.Thread(target=_fill, args=(items, self._ready, stopped), name="prefetch", daemon=True)
+        self.close = weakref.finalize(self, _stop, thread, self._ready, stopped, finish)
+        thread.start()
+
+    def __next__(self) -> T:
+        item = self._ready.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+
+def _fill(items: Iterator[T], ready: queue.Queue[T | BaseException], stopped: threading.Event) -> None:
+    try:
+        for item in items:
+            ready.put(item)
+            if stopped.is_set():
+                return
+    except BaseException as error:
+        ready.put(error)
+
+
+def _stop(thread: threading.Thread, ready: queue.Queue, stopped: threading.Event, finish: Callable[[], object]) -> None:
+    stopped.set()
+    while not ready.empty():  # makes room for the one item that the thread may be waiting to put
+        ready.get_nowait()
+    thread.join(timeout=5)  # it may be waiting for the hub to come back
+    finish()
+
+
+def _batch(tokens: torch.Tensor, *, epoch: int) -> Batch:
+    """tokens: (B, 2, L) int32."""
+    input_ids, targets = tokens.long().unbind(1)
+    return Batch(input_ids.contiguous(), targets.contiguous(), epoch)
+
+
+def _to_device(batch: Batch, device: torch.device) -> Batch:
+    if device.type != "cuda":
+        return replace(batch, input_ids=batch.input_ids.to(device), targets=batch.targets.to(device))
+    # In the caller's thread, because the current GPU is a property of the thread. Pinned, so that nobody waits for it.
+    input_ids, targets = (
+        tensor.pin_memory().to(device, non_blocking=True) for tensor in (batch.input_ids, batch.targets)
+    )
+    return replace(batch, input_ids=input_ids, targets=targets)
+
+
+def _identity(item: T) -> T:
+    return item
+
+
+def _leave_signals_to_the_main_process(worker_id: int) -> None:
+    """What the whole process group is told, the main process obeys: it needs its workers until the update is done.
+
+    A second SIGTERM counts: it is how a worker that does not end by itself is ended.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+class ValidationSet:
+    """The first ``tokens`` target tokens of the validation stream, read once; iterates over this rank's batches.
+
+    The same targets for any world size and batch size: sequence i belongs to rank i % world_size. All ranks have as
+    many batches, because they compute a sharded model together: where sequences run out, a row has no target at all.
+
+    Raises UserError where there is no validation document.
+    """
+
+    def __init__(
+        self,
+        source: DocumentSource,
+        tokenizer: Tokenizer,
+        *,
+        tokens: int,
+        batch_size: int,
+        max_length: int,
+        packing: Packing,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        assert tokens >= 1 and batch_size >= 1 and max_length >= 2 and 0 <= rank < world_size
+        self.batch_size = batch_size
+        self.device = torch.device(device)
+        windows = _validation_windows(source, tokenizer, packing=packing, length=max_length)
+        sequences, self.tokens = _take_targets(windows, tokens=tokens)
+        if not sequences:
+            raise UserError(f"no validation document in {source.name}. Give some with --validation PATH.")
+        nothing = to_sequence([], length=max_length, pad_id=tokenizer.pad_id)
+        sequences += [nothing] * (-len(sequences) % world_size)
+        self.sequences = torch.from_numpy(np.stack(sequences[rank::world_size]))  # (N, 2, L) int32
+
+    def __len__(self) -> int:
+        """Batches of this rank; the same for all ranks."""
+        return -(-len(self.sequences) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for tokens in self.sequences.split(self.batch_size):
+            yield _to_device(_batch(tokens, epoch=0), self.device)
+
+
+def _validation_windows(
+    source: DocumentSource, tokenizer: Tokenizer, *, packing: Packing, length: int
+) -> Iterator[np.ndarray]:
+    """(2, length) int32 each, all of the source. Bad documents are left out with a warning when the reading ends."""
+    packer = make_packer(packing, tokenizer, length=length)
+    skipped: list[str] = []
+    try:
+        for item in encode(source.read(epoch=0, reader=0, readers=1), tokenizer):
+            if isinstance(item, Skipped):
+                skipped.append(item.reason)
+            else:
+                yield from (sequence.tokens for sequence in packer.add(item))
+        yield from packer.end()
+    finally:
+        for reason in skipped[:MOST_WARNINGS]:
+            logger.warning(f"skipped a validation document: {reason}")
+        if len(skipped) > MOST_WARNINGS:
+            logger.warning(f"skipped {len(skipped) - MOST_WARNINGS} more validation documents")
+
+
+def _take_targets(sequences: Iterator[np.ndarray], *, tokens: int) -> tuple[list[np.ndarray], int]:
+    """The first sequences that hold ``tokens`` targets, and how many they hold; what is beyond becomes IGNORED."""
+    taken: list[np.ndarray] = []
+    missing = tokens
+    for sequence in sequences:
+        taken.append(sequence)
+        places = np.flatnonzero(sequence[1] != IGNORED)
+        sequence[1, places[missing:]] = IGNORED
+        missing -= min(missing, len(places))
+        if missing == 0:
+            break
+    return taken, tokens - missing

@@ -1,0 +1,135 @@
+"""The order of documents: a pure function of the seed, the epoch and the files, shuffled block by block.
+
+Consecutive records form a block of at most BUFFER_RECORDS and BUFFER_BYTES, and each block is permuted by itself. A
+sliding shuffle buffer would mix a little further, but its content is the result of all that went before; a block can be
+read again from where it begins.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+from peft_pretraining.data.position import Block, Layout, Position, owner
+from peft_pretraining.errors import UserError
+
+F = TypeVar("F")
+
+# One block, which is what a reader holds in memory. 10,000 lines of C4 are 22 MB.
+BUFFER_RECORDS = 10_000
+BUFFER_BYTES = 64 * 2**20
+
+
+class Document(NamedTuple):
+    """A document, or a piece of a long one. last: whether it ends here."""
+
+    text: str
+    position: Position
+    last: bool = True
+
+
+class Skipped(NamedTuple):
+    """In place of a document that cannot be read. reason: one line that names the file and the line."""
+
+    reason: str
+
+
+class Undecoded(Protocol):
+    """A record: a document that nobody has decoded yet."""
+
+    @property
+    def line(self) -> int:
+        """1-based line or row; reading can begin at it."""
+
+    @property
+    def size(self) -> int:
+        """In bytes, about."""
+
+    def text(self) -> str:
+        """Decodes. Raises UserError."""
+
+
+class OrderedDocuments(Generic[F]):
+    """Documents in parts, files and records. A subclass says what these are; ``F`` is what it knows a file by."""
+
+    def __init__(self, *, seed: int, shuffle: bool) -> None:
+        self.seed = seed
+        self.shuffle = shuffle
+
+    def parts(self, epoch: int) -> list[list[F]]:
+        """The files of each part, in the epoch's order. There are as many parts in each epoch."""
+        raise NotImplementedError
+
+    def records(self, file: F, *, line: int) -> Iterator[Undecoded]:
+        """The records of a file, in file order, beginning with the one at ``line``."""
+        raise NotImplementedError
+
+    def keeps(self, text: str) -> bool:
+        """Whether a document belongs to this source."""
+        return True
+
+    def read(
+        self,
+        *,
+        epoch: int,
+        reader: int,
+        readers: int,
+        start: Position | None = None,
+        earlier: Sequence[Layout] = (),
+    ) -> Iterator[Document | Skipped]:
+        """See DocumentSource.read."""
+        start = start or Position(epoch=epoch)
+        parts = self.parts(epoch)
+        share = {"parts": len(parts), "readers": readers}
+        for part, files in enumerate(parts):
+            if readers <= len(parts) and owner(epoch, part, 0, **share) != reader:
+                continue
+            begin = max(
+                [start.begin(epoch, part), *(layout.begin(epoch, part, parts=len(parts)) for layout in earlier)]
+            )
+            for block, number, record in self._part(epoch, part, files, begin=begin):
+                place = (epoch, part, number)
+                if place < start.place or owner(*place, **share) != reader:
+                    continue
+                if any(layout.has_read(*place, parts=len(parts)) for layout in earlier):
+                    continue
+                yield from self._decode(record, Position(*place, block))
+
+    def _part(self, epoch: int, part: int, files: list[F], *, begin: Block) -> Iterator[tuple[Block, int, Undecoded]]:
+        """The records of a part from a block on, each with its block and its number."""
+        for block, records in self._blocks(files, begin):
+            if self.shuffle:
+                random.Random(f"documents {self.seed} {epoch} {part} {block.document}").shuffle(records)
+            records.reverse()
+            number = block.document
+            while records:  # popped, so that a block is gone before the next one is read
+                yield block, number, records.pop()
+                number += 1
+
+    def _blocks(self, files: list[F], begin: Block) -> Iterator[tuple[Block, list[Undecoded]]]:
+        room = BUFFER_RECORDS if self.shuffle else 1
+        block, held, size, count = begin, list[Undecoded](), 0, begin.document
+        for file, record in self._walk(files, begin):
+            if held and (len(held) >= room or size + record.size > BUFFER_BYTES):
+                yield block, held
+                block, held, size = Block(file, record.line, count), [], 0
+            held.append(record)
+            size += record.size
+            count += 1
+        if held:
+            yield block, held
+
+    def _walk(self, files: list[F], begin: Block) -> Iterator[tuple[int, Undecoded]]:
+        for number in range(begin.file, len(files)):
+            for record in self.records(files[number], line=begin.line if number == begin.file else 1):
+                yield number, record
+
+    def _decode(self, record: Undecoded, position: Position) -> Iterator[Document | Skipped]:
+        try:
+            text = record.text()
+        except UserError as error:
+            yield Skipped(str(error))
+            return
+        if self.keeps(text):
+            yield Document(text, position)

@@ -1,0 +1,209 @@
+"""Where documents come from: local files, the embedded Python documentation, or C4 streamed from the hub.
+
+A source hands every document to exactly one of its readers in each epoch. The order of local files is global: it
+depends on the seed and the epoch alone, every reader walks it, and reader k of n decodes each n-th record. So a run on
+another number of GPUs or workers reads the same documents in the same order. How, document_order.py says.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Literal, Protocol
+
+from peft_pretraining.data.fingerprint import fingerprint_files
+from peft_pretraining.data.order import Document, OrderedDocuments, Skipped
+from peft_pretraining.data.position import Layout, Position
+from peft_pretraining.data.records import SUFFIXES, Record, read_records
+from peft_pretraining.errors import UserError
+
+Split = Literal["train", "validation"]
+
+HELD_OUT = 100  # one document in so many is held out for validation where there is no validation split
+MOST_UNREADABLE = 1000  # records in a row from the start: with so many, the data set is not what it should be
+
+
+class DocumentSource(Protocol):
+    """A picklable stream of documents, split over readers (ranks x workers)."""
+
+    name: str  # what is read, for the log: "10 files in data/books/en"
+
+    def read(
+        self,
+        *,
+        epoch: int,
+        reader: int,
+        readers: int,
+        start: Position | None = None,
+        earlier: Sequence[Layout] = (),
+    ) -> Iterator[Document | Skipped]:
+        """This reader's documents of this 0-based epoch: over all ``readers``, each document exactly once.
+
+        start: documents before this position are left out, without reading more than the block it is in.
+        earlier: what these layouts have read is left out, too.
+        A document that cannot be decoded, or the rest of a damaged file, comes as Skipped, in its place in the order.
+        Raises UserError where a file is gone or cannot be opened.
+        """
+
+    def check(self) -> None:
+        """Cheap test before anything slow. Raises UserError where there is nothing to read."""
+
+    def fingerprint(self) -> dict[str, str]:
+        """What the data is, by name of its files, to be compared after a resume; empty where unknown."""
+
+
+def open_documents(dataset: str, *, split: Split, seed: int, validation: str | None = None) -> DocumentSource:
+    """The documents of one split; call ``check()`` before the slow work.
+
+    dataset: ``c4`` (streamed from the hub), ``pydocs`` (embedded), or a PATH: a folder in C4's layout (files named
+        ``*train*`` and ``*validation*`` in it or in its ``en/`` folder), a single file, or a glob.
+    split: ``train`` comes in an order drawn from ``seed`` and the epoch, ``validation`` always in file order.
+    validation: documents to validate on, given like ``dataset``. Without it the dataset's own validation split is used;
+        where there is none, about one document in HELD_OUT is, and these are never trained on. Both splits must be
+        opened with the same value.
+
+    Raises UserError where the path does not exist, holds no usable file, or has a suffix we cannot read.
+    """
+    if split == "validation" and validation is not None:
+        return _open_validation(validation, seed=seed)
+    if dataset == "c4":
+        from peft_pretraining.data.hub import HubDocuments
+
+        return HubDocuments(split=split, seed=seed)
+    if dataset == "pydocs":
+        from peft_pretraining.data.pydocs import pydocs_files
+
+        files = pydocs_files(split)
+        return LocalDocuments(files, name=f"pydocs, {split} ({_count(files)})", seed=seed, shuffle=split == "train")
+    own = find_files(dataset)
+    if not own["train"]:
+        raise UserError(f"{dataset} holds a validation split but no train files. {_naming_advice(dataset)}")
+    if not own["validation"] and validation is None:
+        return _hold_out(dataset, own["train"], split=split, seed=seed)
+    return LocalDocuments(own[split], name=_describe(dataset, own[split]), seed=seed, shuffle=split == "train")
+
+
+class LocalDocuments(OrderedDocuments[Path]):
+    """Documents of local files, shuffled anew for each epoch or in file order. ``keep`` restricts them to one split.
+
+    An epoch is one part: blocks of the shuffle span small files.
+    """
+
+    def __init__(
+        self, files: Sequence[Path], *, name: str, seed: int, shuffle: bool, keep: Split | Literal["all"] = "all"
+    ) -> None:
+        super().__init__(seed=seed, shuffle=shuffle)
+        self.name = name
+        self.files = list(files)
+        self.keep = keep
+
+    def parts(self, epoch: int) -> list[list[Path]]:
+        """See OrderedDocuments.parts."""
+        if not self.shuffle:
+            return [self.files]
+        return [random.Random(f"documents {self.seed} {epoch}").sample(self.files, len(self.files))]
+
+    def records(self, file: Path, *, line: int) -> Iterator[Record]:
+        """See OrderedDocuments.records."""
+        return read_records(file, line=line)
+
+    def keeps(self, text: str) -> bool:
+        """See OrderedDocuments.keeps."""
+        return self.keep == "all" or split_of(text) == self.keep
+
+    def check(self) -> None:
+        """Decodes records up to the first document that has text, or up to MOST_UNREADABLE that cannot be read."""
+        problems: list[str] = []
+        for record in chain.from_iterable(map(read_records, self.files)):
+            try:
+                text = record.text()
+            except UserError as error:
+                problems.append(str(error))
+                if len(problems) == MOST_UNREADABLE:
+                    break
+            else:
+                if text.strip() and self.keeps(text):
+                    return
+        if problems:
+            raise UserError(f"no document in {self.name} can be read. The first problem: {problems[0]}")
+        advice = "Give a larger dataset, or --validation PATH." if self.keep != "all" else "Is it empty?"
+        raise UserError(f"no document in {self.name}. {advice}")
+
+    def fingerprint(self) -> dict[str, str]:
+        """See DocumentSource.fingerprint."""
+        return fingerprint_files(self.files)
+
+
+def split_of(text: str) -> Split:
+    """The split of a document where nothing else decides: by a hash of its text, the same on every machine and run."""
+    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
+    return "validation" if int.from_bytes(digest, "big") % HELD_OUT == 0 else "train"
+
+
+def find_files(dataset: str) -> dict[Split, list[Path]]:
+    """The files of each split of a local dataset, sorted; a single file or a glob is all train. Raises UserError."""
+    path = Path(dataset).expanduser()
+    if path.is_dir():
+        return _find_in_folder(path)
+    if path.is_file():
+        matches = [path]
+    else:
+        matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
+    if not matches:
+        problem = "no file matches" if glob.has_magic(dataset) else "no such file or folder:"
+        raise UserError(f"{problem} {dataset}. Give a folder, a file, a glob in quotes, or one of: c4, pydocs.")
+    for match in matches:
+        if not match.name.endswith(SUFFIXES):
+            raise UserError(f"cannot read {match}: its suffix is none of {', '.join(SUFFIXES)}.")
+    return {"train": matches, "validation": []}
+
+
+def _find_in_folder(folder: Path) -> dict[Split, list[Path]]:
+    for place in (folder, folder / "en"):
+        files = sorted(place.iterdir()) if place.is_dir() else []
+        files = [file for file in files if file.is_file() and file.name.endswith(SUFFIXES)]
+        validation = [file for file in files if "valid" in file.name]
+        train = [file for file in files if "train" in file.name and file not in validation]
+        if train or validation:
+            return {"train": train, "validation": validation}
+    raise UserError(f"no train files in {folder} or {folder / 'en'}. {_naming_advice(folder)}")
+
+
+def _naming_advice(folder: Path | str) -> str:
+    return (
+        f"Name them like train-0.jsonl or c4-train.00000.json.gz ({', '.join(SUFFIXES)}), "
+        f"or give a glob such as '{folder}/*.jsonl'."
+    )
+
+
+def _open_validation(validation: str, *, seed: int) -> DocumentSource:
+    """``validation`` as the user gave it: its own validation split if it has one, else all of it."""
+    if validation in ("c4", "pydocs"):
+        return open_documents(validation, split="validation", seed=seed)
+    own = find_files(validation)
+    files = own["validation"] or own["train"]
+    return LocalDocuments(files, name=_describe(validation, files), seed=seed, shuffle=False)
+
+
+def _hold_out(dataset: str, files: list[Path], *, split: Split, seed: int) -> DocumentSource:
+    whole = _describe(dataset, files)
+    if split == "train":
+        name = f"{whole}, without the 1 in {HELD_OUT} documents held out for validation"
+    else:
+        name = f"1 in {HELD_OUT} documents of {whole}, held out from training"
+    return LocalDocuments(files, name=name, seed=seed, shuffle=split == "train", keep=split)
+
+
+def _describe(dataset: str, files: Sequence[Path]) -> str:
+    if files == [Path(dataset).expanduser()]:
+        return dataset
+    folder = f"in {files[0].parent}" if Path(dataset).expanduser().is_dir() else f"matching {dataset}"
+    return f"{_count(files)} {folder}"
+
+
+def _count(files: Sequence[Path]) -> str:
+    return f"{len(files)} file{'s' if len(files) > 1 else ''}"

@@ -1,0 +1,1 @@
+"""Models as transformers folders."""

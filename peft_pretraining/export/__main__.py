@@ -1,0 +1,212 @@
+"""A checkpoint as a transformers folder: `python -m peft_pretraining.hf_export CHECKPOINT OUT`.
+
+OUT gets config.json, generation_config.json, the weights as safetensors, and the tokenizer where transformers has a
+counterpart; AutoModelForCausalLM and AutoTokenizer load it. 8-bit weights are written as the values that they stand
+for, adapters are merged into the weights. Tensors are read, decoded and written one shard at a time: memory holds
+--max_shard_size, not the model.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.logging import disable_progress_bar
+
+from peft_pretraining.checkpoint.files import find_checkpoint
+from peft_pretraining.checkpoint.files import verify as verify_checkpoint
+from peft_pretraining.checkpoint.weights import EMBEDDING, StoredWeights, load_weights, open_checkpoint
+from peft_pretraining.data.tokenizer import Tokenizer, check_fits, load_tokenizer
+from peft_pretraining.errors import Parser, UserError
+from peft_pretraining.export.folder import SHARD, appearing, write_weights
+from peft_pretraining.export.tokenizer import save_tokenizer, to_transformers
+from peft_pretraining.model.adapters import Adapters, merging
+from peft_pretraining.model.build import DTYPES, build_model, meta_model, read_config, read_json
+from qgalore.storage.convert import quantize_module_weight
+from qgalore.storage.int8_weight import SimulatedInt8Weight
+
+# How far merging adapters may move logits in float32, over the largest of them. It moved those of models of 9M to 350M
+# parameters by 1e-6 to 3e-5; leaving out the adapters of a run of six updates, by more than 0.1.
+MERGED = 2**-12
+
+
+class NotTheSameModel(Exception):
+    """The exported model computes other logits than the one that was trained."""
+
+
+def export(
+    checkpoint: Path,
+    out: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str = SHARD,
+    verify: bool = False,
+) -> float | None:
+    """Writes the transformers folder `out`, which is complete or absent at any moment.
+
+    checkpoint: a checkpoint, or a run's folder, whose newest is taken.  dtype: of the written weights, by default the
+    one in which they appear in training.  max_shard_size: of one file, such as "500MB".
+    verify: loads what was written and compares its logits with those of the trained weights, 8-bit ones in place.
+    Returns the largest difference to the logits as trained: 0, or what another `dtype` or the rounding of merged
+    weights makes of them; None where not verified. Raises UserError where something cannot be read or written,
+    NotTheSameModel where the logits differ from those of the trained weights in the same dtype by anything at all, or
+    where merging moves logits in float32 by more than MERGED of the largest.
+    """
+    checkpoint = find_checkpoint(checkpoint)
+    verify_checkpoint(checkpoint)
+    config = read_config(checkpoint / "config.json")
+    weights = open_checkpoint(checkpoint)
+    adapters = Adapters.of(_args_of(checkpoint))
+    structure = meta_model(config, adapters=adapters)
+    weights.check({name: parameter.shape for name, parameter in structure.named_parameters()})
+    dtype = dtype or weights.dtype(EMBEDDING)
+    config.dtype, config.use_cache = dtype, True
+    with appearing(out) as folder:
+        _write_config_and_tokenizer(config, folder, checkpoint=checkpoint)
+        like: dict[str, Tensor] = dict(meta_model(config, dtype=dtype).named_parameters())
+        read = merging(weights.read, adapters, names=weights.names())
+        write_weights(like, folder, read=read, max_shard_size=max_shard_size)
+        return _compare_logits(folder, weights, adapters=adapters, dtype=dtype) if verify else None
+
+
+def _write_config_and_tokenizer(config: LlamaConfig, folder: Path, *, checkpoint: Path) -> None:
+    """config.json, generation_config.json and the tokenizer's files; says so where the tokenizer has to be left out."""
+    pad = config.pad_token_id
+    try:
+        original, converted = _tokenizer_of(checkpoint, config=config)
+        config.bos_token_id, config.eos_token_id = converted.bos_token_id, converted.eos_token_id
+        pad = converted.pad_token_id  # not in the config, where it would freeze the padding's row
+        config.save_pretrained(folder)  # AutoTokenizer looks there, too
+        save_tokenizer(converted, folder, original=original)
+    except UserError as error:
+        print(f"warning: the tokenizer is left out: {error}", file=sys.stderr)
+    config.save_pretrained(folder)
+    ids = dict(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=pad)
+    GenerationConfig(**ids).save_pretrained(folder)
+
+
+def _tokenizer_of(checkpoint: Path, *, config: LlamaConfig) -> tuple[Tokenizer, PreTrainedTokenizerBase]:
+    """The run's tokenizer, and its counterpart in transformers. Raises UserError where one of them is not to be had."""
+    spec = _args_of(checkpoint).get("tokenizer")
+    if spec is None:
+        raise UserError(f"{checkpoint / 'state.json'} does not name it.")
+    original = load_tokenizer(spec)
+    check_fits(original, vocab_size=config.vocab_size)
+    return original, to_transformers(original, max_length=config.max_position_embeddings)
+
+
+def _args_of(checkpoint: Path) -> dict[str, Any]:
+    """The arguments of the run that the checkpoint is of."""
+    return read_json(checkpoint / "state.json").get("args", {})
+
+
+def _compare_logits(folder: Path, weights: StoredWeights, *, adapters: Adapters | None, dtype: torch.dtype) -> float:
+    """The largest difference of two logits, of the written model and of the trained one. One model exists at a time.
+
+    Raises NotTheSameModel unless the written model and the trained weights, merged where there are adapters, agree to
+    the last bit in the same dtype. A tolerance for the rounding to bfloat16 would have to be wide: with random weights,
+    it moved logits by 1% to 9%. For the same reason, whether merging is right is seen in float32.
+    """
+    disable_progress_bar()
+    written = _logits(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True))
+    if adapters is None:
+        twin = _logits(_as_trained(weights, dtype=dtype))
+    else:
+        twin = _logits(_merged(weights, adapters, dtype=dtype))
+        _check_merging(weights, adapters)
+    if not torch.equal(written, twin):
+        raise NotTheSameModel(f"the exported logits differ from the trained by {(written - twin).abs().max():.3g}.")
+    trained = _logits(_as_trained(weights, dtype=weights.dtype(EMBEDDING), adapters=adapters))
+    return (written - trained).abs().max().item()
+
+
+def _check_merging(weights: StoredWeights, adapters: Adapters) -> None:
+    """Raises NotTheSameModel unless merged weights compute what the adapters do, in float32."""
+    merged = _logits(_merged(weights, adapters, dtype=torch.float32))
+    trained = _logits(_as_trained(weights, dtype=torch.float32, adapters=adapters))
+    difference = (merged - trained).abs().max()
+    if not difference <= MERGED * trained.abs().max():
+        raise NotTheSameModel(f"with merged adapters, logits differ from the trained by {difference:.3g}.")
+
+
+@torch.no_grad()
+def _merged(weights: StoredWeights, adapters: Adapters, *, dtype: torch.dtype) -> LlamaForCausalLM:
+    """The model that was trained, as one without adapters."""
+    model = build_model(read_config(weights.folder / "config.json"), device="cpu", dtype=dtype, seed=0)
+    read = merging(weights.read, adapters, names=weights.names())
+    for name, parameter in model.named_parameters():
+        parameter.copy_(read(name))
+    return model
+
+
+def _as_trained(weights: StoredWeights, *, dtype: torch.dtype, adapters: Adapters | None = None) -> LlamaForCausalLM:
+    """The model that was trained, its 8-bit weights or adapters in place, computing in `dtype`."""
+
+    def finish(name: str, module: nn.Module) -> None:
+        if settings := weights.quantized.get(f"{name}.weight"):
+            simulation = settings.kind is SimulatedInt8Weight
+            quantize_module_weight(
+                module, group_size=settings.group_size, stochastic=settings.stochastic, simulation=simulation
+            )
+
+    config = read_config(weights.folder / "config.json")
+    model = build_model(config, device="cpu", dtype=dtype, seed=0, adapters=adapters, finish=finish)
+    load_weights(model, weights.folder)
+    return model
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel) -> Tensor:
+    """The logits of two fixed sequences that go over the vocabulary with a large stride. (2, L, vocab) float32"""
+    length = min(32, model.config.max_position_embeddings)
+    ids = torch.arange(2 * length).view(2, length) * 7919 % model.config.vocab_size
+    return model.eval()(input_ids=ids, use_cache=False).logits.float()
+
+
+def _parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="python -m peft_pretraining.hf_export", description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a run: its newest one")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to be made")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: as in training")
+    parser.add_argument("--max_shard_size", default=SHARD, metavar="SIZE", help=f"of one file (default: {SHARD})")
+    parser.add_argument("--verify", action="store_true", help="compare logits with those of the model as trained")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The whole command. Raises as export."""
+    args = _parse_args(argv)
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    difference = export(args.checkpoint, args.out, dtype=dtype, max_shard_size=args.max_shard_size, verify=args.verify)
+    if difference is not None:
+        print(f"verified; the largest difference to a logit as trained: {difference:.3g}")
+    print(f"{args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}")
+
+
+def command_line(argv: list[str] | None = None) -> int:
+    """Runs main; one line and exit status 2 for what the user can mend, 1 where the models are not the same."""
+    try:
+        main(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except NotTheSameModel as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command_line())

@@ -1,0 +1,88 @@
+"""Models as transformers folders: complete or absent at any moment, and written one shard at a time.
+
+Memory holds one shard in plain form, never the model: a 7B in INT8 on a 16 GB card has no room for a second copy.
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Generator, Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from peft_pretraining.errors import UserError
+from peft_pretraining.model.adapters import Adapters, merging
+from peft_pretraining.model.build import meta_model
+from qgalore.storage.int8_weight import Int8Weight
+
+SHARD = "5GB"  # the largest file
+
+
+@contextlib.contextmanager
+def appearing(folder: Path, *, replace: bool = False) -> Generator[Path, None, None]:
+    """Gives an empty folder to write to, which becomes `folder` at the end, or vanishes on an error.
+
+    replace: whether an older `folder` makes way. Raises UserError where it may not, or where nothing can be written.
+    """
+    folder = folder.resolve()
+    beside = folder.with_name(f".{folder.name}.incomplete")
+    try:
+        if not replace and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder} exists and is not an empty folder. Choose another one, or remove it.")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        yield beside
+        if replace:
+            shutil.rmtree(folder, ignore_errors=True)
+        beside.replace(folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"{folder} cannot be written ({reason}).") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def write_weights(
+    like: Mapping[str, Tensor], folder: Path, *, read: Callable[[str], Tensor], max_shard_size: str = SHARD
+) -> None:
+    """Weights as safetensors and, where they are several files, their index.
+
+    like: name to a tensor of the shape and dtype to write, on the meta device if you like.  read: gives the weight of
+    that name, an Int8Weight or an ordinary tensor, from wherever it is.  Raises UserError for a size of no sense.
+    """
+    try:
+        split = split_torch_state_dict_into_shards(dict(like), max_shard_size=max_shard_size)
+    except ValueError as error:
+        raise UserError(f"--max_shard_size {max_shard_size}: a number with KB, MB, GB or TB is needed.") from error
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: _plain(read(name), dtype=like[name].dtype) for name in names}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _plain(weight: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """An ordinary tensor on the CPU; the values of 8-bit weights are rounded once."""
+    values = weight.dequantize(dtype) if isinstance(weight, Int8Weight) else weight.to(dtype)
+    return values.detach().cpu().contiguous()
+
+
+def save_model(model: LlamaForCausalLM, folder: Path, *, adapters: Adapters | None = None) -> None:
+    """The live model in its own dtype, for AutoModelForCausalLM. An older folder of that name is replaced.
+
+    adapters: those in the model, which are merged into its weights on the way.
+    """
+    weights: dict[str, Tensor] = dict(model.named_parameters())
+    like: dict[str, Tensor] = dict(meta_model(model.config, dtype=model.dtype).named_parameters())
+    with appearing(folder, replace=True) as beside:
+        model.config.save_pretrained(beside)
+        assert model.generation_config is not None
+        model.generation_config.save_pretrained(beside)
+        write_weights(like, beside, read=merging(weights.__getitem__, adapters, names=weights))

@@ -1,0 +1,1 @@
+"""The LLaMA: its shape, its weights, adapters, the loss."""

@@ -1,0 +1,1 @@
+"""A run: its loop's steps, its record, what follows when something goes wrong."""

@@ -1,0 +1,1 @@
+"""From a gradient to a direction, and from a direction back to a weight."""

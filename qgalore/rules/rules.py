@@ -1,0 +1,134 @@
+"""From a gradient to a direction: free functions on moments, and a table that says what each of them needs.
+
+A rule does not know whether its gradient is a whole matrix or lives in a subspace, nor in how many bits its moments are
+kept, and never touches a parameter. Moments are updated in place; the caller scales the direction by -lr.
+Every rule takes the same keywords, so that whoever calls it need not know which it is:
+
+    beta1, beta2    decay rates of the first and the second moment
+    eps             added to Adam's divisor
+    mass, mass_sq   the sums of the weights that first and second moments hold after this update: 1 - beta**t at update
+                    t, unless a reset has taken them away. Dividing by them is Adam's bias correction.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qgalore.storage.dynamic8 import Moment
+
+Number = float | Tensor
+
+ADAFACTOR_EPS = 1e-30  # added to squares, so that rows and columns of zeros divide nothing by zero
+
+
+class MomentKind(NamedTuple):
+    """One moment that a rule keeps. signed: an average of gradients or directions, which turns with the basis; else of
+    squares, which cannot.  shape: of its tensor."""
+
+    name: str
+    signed: bool
+    shape: torch.Size
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One entry of the table.
+
+    direction: (gradient, *moments, **keywords) -> direction, see above.  moments: what it keeps for a gradient of a
+    shape, in the order that `direction` takes them.  betas: their usual decay rates.  decay: the second moment's at
+    update t, where it is not beta2.  finish: what becomes of the direction once it is back in the full space.
+    """
+
+    direction: Callable[..., Tensor]
+    moments: Callable[[torch.Size], tuple[MomentKind, ...]]
+    betas: tuple[float, float] = (0.9, 0.999)
+    decay: Callable[[int], float] | None = None
+    finish: Callable[[Tensor], Tensor] | None = None
+
+
+def adam_direction(
+    R: Tensor, M: Moment, V: Moment, *, beta1: float, beta2: float, eps: float, mass: Number, mass_sq: Number
+) -> Tensor:
+    """Adam's direction for a (low-rank) gradient.
+
+    R: gradient, any shape, float32 or float64.  M, V: its first and second moment, same shape, updated in place.
+    Returns the direction, R's shape and dtype.  Source: Kingma and Ba 2015, algorithm 1.
+    """
+    m = M.dequantize().lerp_(R, 1 - beta1)
+    v = V.dequantize().mul_(beta2).addcmul_(R, R, value=1 - beta2)
+    M.copy_(m)
+    V.copy_(v)
+    return (m / mass).div_((v / mass_sq).sqrt_().add_(eps))
+
+
+def lion_direction(R: Tensor, M: Moment, *, beta1: float, beta2: float, **unused: Any) -> Tensor:
+    """Lion's direction before its sign, which is taken in the full space: see RULES.
+
+    R: gradient, any shape.  M: its momentum, same shape, updated in place: interpolated with beta1, kept with beta2.
+    Source: Chen et al. 2023, arXiv 2302.06675, algorithm 2; the sign as in Liang et al. 2024, arXiv 2408.12857.
+    """
+    m = M.dequantize()
+    D = torch.lerp(R, m, beta1)
+    M.copy_(m.lerp_(R, 1 - beta2))
+    return D
+
+
+def adafactor_direction(R: Tensor, M: Moment, *V: Moment, beta1: float, beta2: Number, mass: Number, mass_sq: Number,
+                        **unused: Any) -> Tensor:  # fmt: skip
+    """Adafactor's direction, without its relative step size: the learning rate is given.
+
+    R: gradient.  V: the mean squares of its rows (m,) and of its columns (n,), where it is a matrix (m, n), else one
+    second moment of its shape.  M: the average of the directions, clipped to a root mean square of 1; same shape as R.
+    Source: Shazeer and Stern 2018, arXiv 1804.04235, algorithms 4 and 5. The paper has no first moment; GaLore averages
+    the clipped directions with beta1, and so does this, corrected for its bias as Adam's is.
+    """
+    squares = (R * R).add_(ADAFACTOR_EPS)
+    fresh = (squares.mean(-1), squares.mean(-2)) if len(V) == 2 else (squares,)
+    v = [kept.dequantize().mul_(beta2).add_(new * (1 - beta2)) for kept, new in zip(V, fresh, strict=True)]
+    for kept, new in zip(V, v, strict=True):
+        kept.copy_(new)
+    if len(v) == 2:
+        row, column = v
+        D = R * (row / row.mean()).rsqrt_().unsqueeze(-1) * (column / mass_sq).rsqrt_()
+    else:
+        D = R * (v[0] / mass_sq).rsqrt_()
+    D = D / D.square().mean().sqrt_().clamp_(min=1)
+    m = M.dequantize().lerp_(D, 1 - beta1)
+    M.copy_(m)
+    return m / mass
+
+
+def sgd_direction(R: Tensor, M: Moment, *, beta1: float, **unused: Any) -> Tensor:
+    """Gradient descent with momentum beta1, as torch.optim.SGD has it. M: of R's shape, updated in place."""
+    m = M.dequantize().mul_(beta1).add_(R)
+    M.copy_(m)
+    return m.clone()
+
+
+def _first(shape: torch.Size) -> tuple[MomentKind, ...]:
+    return (MomentKind("exp_avg", True, shape),)
+
+
+def _first_and_second(shape: torch.Size) -> tuple[MomentKind, ...]:
+    return (*_first(shape), MomentKind("exp_avg_sq", False, shape))
+
+
+def _first_and_factors(shape: torch.Size) -> tuple[MomentKind, ...]:
+    if len(shape) != 2:
+        return _first_and_second(shape)
+    factors = (
+        MomentKind("exp_avg_sq_row", False, torch.Size(shape[:1])),
+        MomentKind("exp_avg_sq_col", False, torch.Size(shape[1:])),
+    )
+    return (*_first(shape), *factors)
+
+
+RULES = {
+    "adam": Rule(adam_direction, _first_and_second),
+    "lion": Rule(lion_direction, _first, betas=(0.9, 0.99), finish=torch.sign),
+    "adafactor": Rule(adafactor_direction, _first_and_factors, decay=lambda t: 1 - t**-0.8),
+    "sgd": Rule(sgd_direction, _first),
+}
