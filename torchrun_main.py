@@ -5,7 +5,6 @@ Plain `python torchrun_main.py ...` trains in one process. `--help` lists every 
 
 import argparse
 import contextlib
-import dataclasses
 import os
 import sys
 import time
@@ -23,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_pretraining.checkpoint.start import check_data, choose_start
 from peft_pretraining.checkpoint.writer import CheckpointWriter, choose_save_dir, prepare_save_dir
-from peft_pretraining.cli.args import parse_args, schedule_of
+from peft_pretraining.cli.args import parse_args, schedule_of, settings_of
 from peft_pretraining.data.loader import IGNORED, Batch, ValidationSet, train_batches
 from peft_pretraining.data.sources import DocumentSource, open_documents
 from peft_pretraining.data.tokenizer import Tokenizer, check_fits, load_tokenizer
@@ -70,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # How is it updated?
     recipe = find_recipe(args.optimizer)
-    settings = Settings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)})
+    settings = settings_of(args)
     table = describe_training(args, config=config, recipe=recipe, settings=settings)
     report.log_plan(args, groups=table, dtype=dtype, world=world, threads=threads)
 
@@ -90,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     with world.connected(), contextlib.ExitStack() as cleanup:
         save_dir = Path(world.gather(str(save_dir))[0])  # its name may hold the time, which ranks read for themselves
         interruption = cleanup.enter_context(Interruption().listening())
-        sync = GradSync(at_rank_size=recipe.ours and (recipe.per_layer or not args.grad_clipping))
+        sync = GradSync(at_rank_size=recipe.low_rank_engine and (recipe.per_layer or not args.grad_clipping))
         reading = reading_options(args, world=world)
         validation = ValidationSet(held_out, tokenizer, tokens=args.eval_tokens, **reading)
         prepare = partial(prepare_model, args, config=config, dtype=dtype, device=world.device)

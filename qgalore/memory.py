@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from qgalore.storage.quantized_weight import open_weight
 from qgalore.subspace.projector import is_basis
 
 KINDS = ("weights", "scales", "bases", "moments", "accumulators")
@@ -37,10 +38,10 @@ def kept_bytes(
 
 
 def _weight_bytes(p: Tensor) -> list[tuple[str, int]]:
-    if not hasattr(p, "stored_bytes"):
-        return [("weights", p.nbytes)]
-    parts = p.stored_bytes()
-    return [("weights" if name in ("codes", "values") else "scales", size) for name, size in parts.items()]
+    return [
+        ("weights" if part in ("", "codes", "values") else "scales", tensor.nbytes)
+        for part, tensor in open_weight(p).tensors().items()
+    ]
 
 
 def adamw_bytes(model: nn.Module) -> dict[str, int]:

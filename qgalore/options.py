@@ -1,44 +1,278 @@
-"""What a parameter group of a LowRankOptimizer may set, and within which bounds. See there for the meaning."""
+"""Every option of the optimizers, declared once: default, range, unit, meaning, and where it applies.
 
+A field of a dataclass made by `option` is an option. From it come the defaults and checks of parameter groups, the
+flags of a command line, the warnings about flags without effect, and the pages that list them.
+"""
+
+import dataclasses
+import difflib
 import math
 import warnings
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from qgalore.rules.lifts import RESIDUALS
+from qgalore.rules.lifts import LIFTS
 from qgalore.rules.moments import MOMENT_POLICIES
 from qgalore.rules.rules import RULES
-from qgalore.subspace.projector import PROJ_TYPES, SUBSPACE_METHODS
+from qgalore.subspace.bases import METHODS
+from qgalore.subspace.projector import PROJ_TYPES
 
-DEFAULTS: dict[str, Any] = dict(
-    rule="adam",
-    rank=None,
-    update_proj_gap=200,
-    scale=1.0,
-    proj_type="std",
-    subspace="iterate",
-    threshold=None,
-    growth=2.0,
-    queue_size=5,
-    moments_on_refresh="project",
-    proj_lr=None,
-    proj_reg=0.1,
-    residual="none",
-    decoupled=True,
-    state_bits=32,
-    basis_bits=None,
-    basis_group_size=256,
-    clip=0.0,
-)
+SUBSPACE_METHODS = ("iterate", "svd")  # those that a user chooses between: the others come with a proj_type or a recipe
+RESIDUALS = ("none", "fira")  # the lifts that a user chooses between
 
 
-def check_group(group: dict[str, Any]) -> None:
-    """Refuses settings out of range, and warns of a rank that some matrices are too small for."""
-    for name, fits in _fits(group).items():
-        if not fits:
-            raise ValueError(f"{name} = {group[name]} is out of range")
+class Range(NamedTuple):
+    """The values that an option may have. fits: whether a value is one.  words: how an error says it."""
+
+    fits: Callable[[Any], bool]
+    words: str
+
+
+def at_least(least: float) -> Range:
+    """Finite, and not below `least`."""
+    words = "must be 0 or more" if least == 0 else f"must be at least {least:g}"
+    return Range(lambda value: least <= value < math.inf, words)
+
+
+ABOVE_0 = Range(lambda value: 0 < value < math.inf, "must be above 0")
+DECAY_RATE = Range(lambda value: 0 <= value < 1, "must lie in [0, 1)")
+SHARE = Range(lambda value: 0 <= value <= 1, "must lie in [0, 1]")
+GROUP_SIZE = Range(lambda value: value >= 1 or value == -1, "must be above 0, or -1")
+
+
+def one_of(*values: Any) -> Range:
+    """One of a few numbers."""
+    return Range(lambda value: value in values, f"must be {' or '.join(map(str, values))}")
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is known of an option besides its name, type and default.
+
+    help: its meaning, to be read after its unit.
+    unit: what its value counts, or what it is.
+    section: the heading that it stands under in a list of options.
+    choices: the values of a word.
+    range: of a number.
+    flag: its name on a command line, where that is another.
+    flag_choices: fewer choices, on a command line.
+    parse: turns the text of a flag into a value; None for the option's type.
+    shown: the default in words, where it depends on something.
+    needs: conditions without which it has no effect; the first that does not hold is what a warning names.
+    may_change: whether a run that goes on may have another value than before.
+    required: whether a run cannot do without it.
+    """
+
+    help: str
+    unit: str = ""
+    section: str = ""
+    choices: tuple[str, ...] | None = None
+    range: Range | None = None
+    flag: str | None = None
+    flag_choices: tuple[str, ...] | None = None
+    parse: Callable[[str], Any] | None = None
+    shown: str | None = None
+    needs: tuple[str, ...] = ()
+    may_change: bool = False
+    required: bool = False
+
+    def problem(self, value: Any) -> str | None:
+        """What is wrong with a value, in words; None where nothing is. None is in range: it stands for the default."""
+        if value is None:
+            return None
+        if self.choices is not None and value not in self.choices:
+            return f"must be one of {', '.join(self.choices)}"
+        return self.range.words if self.range is not None and not self.range.fits(value) else None
+
+
+def option(default: Any, help: str, **known: Any) -> Any:
+    """A dataclass field that is an option. The keywords are those of Option."""
+    return dataclasses.field(default=default, metadata={"option": Option(help, **known)})
+
+
+class Declared(NamedTuple):
+    """An option as it is declared: its field's name, annotation and default, and what is known of it."""
+
+    name: str
+    annotation: Any
+    default: Any
+    option: Option
+
+    @property
+    def flag(self) -> str:
+        """Its name on a command line."""
+        return self.option.flag or self.name
+
+
+def declared(holder: type) -> Iterator[Declared]:
+    """The options of a dataclass, in order."""
+    for field in dataclasses.fields(holder):
+        if "option" in field.metadata:
+            yield Declared(field.name, field.type, field.default, field.metadata["option"])
+
+
+# fmt: off
+
+OPTIMIZER = "optimizer"
+PROJECTION = "low-rank projection, for optimizers that project gradients"
+QUANTIZATION = "quantization"
+
+
+@dataclass(frozen=True)
+class ProjectionOptions:
+    """How the gradients of a group of matrices are projected. In a group, `rank` decides whether they are at all."""
+
+    rank: int = option(128, "of each basis, or with --peft of each adapter; clamped to the shorter side of a matrix",
+        unit="COLUMNS", section=PROJECTION, range=at_least(1), needs=("rank",))
+    update_proj_gap: int = option(50, "between refreshes of a basis", unit="UPDATES", section=PROJECTION,
+        range=at_least(1), needs=("projected",))
+    scale: float = option(1.0, "on the update of the projected matrices", unit="FACTOR", section=PROJECTION,
+        range=ABOVE_0, flag="galore_scale", needs=("scaled",))
+    proj_type: str = option("std", "side that is projected: the shorter (std), the longer, a fixed one or both; or, "
+        "of the shorter side, bases that learn by online PCA (continuous: by AdamW, else by the optimizer in the "
+        "name) or are drawn at random", section=PROJECTION, choices=PROJ_TYPES, needs=("projected",))
+    subspace: str = option("iterate", "how a basis is computed. iterate: warm orthogonal iteration; svd: exact "
+        "singular vectors, every time", section=PROJECTION, choices=tuple(METHODS), flag_choices=SUBSPACE_METHODS,
+        needs=("projected", "computed"))
+    moments_on_refresh: str = option("project", "the first moment is carried into the new basis, kept as it is (the "
+        "reference), or both are reset", section=PROJECTION, choices=MOMENT_POLICIES, needs=("projected", "refreshed"))
+    lift: str = option("none", "fira: what the projection leaves out of a gradient comes back into the update, "
+        "scaled as the rest of it; for AdamW", section=PROJECTION, choices=tuple(LIFTS), flag="residual",
+        flag_choices=RESIDUALS, needs=("projected",))
+    proj_lr: float | None = option(None, "step size of online PCA; follows the schedule of the learning rate",
+        unit="RATE", section=PROJECTION, range=at_least(0), shown="1 / --update_proj_gap",
+        needs=("projected", "learns"))
+    proj_reg: float = option(0.1, "on the distance of such bases from orthonormal ones, as in Online Subspace "
+        "Descent; its code has 0", unit="FACTOR", section=PROJECTION, range=at_least(0), needs=("projected", "learns"))
+    cos_threshold: float | None = option(None, "of successive bases, 0 to 1, from which on a basis counts as still "
+        "and its gap grows", unit="OVERLAP", section=PROJECTION, range=SHARE,
+        shown="0.6 for q_galore, else no gap ever grows", needs=("projected", "sided"))
+    gamma_proj: float = option(2.0, "by which the gap of a still basis grows", unit="FACTOR", section=PROJECTION,
+        range=at_least(1), needs=("projected", "sided", "lazy"))
+    queue_size: int = option(5, "whose mean overlap decides", unit="REFRESHES", section=PROJECTION, range=at_least(1),
+        needs=("projected", "sided", "lazy"))
+    proj_bits: int | None = option(None, "of the bases: 4 or 8", unit="BITS", section=QUANTIZATION, range=one_of(4, 8),
+        shown="4", needs=("projected", "packed"))
+    proj_group_size: int = option(256, "of a basis' row that share a scale, at most; -1: the whole row",
+        unit="ELEMENTS", section=QUANTIZATION, range=GROUP_SIZE, needs=("projected", "packed"))
+
+
+@dataclass(frozen=True)
+class GroupOptions:
+    """What a group of parameters of a LowRankOptimizer may set besides ProjectionOptions."""
+
+    rule: str = option("adam", "how gradients become directions", choices=tuple(RULES))
+    state_bits: int = option(32, "of the moments: 8 or 32", range=one_of(8, 32))
+    decoupled: bool = option(True, "whether weight decay is; else it is added to the gradient")
+    clip: float = option(0.0, "maximum norm of each parameter's gradient, as projected; 0: no limit",
+        range=at_least(0))
+    lr: float = option(1e-3, "step size", range=at_least(0))
+    weight_decay: float = option(0.0, "see `decoupled`", range=at_least(0))
+    eps: float = option(1e-08, "added to Adam's divisor", range=at_least(0))
+
+
+@dataclass(frozen=True)
+class Settings(ProjectionOptions):
+    """What a user chooses of an optimizer that `create_optimizer` builds by its name."""
+
+    lr: float = option(1e-4, "peak learning rate", unit="RATE", section=OPTIMIZER, range=ABOVE_0)
+    matrix_lr_ratio: float = option(1.0, "that of the attention and MLP matrices over --lr; times --galore_scale "
+        "where they are projected", unit="RATIO", section=OPTIMIZER, range=ABOVE_0)
+    weight_decay: float = option(0.0, "decoupled; with adam and sgd added to the gradient", unit="RATE",
+        section=OPTIMIZER, range=at_least(0))
+    beta1: float | None = option(None, "decay of the first moment; sgd's momentum", unit="RATE", section=OPTIMIZER,
+        range=DECAY_RATE, shown="0.9; 0 for sgd", needs=("beta1",))
+    beta2: float | None = option(None, "decay of Adam's second moment, of Lion's momentum", unit="RATE",
+        section=OPTIMIZER, range=DECAY_RATE, shown="0.999; 0.99 for lion", needs=("beta2",))
+    embedding_state_bits: int = option(8, "of the moments of embedding and head where the others have 8: 8 or 32",
+        unit="BITS", section=QUANTIZATION, range=one_of(8, 32), needs=("moments8",))
+    seed: int = 0
+    compile: bool = False
+    log_details: bool = option(False, "record how much of a gradient a subspace misses, how far its basis has turned "
+        "and what it costs: of one matrix in an update, all in their turn", section=PROJECTION, needs=("projected",),
+        may_change=True)
+
+
+# fmt: on
+
+
+GROUP_OPTIONS: dict[str, Declared] = {
+    each.name: each for holder in (ProjectionOptions, GroupOptions) for each in declared(holder)
+}
+_DEFAULTS = {name: each.default for name, each in GROUP_OPTIONS.items()} | {"rank": None}
+# Keys that torch, its schedulers, or `create_optimizer` put into groups, and that mean nothing to an update.
+_PASSIVE = ("params", "param_names", "name", "betas", "lr_ratio", "peak_lr", "initial_lr", "foreach", "fused")
+# Options of the reference packages' groups and of torch's optimizers that change what an update does, with the only
+# value that means the same here.
+_REFUSED = {
+    "maximize": False,
+    "amsgrad": False,
+    "capturable": False,
+    "differentiable": False,
+    "correct_bias": True,
+    "dim": 2,
+    "saddle": False,
+}
+
+
+def complete_group(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter group with every option set, and checked.
+
+    Raises ValueError for an unknown key, a value out of range, and options that exclude each other. Warns of a rank
+    that some matrices are too small for.
+    """
+    group = _understood(group)
+    for name in group:
+        if name not in GROUP_OPTIONS and name not in _PASSIVE:
+            raise ValueError(_unknown(name))
+    group = _DEFAULTS | group
+    for name, each in GROUP_OPTIONS.items():
+        if problem := each.option.problem(group[name]):
+            raise ValueError(f"{name} = {group[name]} is out of range: it {problem}")
+    group["betas"] = tuple(group.get("betas") or RULES[group["rule"]].betas)
+    if any(DECAY_RATE.fits(beta) is False for beta in group["betas"]):
+        raise ValueError(f"betas = {group['betas']} is out of range: each {DECAY_RATE.words}")
+    group.setdefault("peak_lr", group["lr"])  # what a schedule lowers is measured against it
+    _check_projection(group)
+    return group
+
+
+def learner_group(*, rule: str, state_bits: int, eps: float) -> dict[str, Any]:
+    """The options of a basis that learns by this rule; its learning rate is set in every update."""
+    return complete_group({"params": (), "rule": rule, "state_bits": state_bits, "eps": eps})
+
+
+def _understood(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The group in the names of this package: the reference's `quant` keys say how bases are packed.
+
+    Raises ValueError for what cannot be had.
+    """
+    found = dict(group)
+    quant, bits = found.pop("quant", None), found.pop("quant_n_bit", None)
+    if quant or (quant is None and bits is not None):
+        found["proj_bits"] = 4 if bits is None else bits
+    if "quant_group_size" in found:
+        found["proj_group_size"] = found.pop("quant_group_size")
+    for name, only in _REFUSED.items():
+        if found.pop(name, None) not in (None, only):
+            raise ValueError(f"the option '{name}' of a parameter group is not supported: only {only!r} is possible")
+    return found
+
+
+def _unknown(name: str) -> str:
+    known = [*GROUP_OPTIONS, "betas"]
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"Did you mean '{close[0]}'? " if close else ""
+    return f"unknown option '{name}' of a parameter group. {hint}Known: {', '.join(known)}."
+
+
+def _check_projection(group: dict[str, Any]) -> None:
     if group["rank"] is None:
         return
-    if group["residual"] != "none" and (group["rule"] != "adam" or group["proj_type"] == "full"):
+    if not group["decoupled"]:
+        raise ValueError("weight decay is decoupled wherever gradients are projected: leave out `decoupled`")
+    if group["lift"] == "fira" and (group["rule"] != "adam" or group["proj_type"] == "full"):
         raise ValueError("the residual is recovered with Adam's rule and one projected side only")
     if any(p.ndim != 2 for p in group["params"]):
         raise ValueError("a group with a rank may hold matrices only")
@@ -50,27 +284,3 @@ def check_group(group: dict[str, Any]) -> None:
             f"(the shortest: {shortest}): it is clamped there",
             stacklevel=3,
         )
-
-
-def _fits(group: dict[str, Any]) -> dict[str, bool]:
-    """Whether each setting is within its bounds."""
-    return {
-        "lr": group["lr"] >= 0,
-        "weight_decay": group["weight_decay"] >= 0,
-        "eps": group["eps"] >= 0,
-        "betas": all(0 <= beta < 1 for beta in group["betas"]),
-        "rule": group["rule"] in RULES,
-        "rank": group["rank"] is None or group["rank"] >= 1,
-        "update_proj_gap": group["update_proj_gap"] >= 1,
-        "scale": math.isfinite(group["scale"]),
-        "clip": group["clip"] >= 0,
-        "state_bits": group["state_bits"] in (8, 32),
-        "decoupled": group["decoupled"] or group["rank"] is None,
-        "basis_bits": group["basis_bits"] in (None, 4, 8),
-        "proj_type": group["proj_type"] in PROJ_TYPES,
-        "subspace": group["subspace"] in SUBSPACE_METHODS,
-        "proj_lr": group["proj_lr"] is None or 0 <= group["proj_lr"] < math.inf,
-        "proj_reg": 0 <= group["proj_reg"] < math.inf,
-        "residual": group["residual"] in RESIDUALS,
-        "moments_on_refresh": group["moments_on_refresh"] in MOMENT_POLICIES,
-    }

@@ -1,4 +1,4 @@
-"""Who is trained how: every trainable parameter of a model in exactly one group."""
+"""Who is trained how: every trainable parameter of a model in exactly one group of its kind."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,14 +6,20 @@ from dataclasses import dataclass
 from torch import nn
 
 PROJECTED_MODULES = ("attn", "mlp")
+# The kinds of parameters, and what the log calls them. A matrix is a linear layer's weight inside attention or MLP.
+KINDS = {"matrix": "attention and MLP", "embedding": "embedding", "head": "head", "norm": "norms and others"}
 
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters of one kind. `projected` where a low-rank optimizer projects their gradients."""
+    """Parameters of one kind, of KINDS or `frozen`.
 
+    name: what the log calls them.
+    names, parameters: of each, in the model's order.
+    """
+
+    kind: str
     name: str
-    projected: bool
     names: tuple[str, ...]
     parameters: tuple[nn.Parameter, ...]
 
@@ -31,12 +37,7 @@ def split_parameters(
     Tied parameters are owned once, by the first module that holds them. Empty groups are left out.
     Raises ValueError where nothing is trainable.
     """
-    kinds: dict[str, list[tuple[str, nn.Parameter]]] = {
-        "attention and MLP": [],
-        "embedding": [],
-        "head": [],
-        "norms and others": [],
-    }
+    kinds: dict[str, list[tuple[str, nn.Parameter]]] = {kind: [] for kind in KINDS}
     owners: dict[int, nn.Module] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -46,8 +47,8 @@ def split_parameters(
             kinds[_kind(name, owners[id(parameter)], parameter, projected_modules)].append((name, parameter))
     groups = tuple(
         ParameterGroup(
-            name=kind,
-            projected=kind == "attention and MLP",
+            kind=kind,
+            name=KINDS[kind],
             names=tuple(name for name, _ in members),
             parameters=tuple(parameter for _, parameter in members),
         )
@@ -62,7 +63,7 @@ def split_parameters(
 def frozen_parameters(model: nn.Module) -> tuple[ParameterGroup, ...]:
     """What split_parameters leaves out, as one group; none where everything is trained."""
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-    group = ParameterGroup("frozen", projected=False, names=tuple(frozen), parameters=tuple(frozen.values()))
+    group = ParameterGroup("frozen", "frozen", names=tuple(frozen), parameters=tuple(frozen.values()))
     return (group,) if frozen else ()
 
 
@@ -70,5 +71,5 @@ def _kind(name: str, owner: nn.Module, parameter: nn.Parameter, projected_module
     if isinstance(owner, nn.Embedding):
         return "embedding"
     if isinstance(owner, nn.Linear) and parameter.ndim == 2:
-        return "attention and MLP" if any(key in name for key in projected_modules) else "head"
-    return "norms and others"
+        return "matrix" if any(key in name for key in projected_modules) else "head"
+    return "norm"

@@ -20,9 +20,10 @@ from qgalore.outcome import Outcome
 class PerLayerUpdates:
     """Drives a LowRankOptimizer from post-accumulate-grad hooks, which it registers on all of its parameters.
 
-    accumulation: micro-batches, so backward passes, to an update.  dtype: of the sums over micro-batches, None for the
-    parameter's.  clip: largest norm of each parameter's own projected gradient, 0 for no limit: the global norm is not
-    known before the last gradient, when the first ones are long gone.
+    accumulation: micro-batches, so backward passes, to an update.
+    dtype: of the sums over micro-batches; None for the parameter's.
+    clip: maximum norm of each parameter's own projected gradient; 0 for no limit. The global norm is not known before
+        the last gradient, when the first ones are long gone.
     """
 
     norm_of = "all gradients as projected"
@@ -36,12 +37,12 @@ class PerLayerUpdates:
         clip: float = 0.0,
     ) -> None:
         self.optimizer, self.accumulation, self.dtype = optimizer, accumulation, dtype
-        self._groups = {p: group for group in optimizer.param_groups for p in group["params"]}
-        self._seen = dict.fromkeys(self._groups, 0)
+        self._seen = dict.fromkeys(optimizer.updates, 0)
+        self._whole: dict[Tensor, bool] = {}  # of parameters that accumulate: whether in full
         self.sums: dict[Tensor, Tensor] = {}  # of parameters between their first and last micro-batch
         for group in optimizer.param_groups:
             group["clip"] = clip
-        self._hooks = [p.register_post_accumulate_grad_hook(self._on_gradient) for p in self._groups]
+        self._hooks = [p.register_post_accumulate_grad_hook(self._on_gradient) for p in optimizer.updates]
 
     def finish(self) -> Outcome:
         """Ends the update; call it after the last backward. The norm is that of all projected gradients."""
@@ -59,26 +60,24 @@ class PerLayerUpdates:
     def _on_gradient(self, p: Tensor) -> None:
         self._seen[p] += 1
         assert self._seen[p] <= self.accumulation, "more backward passes than micro-batches to an update"
+        assert p.grad is not None
         if self.accumulation == 1:
-            self.optimizer.update_parameter(p, self._groups[p])
+            self.optimizer.updates[p].update(p.grad)
         else:
-            self._accumulate(p, first=self._seen[p] == 1, last=self._seen[p] == self.accumulation)
+            self._accumulate(p, p.grad, first=self._seen[p] == 1, last=self._seen[p] == self.accumulation)
         p.grad = None
 
-    def _accumulate(self, p: Tensor, *, first: bool, last: bool) -> None:
+    def _accumulate(self, p: Tensor, G: Tensor, *, first: bool, last: bool) -> None:
         """Adds one micro-batch, projected where it can be; with the last one, updates the parameter."""
-        optimizer, group, G = self.optimizer, self._groups[p], p.grad
-        assert G is not None
-        if first and optimizer.awaits_first_basis(p):
-            optimizer.refresh(p, group, optimizer.sync.sum(G.clone()))
-        whole = optimizer.needs_whole_gradient(p)
-        if first and not whole:
-            optimizer.refresh(p, group, G)  # a random basis, if one is due
-        part = (G if whole else optimizer.project(p, G)).to(self.dtype or p.dtype)
+        update = self.optimizer.updates[p]
+        if first:
+            self._whole[p] = update.begin_from(G)
+        whole = self._whole[p]
+        part = (G if whole else update.project(G)).to(self.dtype or p.dtype)
         self.sums[p] = part if first else self.sums[p].add_(part)
         if last:
-            total = optimizer.sync.sum(self.sums.pop(p))
+            total = self.optimizer.sync.reduce(self.sums.pop(p))
             if whole:
-                optimizer.update_from_whole(p, group, total)
+                update.update_whole(total)
             else:
-                optimizer.apply(p, group, total.to(torch.promote_types(total.dtype, torch.float32)))
+                update.apply(total.to(torch.promote_types(total.dtype, torch.float32)))

@@ -15,7 +15,7 @@ class GradSync:
 
     at_rank_size: whether the optimizer sums each gradient itself, where it can in its subspace, so that r numbers
         travel instead of n; otherwise whole gradients are summed before the step, as clipping by their norm needs.
-    group: the process group, None for the default one. With one process nothing is ever sent.
+    group: the process group; None for the default one. With one process nothing is ever sent.
     """
 
     def __init__(self, *, at_rank_size: bool = True, group: dist.ProcessGroup | None = None) -> None:
@@ -24,15 +24,16 @@ class GradSync:
         self.at_rank_size = parallel and at_rank_size
         self._in_full = parallel and not at_rank_size
 
-    def sum_whole(self, gradients: Iterable[Tensor]) -> None:
-        """Sums whole gradients in place, unless the optimizer will do it at rank size."""
+    def reduce_whole(self, gradients: Iterable[Tensor]) -> None:
+        """Sums whole gradients in place over the ranks; does nothing where the optimizer does it at rank size."""
         if self._in_full:
             pending = [dist.all_reduce(gradient, group=self.group, async_op=True) for gradient in gradients]
             for work in pending:
                 work.wait()
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of what an optimizer is about to use: a gradient, whole or in its subspace. May write in place."""
+    def reduce(self, tensor: Tensor) -> Tensor:
+        """What an optimizer is about to use, a gradient whole or in its subspace, summed over the ranks where the
+        optimizer does that; elsewhere the tensor as it is. May write in place."""
         if self.at_rank_size:
             tensor = tensor.contiguous()
             dist.all_reduce(tensor, group=self.group)

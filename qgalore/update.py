@@ -1,133 +1,244 @@
-"""The update of one weight from its projected gradient: a function of tensors, run as it is or compiled.
+"""The road of one parameter through one update. Every optimizer of this package is this road with other plugs.
 
-A number that compiled code meets becomes a constant of it, and another value means compiling again. So the numbers that
-change from update to update are `Numbers`: Python's in eager code; in compiled code 0-d tensors, on the CPU, from where
-a kernel on a GPU takes them as arguments. What stays the same (shapes, decay rates, the projection's side) is meant to
-be compiled in: one compile for each distinct shape and setting.
+    G = the gradient                 (m, n)      p.grad, an ordinary tensor
+    P refreshed from G, if due       (m, r) and/or (n, r); the moments follow
+    R = P^T G Q                      projector   r numbers travel between the ranks where n did
+    D = rule(R, moments)             rule        Adam, Lion, ...: moments read, updated in float32, written back
+    U = lift(D, R, G)                lift        how the direction comes back: P D Q^T, or with the residual, ...
+    w = w * (1 - lr * weight_decay) - lr * scale * U      in float32
+    weight.write(w, seed)            the store decides how that is rounded
+    P learns from G                  where it follows online PCA: the basis is a weight with an update of its own
+
+Source: Zhao et al. 2024, GaLore, arXiv 2403.03507, algorithm 2. A parameter that is not projected takes the same road
+with the identity for a projector.
+
+`ParameterUpdate` walks the road as far as R; kernel.py has the rest, a function of tensors that may be compiled.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from qgalore.rules.lifts import Residual, recover
-from qgalore.rules.rules import Rule
-from qgalore.storage.affine import Seed, read_weight, seed_tensors, store_weight, weight_tensors
-from qgalore.storage.dynamic8 import Moment
-from qgalore.subspace.projector import Projector
-
-MOST_COMPILES = 256  # shapes times settings. torch stops at 8, where it suspects a number that changes
-
-
-class Numbers(NamedTuple):
-    """lr: step size.  shrink: of the weight, by decoupled decay.  mass, mass_sq: see update_rules.  beta2: the second
-    moment's decay, where it changes.  seed: of the weight's rounding.  coupled_decay: share of the weight that its
-    gradient gets.  clip: largest norm of the gradient.  None: none."""
-
-    lr: float | Tensor
-    shrink: float | Tensor
-    mass: float | Tensor
-    mass_sq: float | Tensor
-    seed: Seed
-    beta2: float | Tensor | None = None
-    coupled_decay: float | Tensor | None = None
-    clip: float | Tensor | None = None
-
-    def as_tensors(self, dtype: torch.dtype) -> "Numbers":
-        """The same as 0-d tensors of the gradient's dtype, for compiled code."""
-        assert isinstance(self.seed, int)
-        tensors = {
-            name: torch.tensor(value, dtype=dtype)
-            for name, value in self._asdict().items()
-            if name != "seed" and value is not None
-        }
-        return self._replace(seed=seed_tensors(self.seed), **tensors)
+from qgalore.clock import Clock
+from qgalore.kernel import Plan, StepValues, compiled_update, update_weight
+from qgalore.rules.lifts import LIFTS, Lift
+from qgalore.rules.moments import create_moments, follow_basis, open_moments
+from qgalore.rules.rules import RULES, Rule
+from qgalore.storage.quantized_weight import open_weight
+from qgalore.storage.rounding import mix_seed
+from qgalore.storage.stored import Stored
+from qgalore.subspace.observer import Observer
+from qgalore.subspace.online_pca import pca_gradient
+from qgalore.subspace.projector import Projector, Turn
+from qgalore.sync import GradSync
 
 
-class Plan(NamedTuple):
-    """What all updates of a weight have in common. betas, eps: of the rule.  scale: of the update, where it is
-    projected."""
+@dataclass
+class Engine:
+    """What the updates of all parameters share.
 
-    projector: Projector
-    rule: Rule
-    betas: tuple[float, float]
-    eps: float
-    scale: float
-
-
-def update_weight(
-    R: Tensor,
-    weight: Any,
-    moments: Sequence[Moment],
-    *,
-    bases: dict[str, Tensor],
-    numbers: Numbers,
-    plan: Plan,
-    residual: Residual | None = None,
-) -> Tensor:
-    """Writes moments and weight, and nothing else; nothing at all from a gradient that is not finite.
-
-    R: the projected gradient, float32 or float64, (r or m, r or n).  weight: (m, n), from quantize.open_weight.
-    moments: those that the rule keeps for R's shape.  bases: see Projector.bases.  residual: what is needed to recover
-    what the projection leaves out; None: it stays out.
-    Returns the norm of R before clipping. ()
+    seed: of the stochastic rounding.
+    sync: sums gradients over data-parallel ranks.
+    kernel: update_weight, as it is or compiled.
+    norms: of the gradients of this update, as projected, by parameter in the order of their updates.
     """
-    norm = torch.linalg.vector_norm(R)
-    finite = norm.isfinite()
-    if norm.device.type == "cpu" and not torch.compiler.is_compiling():
-        if finite:
-            _write(R, weight, moments, norm=norm, bases=bases, numbers=numbers, plan=plan, residual=residual)
-        return norm
-    # Asking a GPU would mean waiting for it. Compiled, the copies exist in name only.
-    written = [*(tensor for moment in moments for tensor in moment.tensors()), *weight_tensors(weight)]
-    written += [residual.norm] if residual is not None else []
-    before = [tensor.clone() for tensor in written]
-    _write(R, weight, moments, norm=norm, bases=bases, numbers=numbers, plan=plan, residual=residual)
-    for tensor, old in zip(written, before, strict=True):
-        tensor.copy_(torch.where(finite, tensor, old))
-    return norm
+
+    seed: int
+    sync: GradSync
+    compiled: bool = False
+    kernel: Callable[..., Tensor] = field(init=False)
+    norms: dict[Tensor, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.kernel = compiled_update() if self.compiled else update_weight
 
 
-def _write(
-    R: Tensor,
-    weight: Any,
-    moments: Sequence[Moment],
-    *,
-    norm: Tensor,
-    bases: dict[str, Tensor],
-    numbers: Numbers,
-    plan: Plan,
-    residual: Residual | None,
-) -> None:
-    """update_weight of a gradient taken to be finite. norm: of R."""
-    projector, rule, (beta1, beta2), eps, scale = plan
-    w, raw = read_weight(weight, dtype=R.dtype), R
-    if numbers.coupled_decay is not None:
-        R = _add_(R.clone(), w, factor=numbers.coupled_decay)
-    if numbers.clip is not None:
-        R = R * (numbers.clip / (norm + 1e-6)).clamp(max=1)
-    decays = dict(beta1=beta1, beta2=beta2 if numbers.beta2 is None else numbers.beta2)
-    D = rule.direction(R, *moments, **decays, eps=eps, mass=numbers.mass, mass_sq=numbers.mass_sq)
-    if residual is None:
-        U = projector.back(D, bases, like=weight)  # (m, n)
-    else:
-        U = recover(D, raw, residual, projector=projector, bases=bases)  # clipping scales G and R alike
-    if rule.finish is not None:
-        U = rule.finish(U)
-    if projector.sides:
-        U = U.mul_(scale)
-    w = _add_(w * numbers.shrink, U, factor=-numbers.lr)
-    store_weight(weight, w, seed=numbers.seed)
+class ParameterUpdate:
+    """The updates of one parameter; or of its basis, where that learns.
+
+    p: the parameter, whose state holds everything that is kept.
+    group: its group of the optimizer: learning rate and other options, read anew in every update.
+    states: the optimizer's state, by parameter.
+    index: of the parameter in the optimizer; its noise depends on it.
+    learner: the update of the basis, where it learns.
+    """
+
+    def __init__(
+        self,
+        p: Tensor,
+        *,
+        group: dict[str, Any],
+        states: Mapping[Tensor, dict[str, Any]],
+        index: int,
+        projector: Projector,
+        engine: Engine,
+        observer: Observer,
+    ) -> None:
+        self.p, self.group, self.index = p, group, index
+        self.projector, self.engine, self.observer = projector, engine, observer
+        self._states = states
+        self.rule: Rule = RULES[group["rule"]]
+        self.lift: Lift = LIFTS[group["lift"]]
+        self.kinds = self.rule.moments(projector.projected_shape)
+        self.seed, self.prefix = engine.seed, ""
+        self.clock = Clock()
+        self.learner: BasisUpdate | None = None
+        self._due = False
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What is kept of the parameter: tensors and plain numbers, by name."""
+        return self._states[self.p]
+
+    @property
+    def steps(self) -> int:
+        """Updates so far."""
+        return self.clock.steps(self.state)
+
+    @property
+    def always_whole(self) -> bool:
+        """Whether R is never enough: p is not projected, its basis learns, or its lift needs G."""
+        return not self.projector.sides or self.learner is not None or self.lift.needs_whole
+
+    # An update, from a gradient in one piece
+
+    def update(self, G: Tensor) -> None:
+        """One update from this rank's gradient. G: (m, n)"""
+        if self.begin():
+            self.update_whole(self.engine.sync.reduce(G))
+        else:
+            self.refresh_if_due(G)
+            self.apply(self.engine.sync.reduce(self.project(G)))
+
+    def begin(self) -> bool:
+        """Begins an update; asked once. Returns whether it needs the whole gradient, over micro-batches and ranks:
+        always, or because a basis is due that is computed from it."""
+        self.clock.begin(self.state)
+        self._due = self.projector.due(self.state, step=self.steps + 1)
+        return self.always_whole or (self._due and self.projector.sees_gradient)
+
+    def begin_from(self, G: Tensor) -> bool:
+        """`begin` where G (m, n) is the first of several micro-batches; a basis that needs no more is computed now.
+
+        So is the first basis of all: every matrix is due then, and only one micro-batch's gradients need exist.
+        """
+        whole = self.begin()
+        first = self.steps == 0 and not self.always_whole
+        if whole and not (first and self._due):
+            return True
+        self.refresh_if_due(self.engine.sync.reduce(G.clone()) if first and whole else G)
+        return False
+
+    def update_whole(self, G: Tensor) -> None:
+        """The update from the whole gradient, summed over micro-batches and ranks. G: (m, n)"""
+        self.refresh_if_due(G)
+        R = self.project(G)
+        self.apply(R, G)
+        if self.learner is not None and self.steps > 1:  # the first basis needs no step
+            self.learner.learn(G, R)
+
+    def refresh_if_due(self, G: Tensor) -> None:
+        """Computes the bases from G (m, n), if `begin` found that they are due; the moments follow.
+
+        Random bases need no more of G than its shape: any micro-batch's will do.
+        """
+        if not self._due:
+            return
+        self._due, state = False, self.state
+        # The weight's dtype, also where micro-batches were summed in float32: bases are kept in it.
+        with self.observer.refreshing(self.projector, state):
+            turn = self.projector.refresh(G.to(self.p.dtype), state, step=self.steps + 1)
+            if turn is not None and self.clock.counts_moments(state):
+                self._follow(turn)
+
+    def _follow(self, turn: Turn) -> None:
+        policy, state = self.group["moments_on_refresh"], self.state
+        seed = mix_seed(self.seed, self.steps, self.index, True)  # another one than in the update
+        follow_basis(
+            open_moments(state, self.kinds, dtype=self.projector.wide, seed=seed), self.kinds, turn, policy=policy
+        )
+        if policy == "reset":
+            self.clock.reset_mass(state)
+
+    def project(self, G: Tensor) -> Tensor:
+        """R = P^T G Q, in float32 or wider. (m, n) -> (r or m, r or n)"""
+        bases = self.projector.open(self.state)
+        with self.observer.projecting(G, step=self.steps + 1):
+            R = self.projector.project(G, bases)
+        self.observer.projected(G, R, bases, projector=self.projector)
+        return R
+
+    def apply(self, R: Tensor, G: Tensor | None = None) -> None:
+        """Updates moments and weight from the projected gradient R, summed over micro-batches and ranks.
+
+        G: (m, n), the whole gradient, where the lift needs it.
+        """
+        self.engine.norms[self.p] = self._run(R, open_weight(self.p), G=G)
+        torch.autograd.graph.increment_version(self.p)  # what was written may be the inside of a QuantizedWeight
+
+    def _run(self, R: Tensor, weight: Stored, *, G: Tensor | None = None) -> Tensor:
+        """Counts the update and calls the kernel on the stored tensors. Returns the norm of R. ()"""
+        state, group, clock, compiled = self.state, self.group, self.clock, self.engine.compiled
+        clock.begin(state)
+        if not clock.counts_moments(state):
+            bits = group["state_bits"]
+            create_moments(state, self.kinds, bits=bits, dtype=R.dtype, device=R.device, prefix=self.prefix)
+        clock.tick(state, betas=group["betas"], decay=self.rule.decay)
+        noise = self.seed, clock.steps(state), self.index
+        seed = mix_seed(*noise, False)
+        step = StepValues.of(group, self.rule, clock, state, seed=mix_seed(*noise))
+        needs_whole, name = self.lift.needs_whole, self.lift.remembers
+        return self.engine.kernel(
+            R,
+            weight,
+            open_moments(state, self.kinds, dtype=R.dtype, seed=seed, compiled=compiled, prefix=self.prefix),
+            bases=self.projector.open(state),
+            step=step.as_tensors(R.dtype) if compiled else step,
+            plan=Plan(self.projector, self.rule, self.lift, group["betas"], group["eps"], group["scale"]),
+            G=G.to(self.p.dtype) if G is not None and needs_whole else None,
+            last=state.setdefault(name, R.new_zeros(())) if name else None,
+            watch=None if compiled else self.observer.lifting(),
+        )
+
+    def undo(self) -> None:
+        """Takes back what this update has counted, where its gradient was not finite: the kernel wrote nothing."""
+        self.clock.undo(self.state)
+        if self.learner is not None:
+            self.learner.clock.undo(self.state)
+
+    def end(self) -> None:
+        """The update is over."""
+        self.clock.end()
+        if self.learner is not None:
+            self.learner.clock.end()
 
 
-def _add_(x: Tensor, y: Tensor, *, factor: float | Tensor) -> Tensor:
-    """x += factor * y. `alpha` takes Python's numbers only."""
-    return x.add_(y * factor) if isinstance(factor, Tensor) else x.add_(y, alpha=factor)
+class BasisUpdate(ParameterUpdate):
+    """The updates of a basis that learns: a weight of its own, which is not projected, with moments of its own.
 
+    of: the update of the parameter, in whose state all that is kept has the basis' side before its name.
+    """
 
-def compiled_update() -> Callable[..., Tensor]:
-    """update_weight, compiled for each shape and setting when it first meets them."""
-    compiled = torch.compile(update_weight, dynamic=False, fullgraph=True)
-    return torch._dynamo.config.patch(recompile_limit=MOST_COMPILES)(compiled)
+    def __init__(self, of: ParameterUpdate, *, group: dict[str, Any]) -> None:
+        (side,) = of.projector.sides
+        identity = Projector(of.projector.basis_shape(side), of.projector.dtype)
+        super().__init__(of.p, group=group, states=of._states, index=of.index, projector=identity, engine=of.engine,
+                         observer=Observer())  # fmt: skip
+        self.of, self.side, self.prefix, self.seed = of, side, f"{side}.", of.projector.seed
+        self.clock = Clock(self.prefix)
+
+    def learn(self, G: Tensor, R: Tensor) -> None:
+        """One step of online PCA, after the basis has been used. Its step size follows the learning rate's schedule.
+
+        G: (m, n), the whole gradient.  R: from project.
+        """
+        options, projector = self.of.group, self.of.projector
+        basis, G = projector.open(self.state)[self.side], G.to(self.p.dtype)
+        G, R = (G, R) if self.side == "right" else (G.mT, R.mT)
+        gradient = pca_gradient(G, R, basis.read(R.dtype), reg=options["proj_reg"])
+        peak = 1 / options["update_proj_gap"] if options["proj_lr"] is None else options["proj_lr"]
+        self.group["lr"] = peak * (options["lr"] / options["peak_lr"] if options["peak_lr"] else 1.0)
+        self._run(gradient, basis)

@@ -12,8 +12,8 @@ from qgalore.sync import GradSync
 class WholeModelUpdates:
     """One optimizer step an update. Gradients of micro-batches add up in p.grad, as autograd does.
 
-    clip: largest global norm of the gradients, 0 for no limit; it needs whole gradients (GradSync.at_rank_size off).
-    dtype: of these sums, None for the parameter's.
+    clip: maximum global norm of the gradients; 0 for no limit. It needs whole gradients (GradSync.at_rank_size off).
+    dtype: of these sums; None for the parameter's.
     """
 
     norm_of = "all gradients"
@@ -38,7 +38,7 @@ class WholeModelUpdates:
     def finish(self) -> Outcome:
         """Does the update and frees the gradients; where one of them is not finite, on any rank, only the latter."""
         gradients = {p: p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None}
-        self.sync.sum_whole(gradients.values())
+        self.sync.reduce_whole(gradients.values())
         norms = {p: torch.linalg.vector_norm(G, dtype=torch.float32) for p, G in gradients.items()}
         if self.sync.at_rank_size:  # whole gradients differ from rank to rank: only the optimizer sees the sums
             outcome = self._step_at_rank_size(norms)
@@ -59,7 +59,7 @@ class WholeModelUpdates:
         """norms: of this rank's own gradients."""
         assert isinstance(self.optimizer, LowRankOptimizer)
         stacked = torch.stack(list(norms.values()))
-        summed = Outcome.of(dict(zip(norms, self.sync.sum(stacked), strict=True)))
+        summed = Outcome.of(dict(zip(norms, self.sync.reduce(stacked), strict=True)))
         if summed.bad:
             return summed
         self.optimizer.step()

@@ -10,6 +10,7 @@ import json
 
 import pytest
 import torch
+from qgalore.storage.int8_weight import Int8Weight, SimulatedInt8Weight
 from support.runs import losses, record, torchrun
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig
@@ -22,7 +23,6 @@ from qgalore.optimizer import LowRankOptimizer
 from qgalore.param_groups import split_parameters
 from qgalore.storage.affine import mix_seed, random_bits, seed_tensors, unpack_nibbles
 from qgalore.storage.convert import quantize_module_weight
-from qgalore.storage.int8_weight import Int8Weight, SimulatedInt8Weight
 from qgalore.sync import GradSync
 
 GALORE = dict(optimizer="galore_adamw")

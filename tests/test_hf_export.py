@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from qgalore.storage.int8_weight import Int8Weight
 from safetensors.torch import load_file, save_file
 from support.checkpointed_models import quantize, write_checkpoint
 from support.command_line import refusal as program_refusal
@@ -21,7 +22,6 @@ from peft_pretraining.model.build import build_model
 from peft_pretraining.model.loss import token_loss_sum
 from qgalore.factory import Settings, create_optimizer, create_updates
 from qgalore.param_groups import split_parameters
-from qgalore.storage.int8_weight import Int8Weight
 from qgalore.sync import GradSync
 
 SIZES = dict(

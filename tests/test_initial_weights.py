@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from qgalore.storage.int8_weight import Int8Weight, SimulatedInt8Weight
 from safetensors.torch import load_file, save_file
 from support.checkpointed_models import quantize, values, write_checkpoint
 from support.command_line import message_of
@@ -19,7 +20,6 @@ from peft_pretraining.checkpoint.weights import (
 from peft_pretraining.errors import UserError
 from peft_pretraining.model.build import build_model, read_config
 from peft_pretraining.model.loss import token_loss_sum
-from qgalore.storage.int8_weight import Int8Weight, SimulatedInt8Weight
 
 SIZES = dict(
     vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, use_cache=False

@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from qgalore.storage.int8_weight import Int8Weight, SimulatedInt8Weight
 from support.int8_models import mlp, quantized_mlp
 from torch import nn
 
 from qgalore.storage.affine import mix_seed, store_weight
 from qgalore.storage.convert import quantize_linear_layers, quantize_module_weight
-from qgalore.storage.int8_weight import Int8Weight, SimulatedInt8Weight
 
 KINDS = [Int8Weight, SimulatedInt8Weight]
 

@@ -4,6 +4,7 @@ import argparse
 
 import pytest
 import torch
+from qgalore.storage.int8_weight import Int8Weight
 from support.memory import LiveBytes
 from support.runs import ROOT, shell
 
@@ -13,7 +14,6 @@ from qgalore.factory import Settings, create_optimizer, create_updates
 from qgalore.memory import kept_bytes
 from qgalore.param_groups import split_parameters
 from qgalore.storage.convert import quantize_linear_layers
-from qgalore.storage.int8_weight import Int8Weight
 from qgalore.sync import GradSync
 
 CONFIG = ROOT / "configs" / "llama_60m.json"

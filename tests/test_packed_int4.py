@@ -1,6 +1,5 @@
 import pytest
 import torch
-
 from qgalore.storage.packed_basis import PackedBasis, pack_basis, unpack_basis
 
 

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
+from qgalore.storage.int8_weight import Int8Weight, SimulatedInt8Weight
 from support.runs import losses, record
 
 import torchrun_main
-from qgalore.storage.int8_weight import Int8Weight, SimulatedInt8Weight
 
 ALL_FLAGS = dict(
     optimizer="q_galore_adamw8bit_per_layer",

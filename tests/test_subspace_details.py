@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from qgalore.storage.packed_basis import PackedBasis, unpack_basis
 from support.models import Model, batches, loss_of
 from support.runs import losses, record
 
@@ -13,7 +14,6 @@ from qgalore.factory import Settings, create_optimizer, create_updates
 from qgalore.optimizer import LowRankOptimizer
 from qgalore.param_groups import split_parameters
 from qgalore.per_layer import PerLayerUpdates
-from qgalore.storage.packed_basis import PackedBasis, unpack_basis
 from qgalore.subspace.probe import Stopwatch, measuring_period, orthonormality_error, overlap, reconstruction_error
 from qgalore.subspace.projector import LEARNERS, PROJ_TYPES
 from qgalore.sync import GradSync

@@ -2,7 +2,7 @@
 
     SAVE_DIR/checkpoint-00000100/       after update 100
         config.json  model.safetensors  optimizer.safetensors  rng.safetensors  state.json
-        manifest.json                   {"format": 1, "update": 100, "files": {name: {"bytes": n, "sha256": hex}}}
+        manifest.json                   {"format": 2, "update": 100, "files": {name: {"bytes": n, "sha256": hex}}}
 
 A checkpoint is written under a hidden name, synced to the disk file by file with the manifest last, and renamed. Its
 hidden names, after `.checkpoint-00000100.`, are
@@ -31,7 +31,8 @@ from torch import Tensor
 
 from peft_pretraining.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, FORMAT)  # see old_format.py
 MANIFEST = "manifest.json"
 CONFIG, MODEL, OPTIMIZER = "config.json", "model.safetensors", "optimizer.safetensors"
 RNG, STATE = "rng.safetensors", "state.json"
@@ -241,7 +242,7 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         raise UserError(f"{path} is missing: the checkpoint is not complete. {_ADVICE}")
     manifest = read_json(path)
-    if manifest.get("format") != FORMAT:
+    if manifest.get("format") not in READABLE:
         raise UserError(f"{path}: format {manifest.get('format')!r} is unknown here; this version reads {FORMAT}.")
     files = manifest.get("files")
     if not isinstance(files, dict) or files.keys() != FILES:

@@ -33,8 +33,11 @@ from peft_pretraining.checkpoint.files import (
     checked_file,
     read_json,
 )
+from peft_pretraining.checkpoint.old_format import upgrade_quantized, upgrade_state
 from peft_pretraining.errors import UserError
 from qgalore.master_weights import MasterWeights
+from qgalore.storage.quantized_weight import QuantizedWeight, open_weight
+from qgalore.storage.stored import describe_codec, part_key
 
 RESERVED = ("format", "optimizer")  # keys of state.json that are not the caller's
 
@@ -52,7 +55,7 @@ def take_snapshot(
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     tensors, scalars = _split_states({names[p]: state for p, state in _states(optimizer).items()})
     weights = {key: tensor for p, name in names.items() for key, tensor in _pieces(name, p).items()}
-    quantized = {name: _settings(p) for p, name in names.items() if hasattr(p, "parts")}
+    quantized = {name: _settings(p) for p, name in names.items() if isinstance(p, QuantizedWeight)}
     copies = _to_host({MODEL: weights, OPTIMIZER: tensors, RNG: _rng_states()})
     files: dict[str, str | TensorFile] = {
         CONFIG: model.config.to_json_string(),
@@ -87,15 +90,12 @@ def _title(optimizer: torch.optim.Optimizer) -> str:
 
 def _pieces(name: str, p: Tensor) -> dict[str, Tensor]:
     """The plain tensors that hold a parameter, by their names in the file. Writing to them writes the parameter."""
-    if hasattr(p, "parts"):
-        return {f"{name}.{part}": tensor for part, tensor in p.parts().items()}
-    return {name: p.detach()}
+    return {part_key(name, part): tensor for part, tensor in open_weight(p).tensors().items()}
 
 
-def _settings(p: Any) -> dict[str, Any]:
-    """What is needed beside the parts to build an INT8 weight."""
-    dtype = str(p.dtype).removeprefix("torch.")
-    return {"kind": type(p).__name__, "group_size": p.group_size, "dtype": dtype, "stochastic": p.stochastic}
+def _settings(p: QuantizedWeight) -> dict[str, Any]:
+    """What is needed beside the parts to build a quantized weight."""
+    return {**describe_codec(p.codec), "dtype": str(p.dtype).removeprefix("torch.")}
 
 
 def _rng_states() -> dict[str, Tensor]:
@@ -146,15 +146,16 @@ def restore_model(model: PreTrainedModel, folder: Path) -> None:
     with _open_tensors(folder, MODEL) as file:
         saved = json.loads((file.metadata() or {}).get("quantized", "{}"))
         for name, p in parameters.items():
-            here = _settings(p) if hasattr(p, "parts") else None
-            _compare(folder, name, saved=saved.get(name), here=here)
+            here = _settings(p) if isinstance(p, QuantizedWeight) else None
+            entry = saved.get(name)
+            _compare(folder, name, saved=entry and upgrade_quantized(entry), here=here)
         _compare(folder, "the parameters", saved=sorted(file.keys()), here=sorted(targets))
         for key, target in targets.items():
             tensor = file.get_tensor(key)
             _compare(folder, key, saved=_kind(tensor), here=_kind(target))
             target.copy_(tensor)
     for p in parameters.values():
-        torch.autograd.graph.increment_version(p)  # what was written may be the inside of an Int8Weight
+        torch.autograd.graph.increment_version(p)  # what was written may be the inside of a QuantizedWeight
 
 
 def _kind(tensor: Tensor) -> str:
@@ -207,7 +208,7 @@ def _read_states(
             kind = key.partition(":")[2]
             device = torch.device("cpu") if kind == "step" else p.device  # torch's optimizers count on the CPU
             state[kind] = file.get_tensor(key).to(device, copy=True)
-        yield p, state
+        yield p, upgrade_state(state)
 
 
 def restore_rng(folder: Path) -> None:

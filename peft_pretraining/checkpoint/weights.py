@@ -15,12 +15,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from peft_pretraining.checkpoint.old_format import upgrade_quantized
 from peft_pretraining.errors import UserError
 from peft_pretraining.model.adapters import base_parameters
 from peft_pretraining.model.build import DTYPES, read_config
-from qgalore.storage.int8_weight import Int8Weight, SimulatedInt8Weight
+from qgalore.storage.affine import Affine
+from qgalore.storage.quantized_weight import QuantizedWeight
+from qgalore.storage.stored import Stored, build_codec, part_key
 
-KINDS: dict[str, type[Int8Weight]] = {kind.__name__: kind for kind in (Int8Weight, SimulatedInt8Weight)}
 FLOATS = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -36,18 +38,17 @@ SHAPE = (
 
 @dataclass(frozen=True)
 class Quantized:
-    """How a checkpoint holds an 8-bit weight: the arguments of its class."""
+    """How a checkpoint holds a quantized weight. dtype: what it appears as."""
 
-    kind: type[Int8Weight]
-    group_size: int
+    codec: Affine
     dtype: torch.dtype
-    stochastic: bool
 
     def part_names(self, name: str) -> list[str]:
-        return [f"{name}.{part}" for part in self.kind.PARTS]
+        return [part_key(name, part) for part in self.codec.PARTS]
 
-    def build(self, parts: Iterable[Tensor]) -> Int8Weight:
-        return self.kind(*parts, group_size=self.group_size, dtype=self.dtype, stochastic=self.stochastic)
+    def build(self, parts: Iterable[Tensor]) -> QuantizedWeight:
+        named = dict(zip(self.codec.PARTS, parts, strict=True))
+        return QuantizedWeight(Stored(self.codec, named, self.codec.shape_of(named)), dtype=self.dtype)
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class StoredWeights:
         return self.quantized[name].dtype if name in self.quantized else FLOATS[self._header(name)[1]]
 
     def read(self, name: str) -> Tensor:
-        """One weight, on the CPU: an ordinary tensor as it is stored, or an Int8Weight. Raises UserError for NaN."""
+        """One weight, on the CPU: an ordinary tensor as it is stored, or a QuantizedWeight. Raises UserError for NaN."""
         if name in self.quantized:
             settings = self.quantized[name]
             weight: Tensor = settings.build(_read_tensor(self.files[part], part) for part in settings.part_names(name))
@@ -108,14 +109,13 @@ class StoredWeights:
         """Shape and possible dtypes of each tensor that the files must hold for a weight."""
         if name not in self.quantized:
             return {name: (tuple(shape), tuple(FLOATS))}
-        settings = self.quantized[name]
-        group_size = settings.group_size
+        codec = self.quantized[name].codec
+        group_size = codec.group_size
         if len(shape) != 2 or group_size < 1 or shape[1] % group_size:
             raise UserError(f"{self.folder}: {name} {tuple(shape)} cannot be in 8 bits in groups of {group_size}.")
-        twin = settings.kind.from_float(torch.empty(shape, device="meta"), group_size=group_size)
         return {
-            f"{name}.{part}": (tuple(tensor.shape), ("F32" if tensor.is_floating_point() else "U8",))
-            for part, tensor in twin.parts().items()
+            part_key(name, part): (tuple(part_shape), ("F32" if dtype.is_floating_point else "U8",))
+            for part, (part_shape, dtype) in codec.spec(shape).items()
         }
 
 
@@ -158,17 +158,20 @@ def open_checkpoint(folder: Path) -> StoredWeights:
         files, metadata = dict.fromkeys(file.keys(), path), file.metadata() or {}
     try:
         quantized = {
-            name: Quantized(
-                kind=KINDS[entry["kind"]],
-                group_size=int(entry["group_size"]),
-                dtype=DTYPES[entry["dtype"]],
-                stochastic=bool(entry["stochastic"]),
-            )
+            name: _described(upgrade_quantized(entry))
             for name, entry in json.loads(metadata.get("quantized", "{}")).items()
         }
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: what it says of its 8-bit weights cannot be understood ({error!r}).") from error
     return StoredWeights(folder, files, quantized)
+
+
+def _described(entry: dict[str, Any]) -> Quantized:
+    """From what a checkpoint says of a quantized weight. Raises KeyError, TypeError or ValueError."""
+    codec = build_codec({key: value for key, value in entry.items() if key != "dtype"})
+    if not isinstance(codec, Affine):
+        raise ValueError(f"{type(codec).__name__} is not for weights")
+    return Quantized(codec, DTYPES[entry["dtype"]])
 
 
 def open_transformers(folder: Path) -> StoredWeights:

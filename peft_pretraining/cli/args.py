@@ -1,8 +1,6 @@
 """The command line, parsed, checked and completed. What needs neither data nor model is checked here."""
 
 import argparse
-import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from peft_pretraining.errors import Parser, UserError
 from peft_pretraining.model.adapters import LORA_KINDS
 from peft_pretraining.schedules import check_schedule
 from qgalore.factory import Recipe, find_recipe
+from qgalore.options import GROUP_OPTIONS, Settings, declared
 from qgalore.subspace.projector import LEARNERS, SIDE_TYPES
 
 
@@ -75,32 +74,10 @@ def schedule_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_ranges(args: argparse.Namespace) -> None:
-    at_least_one = (
-        "batch_size gradient_accumulation total_batch_size max_length num_training_steps max_train_tokens rank "
-        "update_proj_gap save_every eval_every eval_tokens num_threads cycle_length max_bad_updates"
-    )
-    at_least_one += " queue_size gamma_proj peft_alpha"
-    at_least_zero = "workers grad_clipping weight_decay warmup_steps restart_warmup_steps seed keep_last keep_every"
-    at_least_zero += " max_bad_documents spike_rollback proj_lr proj_reg"
-    _require(args, at_least_one, lambda value: value >= 1, "must be at least 1")
-    _require(args, at_least_zero, lambda value: 0 <= value < math.inf, "must be 0 or more")
-    _require(args, "lr matrix_lr_ratio galore_scale", lambda value: 0 < value < math.inf, "must be above 0")
-    _require(args, "reset_every", lambda value: value >= 2, "must be at least 2: the learning rate restarts, too")
-    _require(args, "beta1 beta2", lambda value: 0 <= value < 1, "must lie in [0, 1)")
-    _require(args, "cos_threshold", lambda value: 0 <= value <= 1, "must lie in [0, 1]")
-    _require(
-        args, "weight_group_size proj_group_size", lambda value: value >= 1 or value == -1, "must be above 0, or -1"
-    )
-    _require(args, "weight_bits", lambda value: value == 8, "weights are kept in 8 bits only")
-    _require(args, "proj_bits", lambda value: value in (4, 8), "must be 4 or 8")
-    _require(args, "embedding_state_bits", lambda value: value in (8, 32), "must be 8 or 32")
-
-
-def _require(args: argparse.Namespace, names: str, fits: Callable[[Any], bool], message: str) -> None:
-    for name in names.split():
-        value = getattr(args, name)
-        if value is not None and not fits(value):
-            raise UserError(f"--{name} {value}: {message}.")
+    """Refuses what no option may be."""
+    for name, each in FLAGS.items():
+        if problem := each.option.problem(getattr(args, name)):
+            raise UserError(f"--{name} {getattr(args, name)}: {problem}.")
 
 
 def _complete_optimizer(args: argparse.Namespace, given: argparse.Namespace) -> None:
@@ -108,14 +85,14 @@ def _complete_optimizer(args: argparse.Namespace, given: argparse.Namespace) -> 
     try:
         recipe = find_recipe(args.optimizer)
     except ValueError as error:
-        raise UserError(str(error)) from None
-    if args.weight_quant and not recipe.ours:
+        raise UserError(str(error).replace("unknown optimizer", "unknown --optimizer", 1)) from None
+    if args.weight_quant and not recipe.low_rank_engine:
         raise UserError(
             f"--weight_quant with --optimizer {args.optimizer}: only galore_*, q_galore_*, lion and *8bit can."
         )
     without_effect = _without_effect(args, recipe)
     args.ignored = {f"--{name}": why for name, why in without_effect.items() if hasattr(given, name)}
-    args.proj_bits = args.proj_bits if args.proj_quant else None
+    args.proj_bits = (args.proj_bits or 4) if args.proj_quant else None
     if args.cos_threshold is None:
         args.cos_threshold = recipe.lazy
 
@@ -123,7 +100,7 @@ def _complete_optimizer(args: argparse.Namespace, given: argparse.Namespace) -> 
 def _check_residual(args: argparse.Namespace) -> None:
     """Whether what the projection leaves out can be recovered as asked; gradient_accumulation is known."""
     recipe = find_recipe(args.optimizer)
-    if args.residual == "none" or not recipe.low_rank:
+    if args.residual == "none" or not recipe.projected:
         return
     if recipe.rule != "adam":
         raise UserError(f"--residual {args.residual} with --optimizer {args.optimizer}: only *galore_adamw* can.")
@@ -141,7 +118,7 @@ def _check_adapters(args: argparse.Namespace) -> None:
     """Whether --peft can be had with the rest."""
     if args.peft is None:
         return
-    if find_recipe(args.optimizer).low_rank:
+    if find_recipe(args.optimizer).projected:
         raise UserError(
             f"--peft {args.peft} with --optimizer {args.optimizer}, which projects gradients: factors are small "
             "already. Take one without galore in its name, such as adamw."
@@ -177,30 +154,38 @@ def _complete_restarts(args: argparse.Namespace) -> None:
 
 
 def _without_effect(args: argparse.Namespace, recipe: Recipe) -> dict[str, str]:
-    """Flags that mean nothing as things are, each with what the first row that names it says of the cause."""
-    low_rank = [flag.name for title, flags in FLAGS.items() if title.startswith("low-rank") for flag in flags]
-    if args.peft:
-        low_rank.remove("rank")
+    """Flags that mean nothing as things are, each with the reason."""
+    missing = {name: why for name, (holds, why) in _conditions(args, recipe).items() if not holds}
+    found = {}
+    for name, each in FLAGS.items():
+        if why := next((missing[condition] for condition in each.option.needs if condition in missing), None):
+            found[name] = why
+        elif each.name in recipe.matrix and each.name in GROUP_OPTIONS:
+            found[name] = f"with --optimizer {args.optimizer}"
+    return found
+
+
+def _conditions(args: argparse.Namespace, recipe: Recipe) -> dict[str, tuple[bool, str]]:
+    """What options need to have an effect (Option.needs): whether it holds, and what is said where it does not."""
     optimizer, proj_type = f"with --optimizer {args.optimizer}", f"with --proj_type {args.proj_type}"
-    lazy = args.cos_threshold is not None or recipe.lazy is not None
-    learns = args.proj_type in LEARNERS
-    packing = ["proj_bits", "proj_group_size"]
-    rounding = ["weight_bits", "weight_group_size", "stochastic_round", "simulation"]
-    rows = [
-        (not recipe.low_rank, optimizer, [*low_rank, "proj_quant", *packing]),
-        (args.proj_type not in SIDE_TYPES, proj_type, ["cos_threshold", "gamma_proj", "queue_size"]),
-        (not learns, proj_type, ["proj_lr", "proj_reg"]),
-        (learns, proj_type, ["moments_on_refresh"]),
-        (args.proj_type == "random", proj_type, ["subspace"]),
-        (not args.proj_quant, "without --proj_quant", packing),
-        (not lazy, "without --cos_threshold", ["gamma_proj", "queue_size"]),
-        (not args.weight_quant, "without --weight_quant", rounding),
-        (recipe.state_bits != 8, optimizer, ["embedding_state_bits"]),
-        (args.peft is None, "without --peft", ["peft_alpha", "reset_every"]),
-        (args.peft not in LORA_KINDS, f"with --peft {args.peft}", ["peft_alpha"]),
-        (True, optimizer, [beta for beta in ("beta1", "beta2") if beta not in recipe.betas]),
-    ]
-    return {name: why for holds, why, names in reversed(rows) if holds for name in names}
+    learns, lora = args.proj_type in LEARNERS, args.peft in LORA_KINDS
+    return {
+        "projected": (recipe.projected, optimizer),
+        "rank": (recipe.projected or args.peft is not None, optimizer),
+        "scaled": (recipe.projected or "scale" in recipe.uses, optimizer),
+        "beta1": ("beta1" in recipe.uses, optimizer),
+        "beta2": ("beta2" in recipe.uses, optimizer),
+        "moments8": (recipe.state_bits == 8, optimizer),
+        "sided": (args.proj_type in SIDE_TYPES, proj_type),
+        "learns": (learns, proj_type),
+        "refreshed": (not learns, proj_type),
+        "computed": (args.proj_type != "random", proj_type),
+        "packed": (args.proj_quant, "without --proj_quant"),
+        "lazy": (args.cos_threshold is not None or recipe.lazy is not None, "without --cos_threshold"),
+        "weight_quant": (args.weight_quant, "without --weight_quant"),
+        "peft": (args.peft is not None, "without --peft"),
+        "lora": (args.peft is None or lora, f"with --peft {args.peft}"),
+    }
 
 
 def _complete_batch(args: argparse.Namespace, world_size: int) -> None:
@@ -237,3 +222,9 @@ def _complete_length(args: argparse.Namespace) -> None:
     if args.warmup_steps is None:
         args.warmup_steps = min(1000, args.num_training_steps // 10)
     check_schedule(**schedule_of(args))
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """What the arguments choose of the optimizer."""
+    chosen = {each.name: getattr(args, each.flag) for each in declared(Settings)}
+    return Settings(**chosen, seed=args.seed, compile=args.compile)

@@ -1,15 +1,30 @@
-"""Every flag of torchrun_main.py: group, type, default, unit and meaning, as one table."""
+"""Every flag of torchrun_main.py: those of the optimizers come from qgalore.options, the others are declared here.
+
+`python -m peft_pretraining.cli.flags` prints docs/flags.md.
+"""
 
 import argparse
 import math
+import types
+import typing
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from peft_pretraining.model.adapters import KINDS
-from qgalore.factory import LAZY_THRESHOLD, OPTIMIZERS
-from qgalore.rules.lifts import RESIDUALS
-from qgalore.rules.moments import MOMENT_POLICIES
-from qgalore.subspace.projector import PROJ_TYPES, SUBSPACE_METHODS
+from qgalore.factory import OPTIMIZERS
+from qgalore.options import (
+    GROUP_SIZE,
+    OPTIMIZER,
+    PROJECTION,
+    QUANTIZATION,
+    Declared,
+    Settings,
+    at_least,
+    declared,
+    one_of,
+    option,
+)
 
 _SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9}
 
@@ -26,183 +41,208 @@ def parse_count(text: str) -> int:
     return round(count)
 
 
-class Flag(NamedTuple):
-    """One flag. type: `bool` for a switch.  unit: what its value counts, or what it is.
+# fmt: off
 
-    shown: the default in words, where `default` is None because it depends on something.
-    """
-
-    name: str
-    type: Callable[[str], Any]
-    default: Any
-    unit: str
-    help: str
-    choices: tuple[str, ...] | None = None
-    shown: str | None = None
-    required: bool = False
+MODEL, DATA, TRAINING = "model", "data", "training"
+ADAPTERS = "adapters, the baselines of GaLore's tables, for optimizers that do not project gradients"
+CHECKPOINTS, RECORD = "checkpoints and recovery", "run, evaluation and record"
+SECTIONS = (MODEL, DATA, TRAINING, OPTIMIZER, PROJECTION, ADAPTERS, QUANTIZATION, CHECKPOINTS, RECORD)
 
 
-FLAGS: dict[str, tuple[Flag, ...]] = {
-    "model": (
-        Flag("preset", str, None, "NAME", "a recipe of configs/presets, such as galore_60m: flags for everything that "
-             "the command line does not give", shown="none"),
-        Flag("model_config", str, None, "JSON", "shape of the model, such as configs/llama_60m.json", required=True),
-        Flag("dtype", str, None, "TYPE", "of weights and activations: bfloat16 or float32",
-             shown="bfloat16 where the device multiplies it natively"),
-        Flag("activation_checkpointing", bool, False, "", "recompute activations in backward: less memory, more time"),
-        Flag("use_hf_model", bool, False, "", "no effect: the model always is transformers' LLaMA"),
-    ),
-    "data": (
-        Flag("dataset", str, "c4", "NAME|PATH", "c4: streamed from the hub; pydocs: documentation of the installed "
-             "Python packages, nothing is downloaded; else a folder in C4's layout, a file or a quoted glob of "
-             ".json.gz, .jsonl, .parquet or .txt"),
-        Flag("validation", str, None, "PATH", "validation data of its own",
-             shown="the dataset's validation files, else one document in a hundred"),
-        Flag("tokenizer", str, None, "NAME|PATH", "a sentencepiece .model, a transformers tokenizer folder or a hub "
-             "name", shown="t5-base; for pydocs its own"),
-        Flag("max_length", int, 256, "TOKENS", "length of a sequence"),
-        Flag("packing", str, "concat", "", "concat: documents joined by EOS, no padding, nothing thrown away; "
-             "truncate: a document a sequence, cut or padded, as in the reference", choices=("concat", "truncate")),
-        Flag("workers", int, 1, "PROCESSES", "that read and tokenize, per rank; 0: the training process itself"),
-    ),
-    "training": (
-        Flag("batch_size", int, None, "SEQUENCES", "per process and micro-batch", required=True),
-        Flag("gradient_accumulation", int, None, "MICRO-BATCHES", "per update and process",
-             shown="as --total_batch_size implies, else 1"),
-        Flag("total_batch_size", int, None, "SEQUENCES", "per update, over all processes",
-             shown="batch_size x gradient_accumulation x processes"),
-        Flag("num_training_steps", int, 10_000, "UPDATES", "to train for"),
-        Flag("max_train_tokens", parse_count, None, "TOKENS", "to train for, with K, M or B",
-             shown="as many as --num_training_steps take"),
-        Flag("grad_clipping", float, 0.0, "NORM", "largest global norm of the gradients; 0: no clipping"),
-        Flag("seed", int, 0, "INTEGER", "of initial weights, order of the data, random bases and rounding"),
-        Flag("num_threads", int, None, "THREADS", "per process on a CPU", shown="cores / processes of this machine"),
-        Flag("compile", bool, False, "", "compile the decoder layers and, with optimizers that are not torch's, the "
-             "updates: a minute or so at the start, faster from then on"),
-        Flag("single_gpu", bool, False, "", "one process and no more: an error under several"),
-    ),
-    "optimizer": (
-        Flag("optimizer", str, "adamw", "NAME", ", ".join(OPTIMIZERS)),
-        Flag("lr", float, 1e-4, "RATE", "peak learning rate"),
-        Flag("matrix_lr_ratio", float, 1.0, "RATIO", "that of the attention and MLP matrices over --lr; times "
-             "--galore_scale where they are projected"),
-        Flag("weight_decay", float, 0.0, "RATE", "decoupled; with adam and sgd added to the gradient"),
-        Flag("beta1", float, None, "RATE", "decay of the first moment; sgd's momentum", shown="0.9; 0 for sgd"),
-        Flag("beta2", float, None, "RATE", "decay of Adam's second moment, of Lion's momentum",
-             shown="0.999; 0.99 for lion"),
-        Flag("scheduler", str, None, "", "of the learning rate, after the warm-up",
-             choices=("linear", "cosine", "cosine_restarts"), shown="cosine; for --peft relora cosine_restarts"),
-        Flag("warmup_steps", int, None, "UPDATES", "of linear warm-up", shown="a tenth of the run, at most 1000"),
-        Flag("min_lr_ratio", float, 0.1, "RATIO", "last learning rate over the peak"),
-        Flag("cycle_length", int, None, "UPDATES", "between restarts; cosine_restarts needs it",
-             shown="none; for --peft relora --reset_every"),
-        Flag("restart_warmup_steps", int, None, "UPDATES", "of warm-up after each restart",
-             shown="0; for --peft relora a tenth of a cycle, at most 100"),
-    ),
-    "low-rank projection, for optimizers with galore in their name": (
-        Flag("rank", int, 128, "COLUMNS", "of each basis, or with --peft of each adapter; clamped to the shorter side "
-             "of a matrix"),
-        Flag("update_proj_gap", int, 50, "UPDATES", "between refreshes of a basis"),
-        Flag("galore_scale", float, 1.0, "FACTOR", "on the update of the projected matrices"),
-        Flag("proj_type", str, "std", "", "side that is projected: the shorter (std), the longer, a fixed one or both; "
-             "or, of the shorter side, bases that learn by online PCA (continuous: by AdamW, else by the optimizer in "
-             "the name) or are drawn at random", choices=PROJ_TYPES),
-        Flag("subspace", str, "iterate", "", "iterate: warm orthogonal iteration; svd: exact, every time",
-             choices=SUBSPACE_METHODS),
-        Flag("moments_on_refresh", str, "project", "", "the first moment is carried into the new basis, kept as it is "
-             "(the reference), or both are reset", choices=MOMENT_POLICIES),
-        Flag("residual", str, "none", "", "fira: what the projection leaves out of a gradient comes back into the "
-             "update, scaled as the rest of it; for AdamW", choices=RESIDUALS),
-        Flag("proj_lr", float, None, "RATE", "step size of online PCA; follows the schedule of the learning rate",
-             shown="1 / --update_proj_gap"),
-        Flag("proj_reg", float, 0.1, "FACTOR", "on the distance of such bases from orthonormal ones, as in Online "
-             "Subspace Descent; its code has 0"),
-        Flag("cos_threshold", float, None, "OVERLAP", "of successive bases, 0 to 1, from which on a basis counts as "
-             "still and its gap grows", shown=f"{LAZY_THRESHOLD} for q_galore, else no gap ever grows"),
-        Flag("gamma_proj", float, 2.0, "FACTOR", "by which the gap of a still basis grows"),
-        Flag("queue_size", int, 5, "REFRESHES", "whose mean overlap decides"),
-        Flag("log_details", bool, False, "", "record how much of a gradient a subspace misses, how far its basis has "
-             "turned and what it costs: of one matrix in an update, all in their turn"),
-    ),
-    "adapters, the baselines of GaLore's tables, for optimizers without galore in their name": (
-        Flag("peft", str, None, "", "what takes the place of the attention and MLP matrices; embeddings, norms and "
-             "head train in full. lora: frozen initial weights plus a product of --rank; relora: the same, merged and "
-             "restarted every --reset_every; low_rank: the product alone", choices=KINDS, shown="none"),
-        Flag("peft_alpha", int, 32, "FACTOR", "over the rank, on the product of lora and relora"),
-        Flag("reset_every", int, None, "UPDATES", "between resets; --peft relora needs it. In its paper, 5000 of "
-             "20,000", shown="none"),
-    ),
-    "quantization": (
-        Flag("weight_quant", bool, False, "", "keep the attention and MLP weights in INT8, with no other copy"),
-        Flag("weight_bits", int, 8, "BITS", "of these weights: 8"),
-        Flag("weight_group_size", int, 256, "ELEMENTS", "of a row that share a scale, at most; -1: the whole row"),
-        Flag("stochastic_round", bool, False, "", "round them stochastically, so that small updates count on average"),
-        Flag("simulation", bool, False, "", "keep float32 weights of just the values that INT8 would have"),
-        Flag("proj_quant", bool, False, "", "keep the bases in --proj_bits"),
-        Flag("proj_bits", int, 4, "BITS", "of the bases: 4 or 8"),
-        Flag("proj_group_size", int, 256, "ELEMENTS", "of a basis' row that share a scale, at most; -1: the whole row"),
-        Flag("embedding_state_bits", int, 8, "BITS", "of the moments of embedding and head where the others have 8: 8 "
-             "or 32"),
-        Flag("accumulation_dtype", str, None, "TYPE", "of the sums over micro-batches",
-             choices=("bfloat16", "float32"), shown="the model's"),
-    ),
-    "checkpoints and recovery": (
-        Flag("save_every", int, 10_000, "UPDATES", "between checkpoints; one always ends the run"),
-        Flag("keep_last", int, 3, "CHECKPOINTS", "older ones are deleted; 0: none is"),
-        Flag("keep_every", int, 0, "UPDATES", "whose multiples' checkpoints are never deleted; 0: none"),
-        Flag("continue_from", str, None, "DIR", "a checkpoint, a run's folder (its newest complete checkpoint), or a "
-             "transformers folder, whose weights a new run begins with", shown="a new run"),
-        Flag("resume", str, None, "", "auto: go on from the newest sound checkpoint in --save_dir, if there is one",
-             choices=("auto",), shown="begin anew"),
-        Flag("allow_changed", str, None, "A,B", "flags that may differ from those of the run that goes on",
-             shown="none that alters training"),
-        Flag("eval_only", bool, False, "", "evaluate what --continue_from names, say so, and stop; other flags are "
-             "taken from its run"),
-        Flag("max_bad_updates", int, 10, "UPDATES", "in a row with a loss or gradient that is not finite: each is "
-             "skipped, and after so many the run stops"),
-        Flag("max_bad_documents", parse_count, 100, "DOCUMENTS", "that cannot be read and are skipped, with K, M or B: "
-             "at one more the run stops"),
-        Flag("spike_rollback", float, 0.0, "DEVIATIONS", "above the median of recent losses from which on an update is "
-             "undone: the run goes back to its last checkpoint and on with other data; 0: never"),
-    ),
-    "run, evaluation and record": (
-        Flag("save_dir", str, None, "DIR", "for metrics.jsonl and models", shown="checkpoints/CONFIG-DATE"),
-        Flag("eval_every", int, 5_000, "UPDATES", "between evaluations; one always ends the run"),
-        Flag("eval_tokens", parse_count, 10_000_000, "TOKENS", "of validation, with K, M or B; always the same ones"),
-        Flag("wandb_mode", str, "online", "", "online falls back to offline where there is no account",
-             choices=("online", "offline", "disabled")),
-        Flag("unset_wandb", bool, False, "", "the reference's name for --wandb_mode disabled"),
-        Flag("project", str, "qgalore", "NAME", "wandb project"),
-        Flag("name", str, None, "NAME", "of the run in wandb", shown="CONFIG-OPTIMIZER, and -PEFT with --peft"),
-        Flag("tags", str, None, "A,B", "for wandb", shown="none"),
-        Flag("dry_run", bool, False, "", "check the arguments, say who is trained how, and stop"),
-    ),
-}  # fmt: skip
+@dataclass(frozen=True)
+class RunOptions:
+    """What a run may be told besides the Settings of its optimizer."""
+
+    preset: str | None = option(None, "a recipe of configs/presets, such as galore_60m: flags for everything that "
+        "the command line does not give", unit="NAME", section=MODEL, shown="none", may_change=True)
+    model_config: str | None = option(None, "shape of the model, such as configs/llama_60m.json", unit="JSON",
+        section=MODEL, may_change=True, required=True)
+    dtype: str | None = option(None, "of weights and activations: bfloat16 or float32", unit="TYPE", section=MODEL,
+        shown="bfloat16 where the device multiplies it natively")
+    activation_checkpointing: bool = option(False, "recompute activations in backward: less memory, more time",
+        section=MODEL, may_change=True)
+    use_hf_model: bool = option(False, "no effect: the model always is transformers' LLaMA", section=MODEL)
+    dataset: str = option("c4", "c4: streamed from the hub; pydocs: documentation of the installed Python packages, "
+        "nothing is downloaded; else a folder in C4's layout, a file or a quoted glob of .json.gz, .jsonl, .parquet "
+        "or .txt", unit="NAME|PATH", section=DATA, may_change=True)
+    validation: str | None = option(None, "validation data of its own", unit="PATH", section=DATA,
+        shown="the dataset's validation files, else one document in a hundred")
+    tokenizer: str | None = option(None, "a sentencepiece .model, a transformers tokenizer folder or a hub name",
+        unit="NAME|PATH", section=DATA, shown="t5-base; for pydocs its own")
+    max_length: int = option(256, "length of a sequence", unit="TOKENS", section=DATA, range=at_least(1))
+    packing: str = option("concat", "concat: documents joined by EOS, no padding, nothing thrown away; truncate: a "
+        "document a sequence, cut or padded, as in the reference", section=DATA, choices=("concat", "truncate"))
+    workers: int = option(1, "that read and tokenize, per rank; 0: the training process itself", unit="PROCESSES",
+        section=DATA, range=at_least(0), may_change=True)
+    batch_size: int | None = option(None, "per process and micro-batch", unit="SEQUENCES", section=TRAINING,
+        range=at_least(1), may_change=True, required=True)
+    gradient_accumulation: int | None = option(None, "per update and process", unit="MICRO-BATCHES", section=TRAINING,
+        range=at_least(1), shown="as --total_batch_size implies, else 1", may_change=True)
+    total_batch_size: int | None = option(None, "per update, over all processes", unit="SEQUENCES", section=TRAINING,
+        range=at_least(1), shown="batch_size x gradient_accumulation x processes")
+    num_training_steps: int = option(10_000, "to train for", unit="UPDATES", section=TRAINING, range=at_least(1))
+    max_train_tokens: int | None = option(None, "to train for, with K, M or B", unit="TOKENS", section=TRAINING,
+        range=at_least(1), parse=parse_count, shown="as many as --num_training_steps take", may_change=True)
+    grad_clipping: float = option(0.0, "largest global norm of the gradients; 0: no clipping", unit="NORM",
+        section=TRAINING, range=at_least(0))
+    seed: int = option(0, "of initial weights, order of the data, random bases and rounding", unit="INTEGER",
+        section=TRAINING, range=at_least(0))
+    num_threads: int | None = option(None, "per process on a CPU", unit="THREADS", section=TRAINING, range=at_least(1),
+        shown="cores / processes of this machine", may_change=True)
+    compile: bool = option(False, "compile the decoder layers and, with optimizers that are not torch's, the "
+        "updates: a minute or so at the start, faster from then on", section=TRAINING, may_change=True)
+    single_gpu: bool = option(False, "one process and no more: an error under several", section=TRAINING,
+        may_change=True)
+    optimizer: str = option("adamw", ", ".join(OPTIMIZERS), unit="NAME", section=OPTIMIZER)
+    scheduler: str | None = option(None, "of the learning rate, after the warm-up", section=OPTIMIZER,
+        choices=("linear", "cosine", "cosine_restarts"), shown="cosine; for --peft relora cosine_restarts")
+    warmup_steps: int | None = option(None, "of linear warm-up", unit="UPDATES", section=OPTIMIZER, range=at_least(0),
+        shown="a tenth of the run, at most 1000")
+    min_lr_ratio: float = option(0.1, "last learning rate over the peak", unit="RATIO", section=OPTIMIZER)
+    cycle_length: int | None = option(None, "between restarts; cosine_restarts needs it", unit="UPDATES",
+        section=OPTIMIZER, range=at_least(1), shown="none; for --peft relora --reset_every")
+    restart_warmup_steps: int | None = option(None, "of warm-up after each restart", unit="UPDATES", section=OPTIMIZER,
+        range=at_least(0), shown="0; for --peft relora a tenth of a cycle, at most 100")
+
+    peft: str | None = option(None, "what takes the place of the attention and MLP matrices; embeddings, norms and "
+        "head train in full. lora: frozen initial weights plus a product of --rank; relora: the same, merged and "
+        "restarted every --reset_every; low_rank: the product alone", section=ADAPTERS, choices=KINDS, shown="none")
+    peft_alpha: int = option(32, "over the rank, on the product of lora and relora", unit="FACTOR", section=ADAPTERS,
+        range=at_least(1), needs=("peft", "lora"))
+    reset_every: int | None = option(None, "between resets; --peft relora needs it. In its paper, 5000 of 20,000",
+        unit="UPDATES", section=ADAPTERS, range=at_least(2), shown="none", needs=("peft",))
+    weight_quant: bool = option(False, "keep the attention and MLP weights in INT8, with no other copy",
+        section=QUANTIZATION)
+    weight_bits: int = option(8, "of these weights: 8", unit="BITS", section=QUANTIZATION, range=one_of(8),
+        needs=("weight_quant",))
+    weight_group_size: int = option(256, "of a row that share a scale, at most; -1: the whole row", unit="ELEMENTS",
+        section=QUANTIZATION, range=GROUP_SIZE, needs=("weight_quant",))
+    stochastic_round: bool = option(False, "round them stochastically, so that small updates count on average",
+        section=QUANTIZATION, needs=("weight_quant",))
+    simulation: bool = option(False, "keep float32 weights of just the values that INT8 would have",
+        section=QUANTIZATION, needs=("weight_quant",))
+    proj_quant: bool = option(False, "keep the bases in --proj_bits", section=QUANTIZATION, needs=("projected",))
+    accumulation_dtype: str | None = option(None, "of the sums over micro-batches", unit="TYPE", section=QUANTIZATION,
+        choices=("bfloat16", "float32"), shown="the model's")
+    save_every: int = option(10_000, "between checkpoints; one always ends the run", unit="UPDATES",
+        section=CHECKPOINTS, range=at_least(1), may_change=True)
+    keep_last: int = option(3, "older ones are deleted; 0: none is", unit="CHECKPOINTS", section=CHECKPOINTS,
+        range=at_least(0), may_change=True)
+    keep_every: int = option(0, "whose multiples' checkpoints are never deleted; 0: none", unit="UPDATES",
+        section=CHECKPOINTS, range=at_least(0), may_change=True)
+    continue_from: str | None = option(None, "a checkpoint, a run's folder (its newest complete checkpoint), or a "
+        "transformers folder, whose weights a new run begins with", unit="DIR", section=CHECKPOINTS, shown="a new run",
+        may_change=True)
+    resume: str | None = option(None, "auto: go on from the newest sound checkpoint in --save_dir, if there is one",
+        section=CHECKPOINTS, choices=("auto",), shown="begin anew", may_change=True)
+    allow_changed: str | None = option(None, "flags that may differ from those of the run that goes on", unit="A,B",
+        section=CHECKPOINTS, shown="none that alters training", may_change=True)
+    eval_only: bool = option(False, "evaluate what --continue_from names, say so, and stop; other flags are taken "
+        "from its run", section=CHECKPOINTS, may_change=True)
+    max_bad_updates: int = option(10, "in a row with a loss or gradient that is not finite: each is skipped, and "
+        "after so many the run stops", unit="UPDATES", section=CHECKPOINTS, range=at_least(1), may_change=True)
+    max_bad_documents: int = option(100, "that cannot be read and are skipped, with K, M or B: at one more the run "
+        "stops", unit="DOCUMENTS", section=CHECKPOINTS, range=at_least(0), parse=parse_count, may_change=True)
+    spike_rollback: float = option(0.0, "above the median of recent losses from which on an update is undone: the "
+        "run goes back to its last checkpoint and on with other data; 0: never", unit="DEVIATIONS",
+        section=CHECKPOINTS, range=at_least(0), may_change=True)
+    save_dir: str | None = option(None, "for metrics.jsonl and models", unit="DIR", section=RECORD,
+        shown="checkpoints/CONFIG-DATE", may_change=True)
+    eval_every: int = option(5000, "between evaluations; one always ends the run", unit="UPDATES", section=RECORD,
+        range=at_least(1), may_change=True)
+    eval_tokens: int = option(10_000_000, "of validation, with K, M or B; always the same ones", unit="TOKENS",
+        section=RECORD, range=at_least(1), parse=parse_count, may_change=True)
+    wandb_mode: str = option("online", "online falls back to offline where there is no account", section=RECORD,
+        choices=("online", "offline", "disabled"), may_change=True)
+    unset_wandb: bool = option(False, "the reference's name for --wandb_mode disabled", section=RECORD,
+        may_change=True)
+    project: str = option("qgalore", "wandb project", unit="NAME", section=RECORD, may_change=True)
+    name: str | None = option(None, "of the run in wandb", unit="NAME", section=RECORD,
+        shown="CONFIG-OPTIMIZER, and -PEFT with --peft", may_change=True)
+    tags: str | None = option(None, "for wandb", unit="A,B", section=RECORD, shown="none", may_change=True)
+    dry_run: bool = option(False, "check the arguments, say who is trained how, and stop", section=RECORD,
+        may_change=True)
+
+# fmt: on
+
+
+def _flags() -> dict[str, Declared]:
+    """Every option by the name of its flag, section by section."""
+    known = [*declared(RunOptions), *declared(Settings)]
+    return {each.flag: each for section in SECTIONS for each in known if each.option.section == section}
+
+
+FLAGS = _flags()
+MAY_CHANGE = frozenset(name for name, each in FLAGS.items() if each.option.may_change)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds every flag to the parser, under its group. A flag that is not given leaves no attribute behind."""
-    for title, flags in FLAGS.items():
-        group = parser.add_argument_group(title)
-        for flag in flags:
-            group.add_argument(f"--{flag.name}", **_options(flag))
+    """Adds every flag to the parser, under its section. A flag that is not given leaves no attribute behind."""
+    groups = {section: parser.add_argument_group(section) for section in SECTIONS}
+    for name, each in FLAGS.items():
+        groups[each.option.section].add_argument(f"--{name}", **_argparse_options(each))
 
 
-def _options(flag: Flag) -> dict[str, Any]:
+def _argparse_options(each: Declared) -> dict[str, Any]:
     """What argparse wants to know of a flag."""
-    shown = flag.shown or flag.default
-    text = flag.help if flag.type is bool or flag.required or shown is None else f"{flag.help} (default: {shown})"
-    options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
-    if flag.type is bool:
+    known, kind = each.option, flag_type(each)
+    options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": describe(each).replace("%", "%%")}
+    if kind is bool:
         return options | {"action": "store_true"}
-    return options | {"type": flag.type, "choices": flag.choices, "metavar": None if flag.choices else flag.unit}
+    choices = known.flag_choices or known.choices
+    return options | {"type": kind, "choices": choices, "metavar": None if choices else known.unit}
+
+
+def describe(each: Declared) -> str:
+    """The meaning of a flag and its default, in words."""
+    default = shown_default(each)
+    return each.option.help if default is None else f"{each.option.help} (default: {default})"
+
+
+def shown_default(each: Declared) -> str | None:
+    """The default in words; None where there is none to be told."""
+    if flag_type(each) is bool or each.option.required:
+        return None
+    default = each.option.shown or each.default
+    return None if default is None else str(default)
+
+
+def flag_type(each: Declared) -> Callable[[str], Any]:
+    """What turns the text of a flag into its value; bool for a switch."""
+    kinds = typing.get_args(each.annotation) if isinstance(each.annotation, types.UnionType) else (each.annotation,)
+    return each.option.parse or next(kind for kind in kinds if kind is not type(None))
 
 
 def required() -> list[str]:
     """Names of the flags that a run cannot do without."""
-    return [flag.name for flags in FLAGS.values() for flag in flags if flag.required]
+    return [name for name, each in FLAGS.items() if each.option.required]
 
 
 def defaults() -> dict[str, Any]:
     """The default of every flag."""
-    return {flag.name: flag.default for flags in FLAGS.values() for flag in flags}
+    return {name: each.default for name, each in FLAGS.items()}
+
+
+def reference_page() -> str:
+    """docs/flags.md."""
+    lines = ["# Flags of torchrun_main.py", "", "Written by `python -m peft_pretraining.cli.flags`; do not edit.", ""]
+    for section in SECTIONS:
+        lines += [
+            f"## {section[0].upper()}{section[1:]}",
+            "",
+            "| flag | value | meaning | default |",
+            "|---|---|---|---|",
+        ]
+        for name, each in FLAGS.items():
+            if each.option.section == section:
+                choices = each.option.flag_choices or each.option.choices
+                value = ", ".join(f"`{choice}`" for choice in choices) if choices else each.option.unit
+                default = "required" if each.option.required else shown_default(each) or ""
+                cells = (f"`--{name}`", value, each.option.help, default)
+                lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(reference_page(), end="")

@@ -32,8 +32,8 @@ from peft_pretraining.export.folder import SHARD, appearing, write_weights
 from peft_pretraining.export.tokenizer import save_tokenizer, to_transformers
 from peft_pretraining.model.adapters import Adapters, merging
 from peft_pretraining.model.build import DTYPES, build_model, meta_model, read_config, read_json
+from qgalore.storage.affine import Simulated
 from qgalore.storage.convert import quantize_module_weight
-from qgalore.storage.int8_weight import SimulatedInt8Weight
 
 # How far merging adapters may move logits in float32, over the largest of them. It moved those of models of 9M to 350M
 # parameters by 1e-6 to 3e-5; leaving out the adapters of a run of six updates, by more than 0.1.
@@ -154,9 +154,14 @@ def _as_trained(weights: StoredWeights, *, dtype: torch.dtype, adapters: Adapter
 
     def finish(name: str, module: nn.Module) -> None:
         if settings := weights.quantized.get(f"{name}.weight"):
-            simulation = settings.kind is SimulatedInt8Weight
+            codec = settings.codec
+            simulation = isinstance(codec, Simulated)
             quantize_module_weight(
-                module, group_size=settings.group_size, stochastic=settings.stochastic, simulation=simulation
+                module,
+                bits=codec.bits,
+                group_size=codec.group_size,
+                stochastic=codec.stochastic,
+                simulation=simulation,
             )
 
     config = read_config(weights.folder / "config.json")

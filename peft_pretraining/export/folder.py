@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 from peft_pretraining.errors import UserError
 from peft_pretraining.model.adapters import Adapters, merging
 from peft_pretraining.model.build import meta_model
-from qgalore.storage.int8_weight import Int8Weight
+from qgalore.storage.quantized_weight import QuantizedWeight
 
 SHARD = "5GB"  # the largest file
 
@@ -54,7 +54,7 @@ def write_weights(
     """Weights as safetensors and, where they are several files, their index.
 
     like: name to a tensor of the shape and dtype to write, on the meta device if you like.  read: gives the weight of
-    that name, an Int8Weight or an ordinary tensor, from wherever it is.  Raises UserError for a size of no sense.
+    that name, a QuantizedWeight or an ordinary tensor, from wherever it is.  Raises UserError for a size of no sense.
     """
     try:
         split = split_torch_state_dict_into_shards(dict(like), max_shard_size=max_shard_size)
@@ -70,7 +70,7 @@ def write_weights(
 
 def _plain(weight: Tensor, *, dtype: torch.dtype) -> Tensor:
     """An ordinary tensor on the CPU; the values of 8-bit weights are rounded once."""
-    values = weight.dequantize(dtype) if isinstance(weight, Int8Weight) else weight.to(dtype)
+    values = weight.dequantize(dtype) if isinstance(weight, QuantizedWeight) else weight.to(dtype)
     return values.detach().cpu().contiguous()
 
 

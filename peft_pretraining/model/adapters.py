@@ -27,7 +27,8 @@ from transformers import PreTrainedModel
 from peft_pretraining.errors import UserError
 from qgalore.master_weights import MasterWeights
 from qgalore.param_groups import split_parameters
-from qgalore.storage.affine import mix_seed, random_bits, store_weight
+from qgalore.storage.quantized_weight import open_weight
+from qgalore.storage.rounding import mix_seed, random_bits
 
 LORA_KINDS = ("lora", "relora")
 KINDS = (*LORA_KINDS, "low_rank")
@@ -90,7 +91,7 @@ def insert(model: PreTrainedModel, adapters: Adapters) -> None:
 
     Raises UserError where the package peft is needed and missing.
     """
-    names = [name for group in split_parameters(model) if group.projected for name in group.names]
+    names = [name for group in split_parameters(model) if group.kind == "matrix" for name in group.names]
     ranks = {name: min(adapters.rank, *model.get_parameter(name).shape) for name in names}
     if adapters.kind in LORA_KINDS:
         _insert_lora(model, ranks, alpha=adapters.alpha)
@@ -193,7 +194,7 @@ def reset(
         module = name.removesuffix(f"{BASE}.weight")
         A, B = (parameters[adapters.part(module, letter)] for letter in "AB")
         W = adapters.product(A, B).add_(W0)
-        store_weight(W0, W, seed=mix_seed(seed, update, index, _MERGE))
+        open_weight(W0).write(W, seed=mix_seed(seed, update, index, _MERGE))
     draw_factors(model, adapters, seed=seed, update=update)
     _forget(optimizer, (p for name, p in parameters.items() if is_factor(name)))
 

@@ -186,7 +186,7 @@ def compile_layers(model: LlamaForCausalLM) -> None:
 
 def weight_quantizer(args: argparse.Namespace, *, groups: Sequence[ParameterGroup]) -> Callable[[str, nn.Module], None]:
     """What --weight_quant does with a module that has just been initialised: its weight, if projected, becomes INT8."""
-    chosen = {name for group in groups if group.projected for name in group.names}
+    chosen = {name for group in groups if group.kind == "matrix" for name in group.names}
 
     def finish(name: str, module: nn.Module) -> None:
         if f"{name}.weight" in chosen:

@@ -59,8 +59,8 @@ def describe_groups(
     shape = adapters.describe() if adapters is not None else "full rank"
     rows: list[tuple[ParameterGroup, str]] = []
     for group in split_parameters(model):
-        weights = "INT8 weights, " if int8 and group.projected else ""
-        how = recipe.describe(group, settings, unprojected=shape if group.projected else "full rank")
+        weights = "INT8 weights, " if int8 and group.kind == "matrix" else ""
+        how = recipe.describe(group, settings, unprojected=shape if group.kind == "matrix" else "full rank")
         rows.append((group, weights + how))
     rows += [(group, "nothing: W0 of the adapters") for group in frozen_parameters(model)]
     return [

@@ -1,47 +1,94 @@
-"""What the projection leaves out of a gradient, brought back into the update.
+"""From a direction in the subspace back to an update of the weight: free functions, and a table of what each needs.
 
-    U = back(D) + k * phi * (G - back(R))       phi_j = ||D_j|| / ||R_j||      j: along the side that is not projected
+D is what a rule made of R = project(G). Every lift takes the same arguments:
 
-phi scales the rest of each row (or column) of G as the rule has scaled its projection; D is the rule's direction for R.
-k <= 1 is the limiter: from one update to the next, the norm of the second term grows by 1% at most.
-Source: Chen et al. 2024, "Fira", arXiv 2410.01623, sections 4.1 and 4.2.
+    D, R        (m, r) or (r, n), float32 or wider; R before the rule
+    G           (m, n), the whole gradient, in the parameter's dtype; None for lifts that do not need it
+    projector, bases    see subspace.projector
+    last        (), float32: the norm that the lift remembers from update to update, written in place; 0: none yet
+
+and returns U (m, n) in D's dtype.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from qgalore.storage.stored import Stored
 from qgalore.subspace.projector import Projector
 
-RESIDUALS = ("none", "fira")
-MOST_GROWTH = 1.01
-SMALLEST = 1e-30  # a row of R whose norm is smaller says nothing of the scale of D
+MAX_GROWTH = 1.01  # of a limited norm, from one update to the next
+MIN_NORM = 1e-30  # a row of R whose norm is smaller says nothing of the scale of D
 
 
-class Residual(NamedTuple):
-    """G: the whole gradient, (m, n).  norm: of the residual in the last update, kept in the state, written in place; 0:
-    there was none. () float32"""
+@dataclass(frozen=True)
+class Lift:
+    """One entry of the table.
 
-    G: Tensor
-    norm: Tensor
+    function: (D, R, G, *, projector, bases, last) -> U, see above.
+    needs_whole: whether it needs G.
+    remembers: the name of its norm in a parameter's state; None where it has none.
+    """
+
+    function: Callable[..., Tensor]
+    needs_whole: bool = False
+    remembers: str | None = None
 
 
-def recover(D: Tensor, R: Tensor, residual: Residual, *, projector: Projector, bases: dict[str, Tensor]) -> Tensor:
-    """U, see above; remembers the norm. D, R (m, r) or (r, n), float32 or wider -> (m, n), their dtype.
+def bring_back(
+    D: Tensor,
+    R: Tensor,
+    G: Tensor | None,
+    *,
+    projector: Projector,
+    bases: Mapping[str, Stored],
+    last: Tensor | None,
+) -> Tensor:
+    """U = P D Q^T. Source: Zhao et al. 2024, GaLore, arXiv 2403.03507, algorithm 2."""
+    return projector.back(D, bases)
+
+
+def recover_residual(
+    D: Tensor, R: Tensor, G: Tensor, *, projector: Projector, bases: Mapping[str, Stored], last: Tensor
+) -> Tensor:
+    """What the projection leaves out of G, brought back into the update.
+
+        U = back(D) + k * phi * (G - back(R))       phi_j = ||D_j|| / ||R_j||      j: along the side not projected
+
+    phi scales the rest of each row (or column) of G as the rule has scaled its projection. k <= 1 is the limiter: from
+    one update to the next, the norm of the second term grows by 1% at most.
+    Source: Chen et al. 2024, "Fira", arXiv 2410.01623, sections 4.1 and 4.2.
 
     back(D) + k phi (G - back(R)) is back(D - k phi R) + k phi G: apart from U, one matrix of G's size at a time, for
     the norm.
     """
-    G, last = residual
-    across = 1 if "right" in projector.sides else 0  # the dimension that is projected
-    r, d = (torch.linalg.vector_norm(X, dim=across, keepdim=True) for X in (R, D))  # (m, 1) or (1, n)
-    phi = torch.where(r > SMALLEST, d / r, 0.0)
-    left_out = projector.back(R, bases, like=G).neg_().add_(G)  # (m, n)
+    phi, across = scaling(D, R, projector=projector)  # (m, 1) or (1, n)
+    left_out = projector.back(R, bases).neg_().add_(G)  # (m, n)
     norm = torch.linalg.vector_norm(phi * torch.linalg.vector_norm(left_out, dim=across, keepdim=True))
     del left_out
-    limit = torch.where(last > 0, MOST_GROWTH * last, torch.inf)
+    phi = phi * limiter(norm, last)
+    return projector.back(D - phi * R, bases).addcmul_(phi, G.to(D.dtype))
+
+
+def scaling(D: Tensor, R: Tensor, *, projector: Projector) -> tuple[Tensor, int]:
+    """How much the rule has scaled each row or column of R, ||D_j|| / ||R_j||, (m, 1) or (1, n), and along which
+    dimension that was summed: the projected one."""
+    across = 1 if "right" in projector.sides else 0
+    r, d = (torch.linalg.vector_norm(X, dim=across, keepdim=True) for X in (R, D))
+    return torch.where(r > MIN_NORM, d / r, 0.0), across
+
+
+def limiter(norm: Tensor, last: Tensor) -> Tensor:
+    """The factor, at most 1, with which a norm grows by MAX_GROWTH at most; writes the limited norm to `last`."""
+    limit = torch.where(last > 0, MAX_GROWTH * last, torch.inf)
     allowed = torch.minimum(norm, limit)
-    phi = phi * (allowed / norm.clamp_min(SMALLEST))
     last.copy_(allowed)
-    return projector.back(D - phi * R, bases, like=G).addcmul_(phi, G.to(D.dtype))
+    return allowed / norm.clamp_min(MIN_NORM)
+
+
+LIFTS = {
+    "none": Lift(bring_back),
+    "fira": Lift(recover_residual, needs_whole=True, remembers="residual_norm"),
+}

@@ -12,25 +12,16 @@ Every rule takes the same keywords, so that whoever calls it need not know which
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from qgalore.storage.dynamic8 import Moment
+from qgalore.rules.moments import Moment, MomentKind
 
 Number = float | Tensor
 
 ADAFACTOR_EPS = 1e-30  # added to squares, so that rows and columns of zeros divide nothing by zero
-
-
-class MomentKind(NamedTuple):
-    """One moment that a rule keeps. signed: an average of gradients or directions, which turns with the basis; else of
-    squares, which cannot.  shape: of its tensor."""
-
-    name: str
-    signed: bool
-    shape: torch.Size
 
 
 @dataclass(frozen=True)
@@ -57,10 +48,10 @@ def adam_direction(
     R: gradient, any shape, float32 or float64.  M, V: its first and second moment, same shape, updated in place.
     Returns the direction, R's shape and dtype.  Source: Kingma and Ba 2015, algorithm 1.
     """
-    m = M.dequantize().lerp_(R, 1 - beta1)
-    v = V.dequantize().mul_(beta2).addcmul_(R, R, value=1 - beta2)
-    M.copy_(m)
-    V.copy_(v)
+    m = M.read().lerp_(R, 1 - beta1)
+    v = V.read().mul_(beta2).addcmul_(R, R, value=1 - beta2)
+    M.write(m)
+    V.write(v)
     return (m / mass).div_((v / mass_sq).sqrt_().add_(eps))
 
 
@@ -70,9 +61,9 @@ def lion_direction(R: Tensor, M: Moment, *, beta1: float, beta2: float, **unused
     R: gradient, any shape.  M: its momentum, same shape, updated in place: interpolated with beta1, kept with beta2.
     Source: Chen et al. 2023, arXiv 2302.06675, algorithm 2; the sign as in Liang et al. 2024, arXiv 2408.12857.
     """
-    m = M.dequantize()
+    m = M.read()
     D = torch.lerp(R, m, beta1)
-    M.copy_(m.lerp_(R, 1 - beta2))
+    M.write(m.lerp_(R, 1 - beta2))
     return D
 
 
@@ -87,24 +78,24 @@ def adafactor_direction(R: Tensor, M: Moment, *V: Moment, beta1: float, beta2: N
     """
     squares = (R * R).add_(ADAFACTOR_EPS)
     fresh = (squares.mean(-1), squares.mean(-2)) if len(V) == 2 else (squares,)
-    v = [kept.dequantize().mul_(beta2).add_(new * (1 - beta2)) for kept, new in zip(V, fresh, strict=True)]
+    v = [kept.read().mul_(beta2).add_(new * (1 - beta2)) for kept, new in zip(V, fresh, strict=True)]
     for kept, new in zip(V, v, strict=True):
-        kept.copy_(new)
+        kept.write(new)
     if len(v) == 2:
         row, column = v
         D = R * (row / row.mean()).rsqrt_().unsqueeze(-1) * (column / mass_sq).rsqrt_()
     else:
         D = R * (v[0] / mass_sq).rsqrt_()
     D = D / D.square().mean().sqrt_().clamp_(min=1)
-    m = M.dequantize().lerp_(D, 1 - beta1)
-    M.copy_(m)
+    m = M.read().lerp_(D, 1 - beta1)
+    M.write(m)
     return m / mass
 
 
 def sgd_direction(R: Tensor, M: Moment, *, beta1: float, **unused: Any) -> Tensor:
     """Gradient descent with momentum beta1, as torch.optim.SGD has it. M: of R's shape, updated in place."""
-    m = M.dequantize().mul_(beta1).add_(R)
-    M.copy_(m)
+    m = M.read().mul_(beta1).add_(R)
+    M.write(m)
     return m.clone()
 
 

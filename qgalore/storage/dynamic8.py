@@ -10,7 +10,7 @@ fraction. With 8 bits, code c >= 1 whose first 1 is bit k (n = 2**k codes share 
 First moments spend the highest bit on the sign, and the tree has 7 bits: both signs alike, +-1e-6 to +-1, two zeros.
 Second moments are stored by their square root, so that they reach down to 1e-14 of the block's largest.
 
-Two choices differ from the publication, each of them measured (tests/test_blockwise_state.py):
+Two choices differ from the publication, each of them measured (tests/test_dynamic8.py):
 - Fractions end at the upper end, not in the middle, of their n intervals. So every power of ten is a code, the code is
   a concave, piecewise linear function of its value, and encoding is the minimum of one line a decade: no search, no
   table. Rounding that position up or down at random rounds the value without bias.
@@ -21,34 +21,61 @@ First moments, too, are rounded at random: beside larger ones they would not dec
 """
 
 import math
-import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from qgalore.storage.affine import Seed, mix_seed, random_bits, seed_tensors
+from qgalore.storage.rounding import Seed, random_bits
 
 BLOCK = 256
-SMALLEST = 4096  # elements: below, 8 bits would save nothing worth the noise
+MIN_ELEMENTS = 4096  # below, 8 bits would save nothing worth the noise
 PIECE = 1 << 20  # elements worked on at a time in eager code; a multiple of BLOCK
 
 _TINY = torch.finfo(torch.float32).tiny
 
 
-class QuantizedState(NamedTuple):
-    """codes: (numel,) uint8.  absmax: (ceil(numel / 256),) float32, the largest magnitude of each block."""
+@dataclass(frozen=True)
+class Dynamic8:
+    """8-bit codes of a moment, in blocks along its elements in row-major order.
 
-    codes: Tensor
-    absmax: Tensor
+    signed: whether values may be negative (first moments); else a negative value counts as zero and a positive one
+        never becomes zero (second moments).
 
+    With a seed it rounds at random, so that the expected value (of the root, where unsigned) is the value itself.
+    A NaN or an infinity makes its whole block decode to what is not finite.
+    """
 
-def zero_state(numel: int, *, device: torch.device | str = "cpu") -> QuantizedState:
-    """The codes of `numel` zeros."""
-    codes = torch.zeros(numel, dtype=torch.uint8, device=device)
-    return QuantizedState(codes, torch.zeros(-(-numel // BLOCK), device=device))
+    PARTS: ClassVar[tuple[str, ...]] = ("codes", "absmax")
+    signed: bool
+
+    def spec(self, shape: torch.Size) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        count = shape.numel()
+        return {
+            "codes": (torch.Size((count,)), torch.uint8),
+            "absmax": (torch.Size((-(-count // BLOCK),)), torch.float32),
+        }
+
+    def encode_(self, values: Tensor, parts: Mapping[str, Tensor], *, seed: Seed | None, start: int) -> None:
+        flat, codes, absmax = values.float().reshape(-1), parts["codes"], parts["absmax"]
+        for elements, width in _pieces(flat.numel()):
+            blocks = flat[elements].view(-1, width)
+            noise = 0.5 if seed is None else _noise(blocks, seed=seed, start=start + elements.start)
+            new_codes, new_absmax = _encode(blocks, noise, signed=self.signed)
+            codes[elements] = new_codes.view(-1)
+            absmax[_blocks(elements)] = new_absmax
+
+    def decode(self, parts: Mapping[str, Tensor], *, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        codes, absmax = parts["codes"], parts["absmax"]
+        points = _signed_map(codes.device) if self.signed else _unsigned_map(codes.device)
+        values = torch.empty(codes.numel(), device=codes.device)
+        for elements, width in _pieces(codes.numel()):
+            relative = points.index_select(0, codes[elements].int()).view(-1, width)
+            values[elements] = relative.mul_(absmax[_blocks(elements), None]).view(-1)
+        return values.view(shape).to(dtype)
 
 
 def _tree(bits: int) -> list[float]:
@@ -138,126 +165,3 @@ def _noise(values: Tensor, *, seed: Seed, start: int) -> Tensor:
     """Uniform in [0, 1), 16 bits: their sum with a position below 256 is exact in float32. start: the first index."""
     bits = random_bits(values.numel(), seed=seed, start=start, device=values.device)
     return bits.bitwise_and_(0xFFFF).float().mul_(2.0**-16).view_as(values)
-
-
-def quantize_state(
-    values: Tensor, *, signed: bool, seed: Seed | None = None, out: QuantizedState | None = None
-) -> QuantizedState:
-    """8-bit codes of a moment, in blocks along its elements in row-major order.
-
-    values: any shape, float32.  signed: first moments; else second moments, where a negative value counts as zero and
-    a positive one never becomes zero.  seed: 64 bits, from mix_seed: rounds at random, so that the expected value (of
-    the root, where unsigned) is the value itself; None: rounds to nearest.  out: where to write, else new tensors.
-    A NaN or an infinity makes its whole block decode to what is not finite.
-    """
-    flat = values.reshape(-1)
-    codes, absmax = out or zero_state(flat.numel(), device=flat.device)
-    for elements, width in _pieces(flat.numel()):
-        blocks = flat[elements].view(-1, width)
-        noise = 0.5 if seed is None else _noise(blocks, seed=seed, start=elements.start)
-        new_codes, new_absmax = _encode(blocks, noise, signed=signed)
-        codes[elements] = new_codes.view(-1)
-        absmax[_blocks(elements)] = new_absmax
-    return QuantizedState(codes, absmax)
-
-
-def dequantize_state(parts: QuantizedState, *, shape: torch.Size | tuple[int, ...], signed: bool) -> Tensor:
-    """The values that the codes stand for, in a new float32 tensor of that shape."""
-    codes, absmax = parts
-    points = _signed_map(codes.device) if signed else _unsigned_map(codes.device)
-    values = torch.empty(codes.numel(), device=codes.device)
-    for elements, width in _pieces(codes.numel()):
-        relative = points.index_select(0, codes[elements].int()).view(-1, width)
-        values[elements] = relative.mul_(absmax[_blocks(elements), None]).view(-1)
-    return values.view(shape)
-
-
-class Moment(Protocol):
-    """A moment as a rule of update_rules sees it.
-
-    dequantize: its values; the tensor may be overwritten, and only copy_ makes that count.  copy_: stores new values.
-    tensors: what it is stored in.
-    """
-
-    def dequantize(self) -> Tensor: ...
-
-    def copy_(self, values: Tensor) -> None: ...
-
-    def tensors(self) -> tuple[Tensor, ...]: ...
-
-
-@dataclass(frozen=True)
-class PlainMoment:
-    """A moment kept as it is: nothing is copied where the rule works in place."""
-
-    values: Tensor
-
-    def dequantize(self) -> Tensor:
-        return self.values
-
-    def copy_(self, values: Tensor) -> None:
-        if values is not self.values:
-            self.values.copy_(values)
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.values,)
-
-
-@dataclass(frozen=True)
-class QuantizedMoment:
-    """A moment in 8 bits. shape, dtype: what it decodes to.  seed: as in quantize_state."""
-
-    parts: QuantizedState
-    shape: torch.Size
-    dtype: torch.dtype
-    signed: bool
-    seed: Seed | None
-
-    def dequantize(self) -> Tensor:
-        return dequantize_state(self.parts, shape=self.shape, signed=self.signed).to(self.dtype)
-
-    def copy_(self, values: Tensor) -> None:
-        quantize_state(values.float(), signed=self.signed, seed=self.seed, out=self.parts)
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.parts
-
-
-def create_moment(state: dict[str, Any], name: str, *, like: Tensor, bits: int = 32) -> None:
-    """Puts a moment of zeros into the state of a parameter: `name`, or `name.codes` and `name.absmax`.
-
-    like: the gradient it averages, for shape and device, float32 or float64.  bits: 8 or 32 (float32 or like's dtype).
-    Vectors, and tensors of fewer than 4096 elements, stay at 32 bits.
-    """
-    if bits not in (8, 32):
-        raise ValueError(f"moments are kept in 8 or 32 bits, not {bits}")
-    if bits == 32 or like.ndim < 2 or like.numel() < SMALLEST:
-        state[name] = torch.zeros_like(like)
-        return
-    parts = zero_state(like.numel(), device=like.device)
-    state[f"{name}.codes"], state[f"{name}.absmax"] = parts
-
-
-def open_moment(
-    state: dict[str, Any],
-    name: str,
-    *,
-    like: Tensor,
-    signed: bool,
-    seed: int | None = None,
-    compiled: bool = False,
-) -> PlainMoment | QuantizedMoment:
-    """The moment of that name, in whichever form the state holds it; writing to it changes the state's tensors.
-
-    like: the gradient, for shape and dtype.  signed: whether values may be negative.  seed: of this update of this
-    parameter, the same for all its moments (each mixes in its name); None: rounds to nearest.
-    compiled: whether compiled code will work on it, see seed_tensors.
-    """
-    if name in state:
-        return PlainMoment(state[name])
-    parts = QuantizedState(state[f"{name}.codes"], state[f"{name}.absmax"])
-    own: Seed | None = None
-    if seed is not None:
-        own = mix_seed(seed, zlib.crc32(name.encode()))
-        own = seed_tensors(own) if compiled else own
-    return QuantizedMoment(parts, like.shape, like.dtype, signed, own)

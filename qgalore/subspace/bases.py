@@ -6,6 +6,9 @@ G.mT @ X: they run in G's own dtype, while the small factors (orthogonalisation,
 the basis, float32 or float64.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -82,3 +85,54 @@ def align(target: Tensor, *, basis: Tensor) -> Tensor:
 def turn_towards(target: Tensor, *, basis: Tensor, share: float) -> Tensor:
     """Part of the way from a basis to another with like columns: share 0 stays, 1 arrives. (m, r), (m, r) -> (m, r)."""
     return orthonormalize(torch.lerp(basis, target, share))
+
+
+def gaussian_matrix(rows: int, columns: int, *, seed: int, like: Tensor) -> Tensor:
+    """Independent normal entries drawn from 64 bits of seed, in float32 or wider, on the device of `like`."""
+    generator = torch.Generator(like.device).manual_seed(seed % (1 << 63))
+    wide = torch.promote_types(like.dtype, torch.float32)
+    return torch.randn((rows, columns), generator=generator, device=like.device, dtype=wide)
+
+
+@dataclass(frozen=True)
+class BasisMethod:
+    """One way to compute a basis at a refresh.
+
+    compute: (G, old, *, rank, share, seed, draw) -> basis (m, r), where
+        G: (m, n), the whole gradient.
+        old: (m, r), the basis so far; None at the first refresh.
+        share: how far to turn from the old basis, in (0, 1]; see RefreshSchedule.share.
+        seed: 64 bits, the same at every refresh of this parameter.  draw: 64 bits, new at each refresh.
+    sees_gradient: whether G's values matter; if not, any tensor of G's shape will do.
+    """
+
+    compute: Callable[..., Tensor]
+    sees_gradient: bool = True
+
+
+def iterated(G: Tensor, old: Tensor | None, *, rank: int, share: float, seed: int, draw: int) -> Tensor:
+    """A randomized start, then one warm orthogonal iteration a refresh."""
+    if old is None:
+        return randomized_basis(G, rank=rank, seed=seed)
+    basis = iterate_basis(G, old)
+    return turn_towards(basis, basis=old, share=share) if share < 1 else basis
+
+
+def exact(G: Tensor, old: Tensor | None, *, rank: int, share: float, seed: int, draw: int) -> Tensor:
+    """The leading singular vectors, exactly, at every refresh."""
+    basis = exact_basis(G, rank=rank)
+    if old is None or share == 1:
+        return basis
+    return turn_towards(align(basis, basis=old), basis=old, share=share)
+
+
+def random_orthonormal(G: Tensor, old: Tensor | None, *, rank: int, share: float, seed: int, draw: int) -> Tensor:
+    """An orthonormal basis drawn anew at each refresh."""
+    return orthonormalize(gaussian_matrix(G.shape[0], rank, seed=draw, like=G))
+
+
+METHODS = {
+    "iterate": BasisMethod(iterated),
+    "svd": BasisMethod(exact),
+    "random": BasisMethod(random_orthonormal, sees_gradient=False),
+}

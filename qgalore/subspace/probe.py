@@ -15,14 +15,16 @@ import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qgalore.subspace.projector import Projector, Refresh, has_basis
+from qgalore.storage.stored import Stored
+from qgalore.subspace.observer import Observer
+from qgalore.subspace.projector import Projector
 
 
 def reconstruction_error(G: Tensor, R: Tensor, *, left: Tensor | None = None, right: Tensor | None = None) -> Tensor:
@@ -100,8 +102,14 @@ def measuring_period(count: int, *, gap: int) -> int:
 
 @dataclass
 class Sample:
-    """What was measured of a matrix in one update: the update's step, the time that projecting took, the projections
-    in it, the figures of the first, and the basis, if it is about to learn."""
+    """What was measured of a matrix in one update.
+
+    step: the update.
+    watch: the time that projecting took.
+    projections: how many there were.
+    figures: those of the first.
+    before: the basis, if it is about to learn.
+    """
 
     step: int
     watch: Stopwatch
@@ -110,75 +118,78 @@ class Sample:
     before: Tensor | None = None
 
 
-@dataclass
-class Notes:
-    """overlap: of the last two bases, as of so many `refreshes`: a resume or a rollback may have undone them.  sample:
-    of this update, if it is the matrix' turn, until it is read."""
+class Probe(Observer):
+    """Measures the subspace of one matrix at the updates turn + 1, turn + 1 + period and so on."""
 
-    overlap: Tensor | None = None
-    refreshes: int = 0
-    sample: Sample | None = None
+    def __init__(self, *, turn: int, period: int) -> None:
+        super().__init__()
+        self.turn, self.period = turn, period
+        self._sample: Sample | None = None  # of this update, if it is the matrix' turn, until it is read
+        self._overlap: Tensor | None = None  # of the last two bases,
+        self._refreshes = 0  # as of so many refreshes: a resume or a rollback may have undone them
 
+    @contextmanager
+    def refreshing(self, projector: Projector, state: Mapping[str, Any]) -> Iterator[None]:
+        """Notes the overlap of the new bases with the old ones, multiplied over the sides."""
+        old = projector.open(state)
+        before = read_bases(old, projector)
+        with super().refreshing(projector, state):
+            yield
+        new = projector.open(state)
+        if any(new[side].parts[part] is not tensor for side in old for part, tensor in old[side].parts.items()):
+            after = read_bases(new, projector)
+            self._overlap = torch.stack([overlap(after[side], before[side]) for side in projector.sides]).prod()
+        self._refreshes = state["refreshes"]
 
-@dataclass(frozen=True)
-class MeasuredProjector(Projector):
-    """A projector with the same results that measures itself at the updates turn + 1, turn + 1 + period and so on.
-
-    notes: no part of the optimizer's state; after a resume the overlap is unknown until the next refresh.
-    """
-
-    turn: int = 0
-    period: int = 1
-    notes: Notes = field(default_factory=Notes, compare=False)
-
-    def prepare(self, G: Tensor, state: dict[str, Any], *, step: int) -> Refresh | None:
-        """Projector.prepare; notes the overlap, multiplied over the sides."""
-        if not self.due(state, step=step):
-            return None
-        old = self._read(state, like=G)
-        refresh = super().prepare(G, state, step=step)
-        if refresh is not None:
-            new = self._read(state, like=G)
-            self.notes.overlap = torch.stack([overlap(new[side], old[side]) for side in self.sides]).prod()
-        self.notes.refreshes = state["refreshes"]
-        return refresh
-
-    def project(self, G: Tensor, state: dict[str, Any]) -> Tensor:
-        """Projector.project; in its turn, measures the update's first projection, and the time of them all."""
-        step, notes = state.get("step", 0) + 1, self.notes
+    @contextmanager
+    def projecting(self, G: Tensor, *, step: int) -> Iterator[None]:
+        """In the matrix' turn, takes the time of all projections of the update."""
         if (step - 1) % self.period != self.turn:
-            notes.sample = None
-            return super().project(G, state)
-        if notes.sample is None or notes.sample.step != step:
-            notes.sample = Sample(step, Stopwatch(G.device))
-        with notes.sample.watch.lap():
-            R = super().project(G, state)
-        if not notes.sample.projections:
-            self._measure(G, R, state, notes.sample)
-        notes.sample.projections += 1
-        return R
+            self._sample = None
+            yield
+            return
+        if self._sample is None or self._sample.step != step:
+            self._sample = Sample(step, Stopwatch(G.device))
+        with self._sample.watch.lap():
+            yield
 
-    def back(self, D: Tensor, state: dict[str, Any], *, like: Tensor) -> Tensor:
-        """Projector.back; timed in its turn. Compiled code has no clock: there its time goes uncounted."""
-        if torch.compiler.is_compiling() or self.notes.sample is None:
-            return super().back(D, state, like=like)
-        with self.notes.sample.watch.lap():
-            return super().back(D, state, like=like)
+    def projected(self, G: Tensor, R: Tensor, bases: Mapping[str, Stored], *, projector: Projector) -> None:
+        """In the matrix' turn, measures the first projection of the update."""
+        sample = self._sample
+        if sample is None:
+            return
+        if not sample.projections:
+            self._measure(G.to(projector.dtype), R, read_bases(bases, projector), sample, learns=projector.learns)
+        sample.projections += 1
 
-    def figures(self, state: dict[str, Any], *, like: Tensor) -> dict[str, Any] | None:
+    def _measure(self, G: Tensor, R: Tensor, bases: dict[str, Tensor], sample: Sample, *, learns: bool) -> None:
+        grams = {side: P.mT @ P for side, P in bases.items()}  # (r, r)
+        errors = [orthonormality_error(gram) for gram in grams.values()]
+        sample.figures["reconstruction_error"] = reconstruction_error(G, R, **grams)
+        sample.figures["orthonormality_error"] = torch.stack(errors).max()
+        if learns and sample.step > 1:  # the first basis does not learn yet
+            (P,) = bases.values()
+            sample.before = P.clone()
+
+    def lifting(self) -> AbstractContextManager | None:
+        """In the matrix' turn, takes the time of the way back, too."""
+        return None if self._sample is None else self._sample.watch.lap()
+
+    def figures(self, state: Mapping[str, Any], *, projector: Projector) -> dict[str, Any] | None:
         """What was measured in the last update, to be read once; None where it was not this matrix' turn.
 
-        `reconstruction_error` and `orthonormality_error` (the larger of the two sides'), see above; `overlap` of the
-        last two bases (None: not known), of one that learns before and after this update;
-        `projection_seconds`, there and back; `projections` in this update: more than one are of micro-batches, and the
-        reconstruction is that of the first.  like: the weight.  Waits for the device.
+        reconstruction_error, orthonormality_error: see above; the larger of the two sides'.
+        overlap: of the last two bases; None where it is not known. Of a basis that learns: before and after the update.
+        projection_seconds: into the subspace and back.
+        projections: in this update. More than one are of micro-batches, and the reconstruction is that of the first.
+        Waits for the device.
         """
-        sample, self.notes.sample = self.notes.sample, None
+        sample, self._sample = self._sample, None
         if sample is None:
             return None
-        turned = self.notes.overlap if self.notes.refreshes == state.get("refreshes") else None
+        turned = self._overlap if self._refreshes == state.get("refreshes") else None
         if sample.before is not None:
-            (after,) = self._read(state, like=like).values()
+            (after,) = read_bases(projector.open(state), projector).values()
             turned = overlap(after, sample.before)
         return {
             **{name: float(figure) for name, figure in sample.figures.items()},
@@ -187,27 +198,16 @@ class MeasuredProjector(Projector):
             "projections": sample.projections,
         }
 
-    def _measure(self, G: Tensor, R: Tensor, state: dict[str, Any], sample: Sample) -> None:
-        bases = self._read(state, like=G)
-        grams = {side: P.mT @ P for side, P in bases.items()}  # (r, r)
-        errors = [orthonormality_error(gram) for gram in grams.values()]
-        sample.figures["reconstruction_error"] = reconstruction_error(G, R, **grams)
-        sample.figures["orthonormality_error"] = torch.stack(errors).max()
-        if self.learner is not None and sample.step > 1:  # the first basis does not learn yet
-            (P,) = bases.values()
-            sample.before = P.clone()
 
-    def _read(self, state: dict[str, Any], *, like: Tensor) -> dict[str, Tensor]:
-        """The bases there are, by side, as they are used, in float32 or wider."""
-        wide = torch.promote_types(like.dtype, torch.float32)
-        return {side: self._basis(like, state, side).to(wide) for side in self.sides if has_basis(state, side)}
+def read_bases(bases: Mapping[str, Stored], projector: Projector) -> dict[str, Tensor]:
+    """The bases by side, as they are used: in the parameter's dtype, then in float32 or wider."""
+    return {side: basis.read(projector.dtype).to(projector.wide) for side, basis in bases.items()}
 
 
-def measured(projectors: Mapping[Tensor, Projector]) -> dict[Tensor, Projector]:
-    """The same projectors by parameter, those that do project measured in turn."""
-    found = dict(projectors)
-    turns = [p for p, projector in projectors.items() if projector.sides]
+def observers(projectors: Mapping[Tensor, Projector], *, details: bool) -> dict[Tensor, Observer]:
+    """One observer a parameter. details: whether those that are projected are measured, in turn."""
+    turns = [p for p, projector in projectors.items() if projector.sides] if details else []
+    found: dict[Tensor, Observer] = {p: Observer() for p in projectors}
     for turn, p in enumerate(turns):
-        period = measuring_period(len(turns), gap=projectors[p].schedule.gap)
-        found[p] = MeasuredProjector(**vars(projectors[p]), turn=turn, period=period)
+        found[p] = Probe(turn=turn, period=measuring_period(len(turns), gap=projectors[p].schedule.gap))
     return found

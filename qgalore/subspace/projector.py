@@ -1,37 +1,36 @@
 """How a gradient enters a low-rank subspace and how a direction comes back out of it.
 
-A projector holds settings only. Its tensors, the bases, live in the optimizer's state of the parameter under the keys
-`left` (m, r) and `right` (n, r), or packed as `left.codes`, `left.scale`, `left.zero`, so that they are saved and
-loaded like every other state. Which of the two are there is the projection's side, decided once from the shape and
-`proj_type`. With none, the projector is the identity.
+A projector holds settings only. Its tensors, the bases, live in the optimizer's state of the parameter under the names
+`left` (m, r) and `right` (n, r), plain or packed, so that they are saved and loaded like every other state. Which of
+the two are there is the projection's side, decided once from the shape and `proj_type`. With none, the projector is the
+identity.
 """
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from qgalore.storage.affine import mix_seed
-from qgalore.storage.packed_basis import LearningBasis, PackedBasis, pack_basis, unpack_basis
-from qgalore.subspace.bases import (
-    align,
-    exact_basis,
-    iterate_basis,
-    orthonormalize,
-    product,
-    randomized_basis,
-    turn_towards,
-)
+from qgalore.storage.affine import Affine
+from qgalore.storage.rounding import mix_seed
+from qgalore.storage.stored import Codec, Plain, Stored, find, part_key, put
+from qgalore.subspace.bases import METHODS, BasisMethod, product
 from qgalore.subspace.schedule import RefreshSchedule
 
 SIDE_TYPES = ("std", "reverse_std", "left", "right", "full")
+SIDES = ("left", "right")
 
 
 class Learner(NamedTuple):
-    """How a basis learns by online PCA. rule: of update_rules.  bits: of its moments.  title: what the log calls it."""
+    """How a basis learns by online PCA.
+
+    rule: of rules.RULES.
+    bits: of its moments.
+    title: what the log calls it.
+    """
 
     rule: str
     bits: int
@@ -46,10 +45,9 @@ LEARNERS = {
     "continuous_sgd": Learner("sgd", 32, "SGD"),
 }
 PROJ_TYPES = (*SIDE_TYPES, *LEARNERS, "random")
-SUBSPACE_METHODS = ("iterate", "svd")
 
 
-def projection_sides(shape: tuple[int, int], *, proj_type: str) -> tuple[str, ...]:
+def projection_sides(shape: torch.Size | tuple[int, ...], *, proj_type: str) -> tuple[str, ...]:
     """Which sides of an (m, n) gradient are projected, as the reference names them.
 
     std: the shorter side (the right one where m >= n), so that R keeps the longer.  reverse_std: the longer side.
@@ -66,8 +64,8 @@ def projection_sides(shape: tuple[int, int], *, proj_type: str) -> tuple[str, ..
     return sides.get(proj_type, sides["std"])
 
 
-class Refresh(NamedTuple):
-    """What a refresh did, as maps from old coordinates to new: P_new^T P_old, (r, r); None for a side that stayed."""
+class Turn(NamedTuple):
+    """What a refresh did to the coordinates: P_new^T P_old, (r, r); None for a side that stayed."""
 
     left: Tensor | None = None
     right: Tensor | None = None
@@ -91,60 +89,127 @@ class Refresh(NamedTuple):
 class Projector:
     """The projection of one parameter's gradient.
 
-    sides: of `left`, `right`; none is the identity, for any shape.  rank: columns of each basis.
-    method: `iterate` (randomized start, then one warm orthogonal iteration a refresh), `svd` (exact, every time) or
-        `random` (of the gradient nothing but the shape; another one at every refresh).
-        At gaps too short for the moments, a refresh goes only part of the way (RefreshSchedule.share), unless random.
-    learner: how the basis learns after the first refresh, which then is the last; None: it is refreshed.
-    seed: 64 bits, decides the randomized start and the random bases.  bits: 4 or 8 to pack the bases, in groups of at
-    most group_size elements; None keeps them in the gradient's dtype.
+    shape: of the gradient, (m, n) where it is projected.
+    dtype: of the parameter; products with the bases run in it, and bases that are not packed are kept in it.
+    sides: of `left`, `right`; none is the identity, for any shape.
+    rank: columns of each basis.
+    method: of bases.METHODS.
+    learns: whether the basis learns after the first refresh, which then is the last.
+    seed: 64 bits, decides what is drawn.
+    bits: 4 or 8 packs the bases, in groups of at most group_size elements; None keeps them plain.
+
+    At gaps too short for the moments, a refresh goes only part of the way (RefreshSchedule.share).
     """
 
+    shape: torch.Size
+    dtype: torch.dtype
     sides: tuple[str, ...] = ()
     rank: int = 0
     method: str = "iterate"
-    learner: Learner | None = None
+    learns: bool = False
     schedule: RefreshSchedule = RefreshSchedule(gap=1, offset=1)
     seed: int = 0
     bits: int | None = None
     group_size: int = 256
 
-    def due(self, state: dict[str, Any], *, step: int) -> bool:
-        """Whether `prepare` will compute bases."""
-        if not self.sides or (self.learner is not None and "refreshes" in state):
+    @property
+    def sees_gradient(self) -> bool:
+        """Whether bases are computed from the values of the gradient, the whole of it."""
+        return bool(self.sides) and self._method.sees_gradient
+
+    @property
+    def _method(self) -> BasisMethod:
+        return METHODS[self.method]
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of R and of all arithmetic in the subspace."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def projected_shape(self) -> torch.Size:
+        """The shape of R."""
+        if not self.sides:
+            return self.shape
+        m, n = self.shape
+        return torch.Size((self.rank if "left" in self.sides else m, self.rank if "right" in self.sides else n))
+
+    def basis_shape(self, side: str) -> torch.Size:
+        """(m, r) on the left and (n, r) on the right."""
+        return torch.Size((self.shape[SIDES.index(side)], self.rank))
+
+    @property
+    def codec(self) -> Codec:
+        """How a basis is kept."""
+        if self.bits is None:
+            return Plain(self.dtype)
+        return Affine.fitting(self.rank, bits=self.bits, at_most=self.group_size)
+
+    def open(self, state: Mapping[str, Any]) -> dict[str, Stored]:
+        """The bases that a state holds, by side."""
+        codec = self.codec if self.sides else None
+        first = codec.PARTS[0] if codec is not None else ""
+        return {
+            side: find(state, side, codec=codec, shape=self.basis_shape(side))
+            for side in self.sides
+            if codec is not None and part_key(side, first) in state
+        }
+
+    def allocate(self, state: dict[str, Any], *, device: torch.device | str) -> None:
+        """Puts bases of zeros into a state, to be counted."""
+        for side in self.sides:
+            put(state, side, Stored.zeros(self.codec, self.basis_shape(side), device=device))
+
+    # A gradient's way
+
+    def due(self, state: Mapping[str, Any], *, step: int) -> bool:
+        """Whether bases must be computed for this update. step: 1-based."""
+        if not self.sides or (self.learns and "refreshes" in state):
             return False
         return self.schedule.due(state, step=step)
 
-    @property
-    def sees_gradient(self) -> bool:
-        """Whether bases are computed from the gradient, the whole of it."""
-        return bool(self.sides) and self.method != "random"
-
-    def prepare(self, G: Tensor, state: dict[str, Any], *, step: int) -> Refresh | None:
-        """Brings the bases up to date with G, where a refresh is due. G (m, n).
+    def refresh(self, G: Tensor, state: dict[str, Any], *, step: int) -> Turn | None:
+        """Computes the bases from G (m, n) and notes it in the schedule.
 
         Returns how the coordinates changed, or None where the bases are as before (or are the first ones).
-        A gradient that is not finite, or a factorization that fails, leaves the old
-        basis in place, counts in `failed_refreshes` and warns.
+        A gradient that is not finite, or a factorization that fails, leaves the old basis in place, counts in
+        `failed_refreshes` and warns.
         """
-        if not self.due(state, step=step):
-            return None
-        changes = {side: self._refresh_side(G, state, side) for side in self.sides}
-        refresh = Refresh(**changes) if any(T is not None for T in changes.values()) else None
+        turns = {side: self._refresh_side(G, state, side) for side in self.sides}
+        turn = Turn(**turns) if any(T is not None for T in turns.values()) else None
         # Only a lazy schedule reads the overlap back from the device.
-        overlap = float(refresh.overlap) if refresh is not None and self.schedule.lazy else None
+        overlap = float(turn.overlap) if turn is not None and self.schedule.lazy else None
         self.schedule.record(state, step=step, overlap=overlap)
-        return refresh
+        return turn
+
+    def project(self, G: Tensor, bases: Mapping[str, Stored]) -> Tensor:
+        """R = P^T G Q, in float32 or wider. (m, n) -> (r or m, r or n). The products run in the parameter's dtype."""
+        if not self.sides:
+            return G.to(torch.promote_types(G.dtype, torch.float32))
+        R = G.to(self.dtype)
+        if "left" in self.sides:
+            R = bases["left"].read(self.dtype).mT @ R
+        if "right" in self.sides:
+            R = R @ bases["right"].read(self.dtype)
+        return R.to(self.wide)
+
+    def back(self, D: Tensor, bases: Mapping[str, Stored]) -> Tensor:
+        """P D Q^T: the direction in the full space, in D's dtype. (r or m, r or n) -> (m, n)"""
+        if "left" in self.sides:
+            D = product(bases["left"].read(self.dtype), D)
+        if "right" in self.sides:
+            D = product(bases["right"].read(self.dtype), D.mT).mT
+        return D
+
+    # A refresh, one side at a time
 
     def _refresh_side(self, G: Tensor, state: dict[str, Any], side: str) -> Tensor | None:
         """Replaces one basis. Returns P_new^T P_old (r, r), or None where it is the first one or stays as it was."""
-        wide = torch.promote_types(G.dtype, torch.float32)
-        old = self._basis(G, state, side).to(wide) if has_basis(state, side) else None
-        new: Tensor | None
-        if self.method == "random":
-            new = self._random_basis(G, side, state)
-        else:
-            new = self._new_basis(G if side == "left" else G.mT, old, state)
+        bases = self.open(state)
+        old = bases[side].read(self.wide) if side in bases else None
+        draw = mix_seed(self.seed, side == "left", state.get("refreshes", 0))
+        G = G if side == "left" else G.mT
+        new = self._compute(G, old, share=self.schedule.share(state), draw=draw)
         if new is None:
             state["failed_refreshes"] = state.get("failed_refreshes", 0) + 1
             warnings.warn(
@@ -152,113 +217,30 @@ class Projector:
             )
             if old is not None:
                 return None
-            new = self._random_basis(G, side, state)
-        self._keep(new, G, state, side)
-        return None if old is None else self._basis(G, state, side).to(wide).mT @ old
+            # The very first gradient was useless: a random basis serves until the next refresh.
+            new = METHODS["random"].compute(G, None, rank=self.rank, share=1.0, seed=self.seed, draw=draw)
+        stored = Stored.zeros(self.codec, self.basis_shape(side), device=G.device)  # contiguous, as a checkpoint has it
+        stored.write(new)
+        put(state, side, stored)
+        return None if old is None else stored.read(self.wide).mT @ old
 
-    def _keep(self, basis: Tensor, G: Tensor, state: dict[str, Any], side: str) -> None:
-        """Stores a basis: in the gradient's dtype, or packed to `bits`."""
-        if self.bits is None:
-            # Row by row, as a checkpoint gives it back: products of another layout differ in the last bit.
-            state[side] = basis.to(G.dtype).contiguous()
-        else:
-            packed = pack_basis(basis, bits=self.bits, group_size=self.group_size)
-            state.update({f"{side}.{name}": part for name, part in packed._asdict().items()})
-
-    def _basis(self, G: Tensor, state: dict[str, Any], side: str) -> Tensor:
-        """The basis as stored, in the gradient's dtype. (m, r) on the left, (n, r) on the right"""
-        if self.bits is None:
-            return state[side]
-        packed = PackedBasis(*(state[f"{side}.{name}"] for name in PackedBasis._fields))
-        return unpack_basis(packed, shape=self.basis_shape(G.shape, side), dtype=G.dtype)
-
-    def basis_shape(self, shape: torch.Size, side: str) -> tuple[int, int]:
-        """(m, r) on the left and (n, r) on the right, for a gradient of that shape."""
-        return shape[0 if side == "left" else 1], self.rank
-
-    def bases(self, state: dict[str, Any]) -> dict[str, Tensor]:
-        """The part of a parameter's state that `project` and `back` read."""
-        return {name: value for name, value in state.items() if is_basis(name)}
-
-    def open_basis(self, state: dict[str, Any], side: str, *, shape: torch.Size) -> Tensor | LearningBasis:
-        """The basis for one who will read_weight and store_weight it. shape: of the gradient."""
-        if self.bits is None:
-            return state[side]
-        parts = tuple(state[f"{side}.{name}"] for name in PackedBasis._fields)
-        return LearningBasis(parts, self.basis_shape(shape, side), self.bits, self.group_size)
-
-    def _new_basis(self, G: Tensor, old: Tensor | None, state: dict[str, Any]) -> Tensor | None:
+    def _compute(self, G: Tensor, old: Tensor | None, *, share: float, draw: int) -> Tensor | None:
         """The left basis (m, r) for this G, or None where it cannot be computed."""
-        if not G.isfinite().all():
+        if self._method.sees_gradient and not G.isfinite().all():
             return None
         try:
-            basis = self._compute(G, old, state)
+            basis = self._method.compute(G, old, rank=self.rank, share=share, seed=self.seed, draw=draw)
         except torch.linalg.LinAlgError:
             return None
         return basis if basis.isfinite().all() else None
 
-    def _compute(self, G: Tensor, old: Tensor | None, state: dict[str, Any]) -> Tensor:
-        """By the chosen method; where the gap is short, part of the way from the old basis."""
-        share = self.schedule.share(state)
-        if old is None:
-            first = exact_basis if self.method == "svd" else partial(randomized_basis, seed=self.seed)
-            return first(G, rank=self.rank)
-        if self.method == "iterate":
-            basis = iterate_basis(G, old)
-        else:
-            basis = exact_basis(G, rank=self.rank)
-            basis = align(basis, basis=old) if share < 1 else basis
-        return turn_towards(basis, basis=old, share=share) if share < 1 else basis
 
-    def _random_basis(self, G: Tensor, side: str, state: dict[str, Any]) -> Tensor:
-        """An orthonormal basis drawn from the seed, the side and the refreshes so far; G says how many rows it has.
-
-        Also where the very first gradient was useless, until the next refresh.
-        """
-        shape, wide = self.basis_shape(G.shape, side), torch.promote_types(G.dtype, torch.float32)
-        seed = mix_seed(self.seed, side == "left", state.get("refreshes", 0))
-        generator = torch.Generator(G.device).manual_seed(seed % (1 << 63))
-        return orthonormalize(torch.randn(shape, generator=generator, device=G.device, dtype=wide))
-
-    def allocate(self, state: dict[str, Any], *, like: Tensor) -> None:
-        """Stores bases of zeros, to be counted. like: the weight, for its shape, dtype and device."""
-        for side in self.sides:
-            self._keep(torch.zeros(self.basis_shape(like.shape, side), device=like.device), like, state, side)
-
-    def projected_shape(self, shape: torch.Size) -> tuple[int, ...]:
-        """The shape of R for a gradient of that shape."""
-        if not self.sides:
-            return tuple(shape)
-        m, n = shape
-        return self.rank if "left" in self.sides else m, self.rank if "right" in self.sides else n
-
-    def project(self, G: Tensor, state: dict[str, Any]) -> Tensor:
-        """R = P^T G Q, in float32 or wider. (m, n) -> (r or m, r or n). The products run in G's dtype."""
-        R = G
-        if "left" in self.sides:
-            R = self._basis(G, state, "left").mT @ R
-        if "right" in self.sides:
-            R = R @ self._basis(G, state, "right")
-        return R.to(torch.promote_types(G.dtype, torch.float32))
-
-    def back(self, D: Tensor, state: dict[str, Any], *, like: Tensor) -> Tensor:
-        """P D Q^T: the direction in the full space, in D's dtype. (r or m, r or n) -> (m, n). Changes nothing.
-
-        like: the gradient or the weight, for its shape and for the dtype of the products.
-        """
-        if "left" in self.sides:
-            D = product(self._basis(like, state, "left"), D)
-        if "right" in self.sides:
-            D = product(self._basis(like, state, "right"), D.mT).mT
-        return D
-
-
-def has_basis(state: dict[str, Any], side: str) -> bool:
-    """Whether the optimizer's state of a parameter holds a basis for that side, packed or not."""
-    return side in state or f"{side}.codes" in state
+def has_basis(state: Mapping[str, Any], side: str) -> bool:
+    """Whether a parameter's state holds a basis for that side, packed or not."""
+    return side in state or part_key(side, "codes") in state
 
 
 def is_basis(name: str) -> bool:
     """Whether an entry of a parameter's state is a basis or a part of a packed one. The moments of a basis are not."""
     side, _, part = name.partition(".")
-    return side in ("left", "right") and part in ("", *PackedBasis._fields)
+    return side in SIDES and part in ("", *Affine.PARTS)

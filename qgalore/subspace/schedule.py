@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MEMORY = 10  # updates that a first moment with beta1 = 0.9 remembers, 1 / (1 - beta1)
+KEYS = ("refreshes", "next_refresh", "gap", "overlap", "overlaps")  # what a schedule keeps in the state of a parameter
 MAX_GROWTH = 32  # times the first gap: a subspace that starts to move again is noticed
 
 

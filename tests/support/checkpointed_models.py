@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import torch
+from qgalore.storage.int8_weight import Int8Weight
 from torch import nn
 from transformers import LlamaForCausalLM
 
 from peft_pretraining.checkpoint import files as checkpoint_files
 from peft_pretraining.checkpoint.snapshot import take_snapshot
 from qgalore.storage.convert import quantize_linear_layers
-from qgalore.storage.int8_weight import Int8Weight
 
 
 def write_checkpoint(model: LlamaForCausalLM, folder: Path, *, update: int = 3, **args: object) -> Path:

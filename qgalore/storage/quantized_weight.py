@@ -1,0 +1,285 @@
+"""Weights that live in 8 or 4 bits and look like any other parameter.
+
+A QuantizedWeight appears as an (out, in) tensor of the model's dtype and holds a byte or half a byte an element, with a
+scale and a zero point for each group of a row (affine.py). There is no copy of higher precision: what an update cannot
+write, it writes with a probability (stochastic rounding), so that the expected weight is the exact one.
+Source: Zhang et al. 2024, Q-GaLore, arXiv 2407.08296, section 3.
+
+The three products of a linear layer, none of which keeps anything of the weight's size in floating point:
+
+    y  = x W^T        forward, W dequantized for this one product
+    dx = dy W         backward, W dequantized once more
+    dW = dy^T x       an ordinary tensor of the weight's dtype: hooks, clipping and accumulation see nothing unusual
+
+Writing is `write` with a seed, or `copy_`, which rounds to nearest. Arithmetic in place has no seed to round with,
+would lose small updates for ever, and is refused. All other operations see the dequantized values.
+"""
+
+import functools
+import hashlib
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from qgalore.storage import affine, rounding, stored
+from qgalore.storage.affine import Affine, Simulated, check_finite
+from qgalore.storage.rounding import Seed
+from qgalore.storage.stored import Stored
+
+aten = torch.ops.aten
+
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+_NO_DATA = "the .data of quantized weights cannot be replaced. Convert models by model.to(dtype), not by model.float()."
+_NO_SEED = (
+    "{} would write into quantized weights without a seed to round with, and lose small updates. Compute the new "
+    "values in float32 and store them by weight.write(values, seed=...)."
+)
+
+
+class QuantizedWeight(Tensor):
+    """A matrix in groups of 8-bit or 4-bit codes that behaves as a tensor of `dtype`. Build it with `from_float`.
+
+    stored: the codes with their codec, Affine or Simulated.
+    dtype: what it appears as.
+    """
+
+    codec: Affine
+
+    @staticmethod
+    def __new__(cls, stored: Stored, *, dtype: torch.dtype) -> "QuantizedWeight":
+        weight = Tensor._make_wrapper_subclass(cls, stored.shape, dtype=dtype, device=stored.device)
+        for name, part in stored.parts.items():
+            setattr(weight, name, part)
+        assert isinstance(stored.codec, Affine)
+        weight.codec = stored.codec
+        return weight
+
+    @classmethod
+    def from_float(
+        cls,
+        values: Tensor,
+        *,
+        bits: int = 8,
+        group_size: int = 256,
+        dtype: torch.dtype | None = None,
+        stochastic: bool = True,
+        seed: int | None = None,
+        simulation: bool = False,
+    ) -> "QuantizedWeight":
+        """Quantizes a matrix.
+
+        values: (m, n), any floating dtype.
+        bits: 8 or 4.
+        group_size: the groups' largest size, see affine.group_size_for.
+        dtype: what the weight appears as; by default that of the values.
+        stochastic: whether later writes round stochastically.
+        seed: 64 bits to round stochastically now; None, to nearest, is more accurate, as nothing adds up yet.
+        simulation: whether to hold, as float32, the values that the codes would decode to: the same numbers to the last
+            bit, in four times the memory of 8 bits.
+        Raises ValueError for anything but a floating matrix, and for values that are not finite.
+        """
+        if values.ndim != 2 or not values.is_floating_point():
+            raise ValueError(f"only a floating-point matrix can be quantized, not {values.dtype} {tuple(values.shape)}")
+        kind = Simulated if simulation else Affine
+        codec = kind.fitting(values.shape[1], bits=bits, at_most=group_size)
+        parts = codec.encode(values.detach(), seed=seed)
+        if not values.is_meta:
+            check_finite(codec.magnitudes(parts), name=cls.__name__)
+        codec = kind(codec.bits, codec.group_size, stochastic)
+        return cls(Stored(codec, parts, values.shape), dtype=dtype or values.dtype)
+
+    def stored(self) -> Stored:
+        """Its plain tensors with their codec. After a write there, increment the version of this tensor: a backward
+        that still needs the old values must notice."""
+        return Stored(self.codec, {name: getattr(self, name) for name in self.codec.PARTS}, self.shape)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
+        """The values as an ordinary tensor: the weight's dtype or the one asked for, rounded once. Differentiable."""
+        return _Dequantize.apply(self, dtype or self.dtype)
+
+    def float(self) -> Tensor:  # type: ignore[override]
+        """The values as an ordinary float32 tensor; .to(torch.float32) is a quantized weight that appears as one."""
+        return self.dequantize(torch.float32)
+
+    @torch.no_grad()
+    def write(self, values: Tensor, *, seed: Seed) -> "QuantizedWeight":
+        """Requantizes in place, with new scales and zero points: stochastically with `seed`, if this weight does that.
+
+        values: (m, n), float32 for the sake of small updates.
+        seed: 64 bits, from mix_seed.
+        Never waits for the device: NaN or infinity make their groups NaN or infinite rather than wrong, and
+        `check_finite` finds them.
+        """
+        if values.shape != self.shape:
+            raise ValueError(f"a weight of shape {tuple(self.shape)} cannot store {tuple(values.shape)}")
+        self.stored().write(values, seed=seed)
+        torch.autograd.graph.increment_version(self)
+        return self
+
+    def check_finite(self, *, name: str = "the weight") -> None:
+        """Raises ValueError where the weight holds NaN or infinity. Waits for the device."""
+        check_finite(self.codec.magnitudes(self.stored().parts), name=name)
+
+    def _values(self, dtype: torch.dtype) -> Tensor:
+        return self.stored().read(dtype)
+
+    def _like(self, parts: dict[str, Tensor], *, dtype: torch.dtype | None = None) -> "QuantizedWeight":
+        """Another weight with these parts and the settings of this one."""
+        return type(self)(Stored(self.codec, parts, self.shape), dtype=dtype or self.dtype)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        shape, grad, codec = tuple(self.shape), ", requires_grad=True" if self.requires_grad else "", self.codec
+        rounding = "stochastic" if codec.stochastic else "nearest"
+        kind = "simulated " if isinstance(codec, Simulated) else ""
+        settings = f"{kind}{codec.bits} bits, groups of {codec.group_size}, {rounding}"
+        return f"{type(self).__name__}({shape}, {self.dtype}, {settings}{grad})"
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Affine, torch.dtype]]:
+        return list(self.codec.PARTS), (self.codec, self.dtype)
+
+    @classmethod
+    def __tensor_unflatten__(
+        cls, parts: Mapping[str, Tensor], settings: tuple[Affine, torch.dtype], size: Any, stride: Any
+    ) -> "QuantizedWeight":
+        codec, dtype = settings
+        return cls(Stored(codec, dict(parts), codec.shape_of(parts)), dtype=dtype)
+
+    def _stable_hash_for_caching(self) -> str:
+        """For torch.compile's cache on disk. The code counts: compiled kernels hold it, but the cache cannot see it."""
+        parts = [(name, tuple(p.shape), p.dtype, p.stride()) for name, p in self.stored().parts.items()]
+        settings = self.__tensor_flatten__()[1]
+        key = (type(self).__qualname__, tuple(self.shape), self.device, self.requires_grad, settings, parts, _code())
+        return hashlib.blake2b(repr(key).encode(), digest_size=16).hexdigest()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear:
+            return _linear(*args, **kwargs)
+        if func == _SET_DATA:
+            raise ValueError(_NO_DATA)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        return _HANDLERS.get(func, _on_values)(func, *args, **(kwargs or {}))
+
+
+def open_weight(p: Tensor) -> Stored:
+    """A parameter as a stored tensor. After a write, increment the version of the parameter."""
+    return p.stored() if isinstance(p, QuantizedWeight) else Stored.of(p.detach())
+
+
+@functools.cache
+def _code() -> str:
+    """What the compiled kernels are made of."""
+    return "".join(inspect.getsource(module) for module in (rounding, affine, stored, sys.modules[__name__]))
+
+
+class _Dequantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = weight.dtype
+        return weight._values(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient.to(ctx.dtype), None
+
+
+class _Linear(torch.autograd.Function):
+    """The three products at the top of this file. Saves x and the weight as it is, in codes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return F.linear(x, weight._values(weight.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        needs_dx, needs_dW, needs_db = ctx.needs_input_grad
+        rows = dy.reshape(-1, dy.shape[-1])  # (tokens, out)
+        dx = dy @ weight._values(dy.dtype) if needs_dx else None
+        dW = rows.mT @ x.reshape(-1, x.shape[-1]).to(dy.dtype) if needs_dW else None
+        return dx, dW, rows.sum(0) if needs_db else None
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if isinstance(weight, QuantizedWeight):
+        return _Linear.apply(input, weight, bias)
+    with torch._C.DisableTorchFunctionSubclass():
+        return F.linear(input, weight, bias)
+
+
+def _share(func: Any, weight: QuantizedWeight) -> QuantizedWeight:
+    return weight._like({name: func(part) for name, part in weight.stored().parts.items()})
+
+
+def _clone(func: Any, weight: QuantizedWeight, **kwargs: Any) -> QuantizedWeight:
+    return weight._like({name: part.clone() for name, part in weight.stored().parts.items()})
+
+
+def _to(func: Any, weight: QuantizedWeight, *, dtype: torch.dtype | None = None, **kwargs: Any) -> QuantizedWeight:
+    """Another device moves the parts; another dtype changes what the weight appears as, and nothing else."""
+    options = {name: kwargs[name] for name in ("device", "non_blocking") if name in kwargs}
+    parts = {name: part.to(**options, copy=True) for name, part in weight.stored().parts.items()}
+    return weight._like(parts, dtype=dtype)
+
+
+def _copy_(func: Any, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """Codes go to codes as they are; other values are rounded to nearest, for there is no seed."""
+    if not isinstance(target, QuantizedWeight):
+        return target.copy_(source._values(torch.float32), non_blocking)  # type: ignore[attr-defined]
+    parts = target.stored().parts
+    quantized = isinstance(source, QuantizedWeight)
+    if quantized and _grid_of(source) == _grid_of(target) and source.shape == target.shape:
+        new = source.stored().parts
+    else:
+        values = source._values(torch.float32) if quantized else source.to(target.device)
+        new = target.codec.encode(values.expand(target.shape))
+        if not values.is_meta:
+            check_finite(target.codec.magnitudes(new), name="copy_")
+    for name, part in parts.items():
+        part.copy_(new[name])
+    return target
+
+
+def _grid_of(weight: QuantizedWeight) -> tuple[type[Affine], int, int]:
+    """What two weights must share for the parts of one to be parts of the other."""
+    return type(weight.codec), weight.codec.bits, weight.codec.group_size
+
+
+def _new(func: Any, weight: QuantizedWeight, *args: Any, **kwargs: Any) -> Tensor:
+    """zeros_like and its kind give ordinary tensors: an optimizer's moments are not weights."""
+    shape = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+    return func(shape, *args, **kwargs | {"device": kwargs.get("device") or weight.device})
+
+
+def _on_values(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Any other operation: on the dequantized values, if it only reads the weight."""
+    declared = func._schema.arguments
+    given = dict(zip((argument.name for argument in declared), args, strict=False)) | kwargs
+    written = [given.get(a.name) for a in declared if a.alias_info is not None and a.alias_info.is_write]
+    if any(isinstance(tensor, QuantizedWeight) for tensor in tree_leaves(written)):
+        raise ValueError(_NO_SEED.format(func))
+    args, kwargs = tree_map_only(QuantizedWeight, lambda weight: weight._values(weight.dtype), (args, kwargs))
+    return func(*args, **kwargs)
+
+
+_NEW = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_empty", "new_zeros")
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    aten.detach.default: _share,
+    aten.alias.default: _share,
+    aten.clone.default: _clone,
+    aten._to_copy.default: _to,
+    aten.copy_.default: _copy_,
+    **{getattr(aten, name).default: _new for name in _NEW},
+}

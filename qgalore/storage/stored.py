@@ -1,0 +1,151 @@
+"""One kind of stored tensor: whatever is kept between updates, weights, bases and moments, in any precision.
+
+A `Codec` says how values become a few plain tensors, its parts, and back; a `Stored` is a codec with the parts of one
+tensor. It alone knows how values are rounded: the road of an update reads and writes, and never asks for bits.
+
+    codec       parts                               serves
+    Plain       "": the values in their own dtype   weights, bases, moments
+    Affine      codes, scale, zero                  INT8 and INT4 weights and bases
+    Simulated   values (float32)                    the numbers that Affine would have, in full size
+    Dynamic8    codes, absmax                       moments in 8 bits
+
+To add a codec: a frozen dataclass with the members of `Codec`, and its row in CODECS.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from qgalore.storage.affine import Affine, Simulated
+from qgalore.storage.dynamic8 import Dynamic8
+from qgalore.storage.rounding import Seed, round_stochastic_bfloat16
+
+Spec = dict[str, tuple[torch.Size, torch.dtype]]  # part: shape and dtype
+
+
+class Codec(Protocol):
+    """One way to keep a tensor. Its fields are plain values, which describe it in a checkpoint."""
+
+    PARTS: ClassVar[tuple[str, ...]]
+
+    def spec(self, shape: torch.Size) -> Spec:
+        """Shape and dtype of each part of a tensor of that shape."""
+        ...
+
+    def encode_(self, values: Tensor, parts: Mapping[str, Tensor], *, seed: Seed | None, start: int) -> None:
+        """Writes values into parts, in place.
+
+        values: float32 or float64.
+        seed: 64 bits to round stochastically; None rounds to nearest.
+        start: index of the first element within the whole tensor of which this one may be a shard.
+        """
+        ...
+
+    def decode(self, parts: Mapping[str, Tensor], *, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """The values that the parts stand for."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Values as they are, in `dtype`. bfloat16 rounds stochastically: to nearest, every update below 1/256 is lost."""
+
+    PARTS: ClassVar[tuple[str, ...]] = ("",)
+    dtype: torch.dtype
+
+    def spec(self, shape: torch.Size) -> Spec:
+        return {"": (shape, self.dtype)}
+
+    def encode_(self, values: Tensor, parts: Mapping[str, Tensor], *, seed: Seed | None, start: int) -> None:
+        target = parts[""]
+        if values is target:  # the reader has worked in place
+            return
+        if self.dtype == torch.bfloat16 and seed is not None:
+            values = round_stochastic_bfloat16(values, seed=seed, start=start)
+        target.copy_(values)
+
+    def decode(self, parts: Mapping[str, Tensor], *, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        return parts[""].to(dtype)
+
+
+CODECS: dict[str, Any] = {"plain": Plain, "affine": Affine, "simulated": Simulated, "dynamic8": Dynamic8}
+
+
+def describe_codec(codec: Codec) -> dict[str, Any]:
+    """The codec as JSON: its name in CODECS and its fields. Plain tensors need no description and have none."""
+    (name,) = (name for name, kind in CODECS.items() if type(codec) is kind)
+    return {"codec": name, **asdict(codec)}  # type: ignore[call-overload]
+
+
+def build_codec(described: Mapping[str, Any]) -> Codec:
+    """The inverse of describe_codec. Raises KeyError or TypeError for anything else."""
+    fields = {key: value for key, value in described.items() if key != "codec"}
+    return CODECS[described["codec"]](**fields)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor kept by a codec.
+
+    parts: the plain tensors, written in place.
+    shape: of the values.
+    row_start: index of the first row within the whole, where this is a shard: its noise is that of the whole.
+    """
+
+    codec: Codec
+    parts: dict[str, Tensor]
+    shape: torch.Size
+    row_start: int = 0
+
+    @classmethod
+    def zeros(cls, codec: Codec, shape: torch.Size, *, device: torch.device | str) -> "Stored":
+        """A new tensor of zeros."""
+        spec = codec.spec(shape)
+        return cls(codec, {name: torch.zeros(s, dtype=d, device=device) for name, (s, d) in spec.items()}, shape)
+
+    @classmethod
+    def of(cls, values: Tensor) -> "Stored":
+        """A plain tensor as it is; writing writes to it."""
+        return cls(Plain(values.dtype), {"": values}, values.shape)
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.parts.values())).device
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """The values in `dtype`. The result may be the stored tensor itself: only a writer may work on it in place."""
+        return self.codec.decode(self.parts, shape=self.shape, dtype=dtype)
+
+    def write(self, values: Tensor, *, seed: Seed | None = None) -> None:
+        """Stores new values, in place.
+
+        values: float32 or float64, this shape.
+        seed: 64 bits from mix_seed to round stochastically; None rounds to nearest.
+        """
+        start = self.row_start * self.shape[1:].numel()
+        self.codec.encode_(values, self.parts, seed=seed, start=start)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The plain tensors by the names of their parts; a plain tensor's only part has the name ''."""
+        return dict(self.parts)
+
+
+# In a parameter's state, the parts of a stored tensor called NAME are entries NAME.PART, or NAME for the part ''.
+
+
+def part_key(name: str, part: str) -> str:
+    """The key of a part in a state or a checkpoint."""
+    return f"{name}.{part}" if part else name
+
+
+def put(state: dict[str, Any], name: str, stored: Stored) -> None:
+    """Makes the parts of a stored tensor entries of a state."""
+    state.update({part_key(name, part): tensor for part, tensor in stored.parts.items()})
+
+
+def find(state: Mapping[str, Any], name: str, *, codec: Codec, shape: torch.Size, row_start: int = 0) -> Stored:
+    """The stored tensor of that name in a state; writing to it writes the state's tensors. Raises KeyError."""
+    return Stored(codec, {part: state[part_key(name, part)] for part in codec.PARTS}, shape, row_start)
