@@ -60,7 +60,7 @@ def test_a_model_with_adapters_learns_as_its_formula_does(adapters):
 
     plain = build(None, dtype=torch.float64)
     trained = {name: first[name].clone().requires_grad_() for name, p in model.named_parameters() if p.requires_grad}
-    matrices = [name for group in split_parameters(plain) if group.projected for name in group.names]
+    matrices = [name for group in split_parameters(plain) if group.kind == "matrix" for name in group.names]
     optimizer = torch.optim.AdamW(trained.values(), lr=0.01, weight_decay=0.1)
     for ids in IDS:
         weights = {name: trained[name] for name in trained.keys() & dict(plain.named_parameters()).keys()}
@@ -93,7 +93,7 @@ def test_nothing_moves_but_factors_embedding_norms_and_head():
     assert all(p.grad is None for p in frozen.parameters)
 
 
-@pytest.mark.parametrize("optimizer", [name for name, recipe in OPTIMIZERS.items() if not recipe.low_rank])
+@pytest.mark.parametrize("optimizer", [name for name, recipe in OPTIMIZERS.items() if not recipe.projected])
 def test_every_optimizer_that_does_not_project_moves_all_that_is_trained(optimizer):
     for adapters in (LORA, LOW_RANK):
         model = build(adapters)

@@ -151,7 +151,7 @@ def test_a_damaged_file_is_named(damage, name, tmp_path):
 
 
 def manifest_of(files=None, **changes) -> str:
-    return json.dumps({"format": 1, "update": 1, "files": files} | changes)
+    return json.dumps({"format": 2, "update": 1, "files": files} | changes)
 
 
 @pytest.mark.parametrize(("text", "message"), [
@@ -159,7 +159,7 @@ def manifest_of(files=None, **changes) -> str:
     ("\x80\x04N.", "not JSON"),
     ("[" * 100_000, "not JSON"),
     ("[]", "a JSON object is needed"),
-    (manifest_of(format=2), "format 2 is unknown"),
+    (manifest_of(format=3), "format 3 is unknown"),
     (manifest_of(files=[]), "must list .* but lists \\[\\]"),
     (manifest_of(files={"../secret": {}}), "lists .*../secret"),
     (manifest_of(files=dict.fromkeys([*FILES, "/etc/passwd"], {})), "lists .*/etc/passwd"),

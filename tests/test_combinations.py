@@ -16,9 +16,9 @@ from peft_pretraining.checkpoint.files import write_checkpoint
 from qgalore.factory import OPTIMIZERS, Settings, create_optimizer, create_updates
 from qgalore.memory import kept_bytes
 from qgalore.optimizer import LowRankOptimizer
+from qgalore.options import RESIDUALS
 from qgalore.param_groups import split_parameters
 from qgalore.per_layer import PerLayerUpdates
-from qgalore.rules.lifts import RESIDUALS
 from qgalore.subspace.projector import LEARNERS, PROJ_TYPES
 from qgalore.sync import GradSync
 
@@ -95,7 +95,7 @@ def test_four_micro_batches_are_one_update(rule, proj_type):
     assert largest_difference(ours, theirs) < 1e-8
 
 
-LOW_RANK = [name for name, recipe in OPTIMIZERS.items() if recipe.low_rank]
+LOW_RANK = [name for name, recipe in OPTIMIZERS.items() if recipe.projected]
 
 
 @pytest.mark.parametrize("name, proj_type", list(itertools.product(LOW_RANK, PROJ_TYPES)))
@@ -129,7 +129,7 @@ def test_a_recovered_residual_gives_every_projection_full_rank(proj_type, per_la
     """8-bit moments and INT4 bases; per layer, with accumulation, too, where the whole gradient is then summed."""
     model, name = Model(width=64), "q_galore_adamw8bit" + "_per_layer" * per_layer
     before = [layer.weight.detach().clone() for layer in model.mlp]
-    settings = Settings(lr=0.01, rank=8, update_proj_gap=2, proj_type=proj_type, proj_bits=4, residual="fira")
+    settings = Settings(lr=0.01, rank=8, update_proj_gap=2, proj_type=proj_type, proj_bits=4, lift="fira")
     optimizer = create_optimizer(name, groups=split_parameters(model), settings=settings)
     updates = create_updates(name, optimizer=optimizer, sync=GradSync(), accumulation=2)
     for batch in batches(2):
@@ -178,10 +178,10 @@ def test_every_combination_resumed_is_one_never_stopped(name, proj_type, residua
     """To the last bit: bases packed, drawn or learning with their moments and their clock, and the limiter."""
     if residual != "none" and (OPTIMIZERS[name].rule != "adam" or proj_type == "full"):
         with pytest.raises(ValueError, match="residual"):
-            Training(name, proj_type=proj_type, residual=residual)
+            Training(name, proj_type=proj_type, lift=residual)
         return
     bits = 4 if name.startswith("q_") else None
-    settings = dict(proj_type=proj_type, residual=residual, proj_bits=bits, rank=64 if "8bit" in proj_type else 8)
+    settings = dict(proj_type=proj_type, lift=residual, proj_bits=bits, rank=64 if "8bit" in proj_type else 8)
     trained = Training(name, **settings).train(4)
     folder = write_checkpoint(tmp_path, trained.snapshot(done=4))
     assert Training(name, seed=1, **settings).restore(folder).train(3).everything() == trained.train(3).everything()

@@ -10,7 +10,6 @@ import json
 
 import pytest
 import torch
-from qgalore.storage.int8_weight import Int8Weight, SimulatedInt8Weight
 from support.runs import losses, record, torchrun
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig
@@ -21,8 +20,10 @@ from peft_pretraining.model.loss import token_loss_sum
 from qgalore.factory import Settings, create_optimizer, create_updates
 from qgalore.optimizer import LowRankOptimizer
 from qgalore.param_groups import split_parameters
-from qgalore.storage.affine import mix_seed, random_bits, seed_tensors, unpack_nibbles
+from qgalore.storage.affine import unpack_nibbles
 from qgalore.storage.convert import quantize_module_weight
+from qgalore.storage.quantized_weight import QuantizedWeight
+from qgalore.storage.rounding import mix_seed, random_bits, seed_tensors
 from qgalore.sync import GradSync
 
 GALORE = dict(optimizer="galore_adamw")
@@ -107,22 +108,22 @@ def test_compiled_training_is_eager_training(settings, dtype, tolerance):
 
 
 @pytest.mark.parametrize(
-    "kind, settings",
+    "simulation, settings",
     [
-        (Int8Weight, dict(rank=32, clip=0.1)),
-        (SimulatedInt8Weight, dict(rank=32, proj_type="full", basis_bits=8)),
-        (Int8Weight, dict(decoupled=False, weight_decay=0.1)),
-        (Int8Weight, dict(rank=32, residual="fira")),
-        (Int8Weight, dict(rank=32, rule="adafactor", proj_type="random")),
+        (False, dict(rank=32, clip=0.1)),
+        (True, dict(rank=32, proj_type="full", proj_bits=8)),
+        (False, dict(decoupled=False, weight_decay=0.1)),
+        (False, dict(rank=32, lift="fira")),
+        (False, dict(rank=32, rule="adafactor", proj_type="random")),
     ],
     ids=["clipped", "simulated, both sides", "unprojected, coupled decay", "residual", "adafactor, random"],
 )
-def test_one_update_writes_what_eager_code_writes(kind, settings):
+def test_one_update_writes_what_eager_code_writes(simulation, settings):
     """From the same gradient in float32: codes, of moments and of weights, are the same but for one or two."""
     values, G = torch.randn(128, 128), torch.randn(128, 128)
     found = []
     for compile in (False, True):
-        p = torch.nn.Parameter(kind.from_float(values, group_size=16))
+        p = torch.nn.Parameter(QuantizedWeight.from_float(values, group_size=16, simulation=simulation))
         optimizer = LowRankOptimizer([{"params": [p], "state_bits": 8, **settings}], compile=compile)
         version = p._version
         p.grad = G.clone()
@@ -142,13 +143,13 @@ def test_a_basis_that_learns_is_compiled_once_beside_the_weights():
     gradients = [torch.randn(128, 128, generator=generator) for _ in range(4)]
     for compile in (False, True):
         p = torch.nn.Parameter(torch.zeros(128, 128))
-        settings = dict(rank=32, rule="lion", proj_type="continuous_adam8bit", basis_bits=4)
+        settings = dict(rank=32, rule="lion", proj_type="continuous_adam8bit", proj_bits=4)
         optimizer = LowRankOptimizer([{"params": [p], "update_proj_gap": 100, **settings}], lr=0.1, compile=compile)
         for G in gradients:
             optimizer.param_groups[0]["lr"] *= 0.9
             p.grad = G.clone()
             optimizer.step()
-        found.append((p.detach(), unpack_nibbles(optimizer.state[p]["right.codes"], count=128 * 32).int()))
+        found.append((p.detach(), unpack_nibbles(optimizer.state[p]["right.codes"], width=32).int()))
     assert compiles() == 2
     (eager, eager_codes), (compiled, codes) = found
     assert (codes - eager_codes).abs().max() <= 1 and (codes != eager_codes).float().mean() < 0.01
@@ -161,7 +162,7 @@ def test_updates_are_measured_from_outside_their_compiled_code():
     gradients = [[torch.randn(64, 96) for _ in start] for _ in range(7)]
     for details in (False, True):
         matrices = [torch.nn.Parameter(p.clone()) for p in start]
-        group = {"params": matrices, "rank": 8, "update_proj_gap": 2, "basis_bits": 4}
+        group = {"params": matrices, "rank": 8, "update_proj_gap": 2, "proj_bits": 4}
         optimizer = LowRankOptimizer([group], compile=True, details=details)
         torch._dynamo.reset()
         counters.clear()

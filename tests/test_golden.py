@@ -1,24 +1,25 @@
-"""The first twenty losses of llama_9m for each family of optimizers, as they were when this file was written.
+"""The first losses of llama_9m for each family of optimizers, as they were when this file was written.
 
-Compared exactly on the platform that made them, closely elsewhere. After a change that is meant to change them:
-QGALORE_WRITE_GOLDEN=1 python -m pytest tests/test_golden.py
+Compared exactly on the platform that made them. Elsewhere the first CLOSE of them are compared closely: a last bit that
+another processor rounds otherwise may turn a code of 8 bits or a noisy column of a basis, and grows from there.
+After a change that is meant to change them: QGALORE_WRITE_GOLDEN=1 python -m pytest tests/test_golden.py -m ''
 """
 
-import hashlib
 import json
 import os
-import platform
 from pathlib import Path
 
 import pytest
-import torch
+from support.platforms import platform_key
 from support.runs import ROOT, losses
 
 import torchrun_main
 
 GOLDEN = Path(__file__).parent / "golden" / "llama_9m_float32.json"
+CLOSE = 5
 LOW_RANK = {"rank": 16, "update_proj_gap": 5, "lr": 0.01}
 INT8 = {"weight_quant": True, "stochastic_round": True, "proj_quant": True}
+SHORT = {"num_training_steps": 10}
 FAMILIES: dict[str, dict] = {
     "adam": {},
     "adamw": {},
@@ -27,29 +28,31 @@ FAMILIES: dict[str, dict] = {
     "adamw8bit": {},
     "galore_adamw": LOW_RANK,
     "q_galore_adamw8bit_per_layer": LOW_RANK | INT8,
+    "lion": SHORT,
+    "galore_lion": SHORT | LOW_RANK | {"lr": 0.004},
+    "galore_adafactor": SHORT | LOW_RANK,
+    "galore_adamw continuous": SHORT | LOW_RANK | {"proj_type": "continuous"},
+    "galore_adamw residual": SHORT | LOW_RANK | {"residual": "fira"},
+    "q_galore_adamw8bit": SHORT | LOW_RANK | INT8,
+    "q_galore_adamw8bit_per_layer accumulation": SHORT | LOW_RANK | INT8 | {"batch_size": 1, "total_batch_size": 4},
+    "galore_adamw compiled": SHORT | LOW_RANK | {"compile": True},
+    "q_galore_adamw8bit_per_layer compiled": SHORT | LOW_RANK | INT8 | {"compile": True},
 }
+MARKED = [pytest.param(name, marks=[pytest.mark.slow] * ("compiled" in name)) for name in FAMILIES]
 
 
-def platform_key() -> str:
-    """What decides the last bit: the processor's vector instructions and torch's build."""
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = [line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")] if cpuinfo.exists() else []
-    digest = hashlib.sha256("".join(flags[:1]).encode()).hexdigest()[:16]
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {digest} torch {torch.__version__}"
-
-
-@pytest.mark.parametrize("optimizer", FAMILIES)
-def test_the_first_twenty_losses(tiny, tmp_path, optimizer):
+@pytest.mark.parametrize("family", MARKED)
+def test_the_first_losses(tiny, tmp_path, family):
     config = ROOT / "configs" / "llama_9m.json"
-    shared = dict(model_config=config, num_training_steps=20, optimizer=optimizer, lr=0.003, eval_tokens="100")
-    assert torchrun_main.command_line(tiny.flags(tmp_path, **shared | FAMILIES[optimizer])) == 0
+    shared = dict(model_config=config, num_training_steps=20, optimizer=family.split()[0], lr=0.003, eval_tokens="100")
+    assert torchrun_main.command_line(tiny.flags(tmp_path, **shared | FAMILIES[family])) == 0
     found = losses(tmp_path)
     golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
     if os.environ.get("QGALORE_WRITE_GOLDEN"):
-        golden[optimizer] = {"platform": platform_key(), "losses": found}
+        golden[family] = {"platform": platform_key(), "losses": found}
         GOLDEN.write_text(json.dumps(golden, indent=1, sort_keys=True) + "\n")
-    expected = golden[optimizer]["losses"]
-    assert found == pytest.approx(expected, rel=2e-2)
+    expected = golden[family]["losses"]
+    assert found[:CLOSE] == pytest.approx(expected[:CLOSE], rel=1e-2)
     assert found[-1] < 0.8 * found[0], "it learns"
-    if golden[optimizer]["platform"] == platform_key():
+    if golden[family]["platform"] == platform_key():
         assert found == expected

@@ -12,13 +12,14 @@ def train(*, rank: int, ranks: int, at_rank_size: bool) -> dict[str, torch.Tenso
     matrix, vector = torch.nn.Parameter(torch.zeros(10, 14)), torch.nn.Parameter(torch.zeros(14))
     sync = GradSync(at_rank_size=at_rank_size)
     sent: list[int] = []
-    original, sync.sum = sync.sum, lambda t: (sent.append(t.numel()) if sync.at_rank_size else None) or original(t)
+    original = sync.reduce
+    sync.reduce = lambda t: (sent.append(t.numel()) if sync.at_rank_size else None) or original(t)
     groups = [{"params": [matrix], "rank": 3, "update_proj_gap": 4}, {"params": [vector]}]
     optimizer = LowRankOptimizer(groups, lr=0.05, sync=sync)
     for _ in range(12):
         shares = torch.randn(4, 10, 14, generator=generator), torch.randn(4, 14, generator=generator)
         matrix.grad, vector.grad = (share[rank::ranks].sum(0) for share in shares)
-        sync.sum_whole([matrix.grad, vector.grad])
+        sync.reduce_whole([matrix.grad, vector.grad])
         optimizer.step()
     return {"matrix": matrix.detach(), "vector": vector.detach(), "sent": torch.tensor(sent)}
 
@@ -44,4 +45,4 @@ def test_two_ranks_with_half_the_gradient_each_are_one(at_rank_size):
 def test_alone_nothing_is_sent():
     sync = GradSync()
     G = torch.randn(3)
-    assert sync.sum(G) is G and not sync.at_rank_size
+    assert sync.reduce(G) is G and not sync.at_rank_size

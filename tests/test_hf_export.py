@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from qgalore.storage.int8_weight import Int8Weight
 from safetensors.torch import load_file, save_file
 from support.checkpointed_models import quantize, write_checkpoint
 from support.command_line import refusal as program_refusal
@@ -22,6 +21,7 @@ from peft_pretraining.model.build import build_model
 from peft_pretraining.model.loss import token_loss_sum
 from qgalore.factory import Settings, create_optimizer, create_updates
 from qgalore.param_groups import split_parameters
+from qgalore.storage.quantized_weight import QuantizedWeight
 from qgalore.sync import GradSync
 
 SIZES = dict(
@@ -44,7 +44,7 @@ def trained(optimizer: str, *, dtype: torch.dtype, int8: bool = False, **config:
     if int8:
         quantize(model)
     before = model.get_parameter(UP_PROJ).detach().clone()
-    settings = Settings(lr=0.02, rank=4, update_proj_gap=2, galore_scale=1.0)
+    settings = Settings(lr=0.02, rank=4, update_proj_gap=2, scale=1.0)
     sync = GradSync()
     built = create_optimizer(optimizer, groups=split_parameters(model), settings=settings, sync=sync)
     updates = create_updates(optimizer, optimizer=built, sync=sync)
@@ -72,7 +72,7 @@ def test_the_exported_model_computes_what_the_live_one_does(optimizer, int8, dty
     """In its own dtype to the last bit; in the other, within bfloat16's rounding of a logit."""
     with torch.enable_grad():
         live = trained(optimizer, dtype=dtype, int8=int8)
-    assert isinstance(live.get_parameter(UP_PROJ).data, Int8Weight) == int8
+    assert isinstance(live.get_parameter(UP_PROJ).data, QuantizedWeight) == int8
     checkpoint = write_checkpoint(live, tmp_path / "checkpoint-5")
     expected = live(IDS).logits.float()
     assert export(checkpoint, tmp_path / "own", verify=True) == 0

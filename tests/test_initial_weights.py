@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from qgalore.storage.int8_weight import Int8Weight, SimulatedInt8Weight
 from safetensors.torch import load_file, save_file
 from support.checkpointed_models import quantize, values, write_checkpoint
 from support.command_line import message_of
@@ -20,6 +19,8 @@ from peft_pretraining.checkpoint.weights import (
 from peft_pretraining.errors import UserError
 from peft_pretraining.model.build import build_model, read_config
 from peft_pretraining.model.loss import token_loss_sum
+from qgalore.storage.affine import Simulated
+from qgalore.storage.quantized_weight import QuantizedWeight, open_weight
 
 SIZES = dict(
     vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, use_cache=False
@@ -91,15 +92,15 @@ def test_other_dtypes_are_rounded_once(tmp_path):
         assert torch.equal(ours.get_parameter(name), value.bfloat16())
 
 
-@pytest.mark.parametrize("kind", [Int8Weight, SimulatedInt8Weight])
-def test_8_bit_weights_are_rounded_to_nearest(kind, tmp_path):
+@pytest.mark.parametrize("simulation", [False, True])
+def test_8_bit_weights_are_rounded_to_nearest(simulation, tmp_path):
     theirs = foreign(tmp_path)
-    ours = quantize(built(), simulation=kind is SimulatedInt8Weight)
+    ours = quantize(built(), simulation=simulation)
     load_initial_weights(ours, tmp_path)
     for name, value in theirs.named_parameters():
-        expected = kind.from_float(value, group_size=16).dequantize() if "proj" in name else value
+        expected = QuantizedWeight.from_float(value, group_size=16).dequantize() if "proj" in name else value
         assert torch.equal(values(ours)[name], expected)
-    assert isinstance(ours.get_parameter(Q_PROJ).data, kind)
+    assert isinstance(ours.get_parameter(Q_PROJ).data.codec, Simulated) == simulation
 
 
 def test_a_head_stored_although_it_is_tied(tmp_path):
@@ -206,9 +207,7 @@ def test_8_bit_weights_of_a_checkpoint_arrive_bit_for_bit(simulation, dtype, tmp
     fresh = quantize(build_model(trained.config, device="cpu", dtype=dtype, seed=6), simulation=simulation)
     load_weights(fresh, write_checkpoint(trained, tmp_path / "checkpoint"))
     for name, parameter in trained.named_parameters():
-        mine, theirs = (
-            p.data.parts() if "proj" in name else {"": p.data} for p in (parameter, fresh.get_parameter(name))
-        )
+        mine, theirs = (open_weight(p).tensors() for p in (parameter, fresh.get_parameter(name)))
         assert all(torch.equal(mine[part], theirs[part]) for part in mine)
 
 
@@ -221,7 +220,7 @@ def test_8_bit_weights_of_a_checkpoint_are_decoded_for_a_model_without_them(tmp_
 def test_8_bit_weights_of_a_checkpoint_are_rounded_to_other_groups(tmp_path):
     trained, coarse = quantize(built()), quantize(built(), group_size=32)
     load_weights(coarse, write_checkpoint(trained, tmp_path / "checkpoint"))
-    expected = Int8Weight.from_float(values(trained)[Q_PROJ], group_size=32)
+    expected = QuantizedWeight.from_float(values(trained)[Q_PROJ], group_size=32)
     assert torch.equal(coarse.get_parameter(Q_PROJ).data.codes, expected.codes)
 
 
@@ -231,20 +230,26 @@ def test_load_weights_takes_a_transformers_folder_too(tmp_path):
     assert torch.equal(ours.get_parameter(Q_PROJ), theirs.get_parameter(Q_PROJ))
 
 
+AS_SAVED = {"codec": "affine", "bits": 8, "group_size": 16, "dtype": "float32", "stochastic": True}
+
+
 @pytest.mark.parametrize(
     "entry, message",
     [
+        ({"codec": "affine4"}, "cannot be understood"),
         ({"kind": "Int4Weight"}, "cannot be understood"),
+        ({"bits": 7}, "cannot be understood"),
+        ({"codec": "dynamic8"}, "cannot be understood"),
         ({"group_size": 7}, "cannot be in 8 bits in groups of 7"),
         ({"group_size": 32}, "codes is U8"),
-        ({"kind": "SimulatedInt8Weight"}, "model.layers.0.mlp.down_proj.weight.codes"),
+        ({"codec": "simulated"}, "model.layers.0.mlp.down_proj.weight.codes"),
     ],
 )
 def test_a_checkpoint_that_contradicts_itself_is_refused(entry, message, tmp_path):
     model = quantize(built())
     folder = write_checkpoint(model, tmp_path / "checkpoint")
     path = folder / "model.safetensors"
-    table = {name: {"kind": "Int8Weight", "group_size": 16, "dtype": "float32", "stochastic": True} | entry
+    table = {name: AS_SAVED | entry
              for name in values(model) if "proj" in name}  # fmt: skip
     save_file(load_file(path), path, metadata={"quantized": json.dumps(table)})
     with pytest.raises(UserError, match=message):

@@ -47,7 +47,7 @@ def test_with_an_identity_basis_at_full_rank_it_is_adamw(proj_type, subspace):
         optimizer = LowRankOptimizer([group | {"proj_type": proj_type, "subspace": subspace}], lr=0.02)
     twin = torch.optim.AdamW(theirs, lr=0.02, weight_decay=0.0)
     for p in ours:
-        for side in optimizer._projectors[p].sides:
+        for side in optimizer.updates[p].projector.sides:
             optimizer.state[p][side] = torch.eye(min(p.shape), dtype=p.dtype)
         optimizer.state[p]["next_refresh"] = 1000
     for grads in gradients(20, shapes=shapes):
@@ -107,7 +107,7 @@ def test_orthogonal_iteration_comes_close_to_the_exact_subspace():
             for p, G in zip(ours, grads, strict=True):
                 p.grad = G.clone()
             optimizer.step()
-        captured[subspace] = [optimizer._projectors[p].project(p.grad, optimizer.state[p]).norm().item() for p in ours]
+        captured[subspace] = [optimizer.updates[p].project(p.grad).norm().item() for p in ours]
     assert captured["iterate"] == pytest.approx(captured["svd"], rel=0.02)
 
 
@@ -141,7 +141,7 @@ def test_state_survives_a_round_trip_in_the_middle():
                 optimizer = LowRankOptimizer([{**group}], lr=0.05)
                 optimizer.load_state_dict(copy.deepcopy(saved))
                 for p in ours:
-                    restored, original = optimizer.state[p], saved["state"][optimizer._index[p]]
+                    restored, original = optimizer.state[p], saved["state"][optimizer.updates[p].index]
                     assert all(restored[k].dtype == v.dtype for k, v in original.items() if torch.is_tensor(v))
             for p, G in zip(ours, step_grads, strict=True):
                 p.grad = G.to(p.dtype)
@@ -157,8 +157,8 @@ def test_nothing_piles_up_where_nobody_takes_the_norm():
     for _ in range(5):
         ours.grad = torch.randn_like(ours)
         optimizer.step()
-    assert len(optimizer._norms) == 1
-    last = optimizer.project(ours, ours.grad).norm().item()
+    assert len(optimizer._engine.norms) == 1
+    last = optimizer.updates[ours].project(ours.grad).norm().item()
     assert optimizer.end_update().norm == pytest.approx(last)
     assert optimizer.end_update().norm == 0
 

@@ -4,7 +4,6 @@ import argparse
 
 import pytest
 import torch
-from qgalore.storage.int8_weight import Int8Weight
 from support.memory import LiveBytes
 from support.runs import ROOT, shell
 
@@ -14,6 +13,7 @@ from qgalore.factory import Settings, create_optimizer, create_updates
 from qgalore.memory import kept_bytes
 from qgalore.param_groups import split_parameters
 from qgalore.storage.convert import quantize_linear_layers
+from qgalore.storage.quantized_weight import QuantizedWeight
 from qgalore.sync import GradSync
 
 CONFIG = ROOT / "configs" / "llama_60m.json"
@@ -108,7 +108,7 @@ def test_start_up_needs_no_more_than_training():
     finish = weight_quantizer(settings, groups=groups)
     with LiveBytes() as watch:
         model = build_model(config, device="cpu", dtype=torch.bfloat16, seed=0, finish=finish)
-    kept = sum(p.stored_bytes().get("codes", 0) if isinstance(p, Int8Weight) else p.nbytes for p in model.parameters())
+    kept = sum(p.codes.nbytes if isinstance(p, QuantizedWeight) else p.nbytes for p in model.parameters())
     matrix = 512 * 1376
     assert kept <= watch.live < 1.05 * kept
     assert watch.peak - watch.live < 12 * matrix, "a float copy, its codes, and chunks; never two layers of them"

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from qgalore.optimizer import LowRankOptimizer
-from qgalore.storage.affine import read_weight
 from qgalore.subspace.bases import orthonormalize
 from qgalore.subspace.online_pca import pca_gradient
 from qgalore.subspace.projector import LEARNERS
@@ -60,9 +59,8 @@ def captured(gradients: list[torch.Tensor], **settings) -> list[float]:
     for G in gradients:
         p.grad = G.float()
         optimizer.step()
-        projector, (side,) = optimizer._projectors[p], optimizer._projectors[p].sides
-        basis = projector.open_basis(optimizer.state[p], side, shape=p.shape)
-        P = orthonormalize(read_weight(basis, dtype=torch.float64))
+        projector, (side,) = optimizer.updates[p].projector, optimizer.updates[p].projector.sides
+        P = orthonormalize(projector.open(optimizer.state[p])[side].read(torch.float64))
         held = (G @ P if side == "right" else G.T @ P).square().sum()
         shares.append((held / torch.linalg.svdvals(G)[:RANK].square().sum()).item())
     return shares
@@ -89,8 +87,8 @@ def test_a_random_basis_does_not_follow():
 def test_a_basis_in_4_bits_learns_in_steps_smaller_than_its_grid(shape):
     """Rounded stochastically. To nearest, or left alone, it would stay where it was."""
     gradients = [G if shape == (48, 32) else G.T for G in turning_gradients((48, 32), 150)]
-    learning = captured(gradients, proj_type="continuous", proj_lr=0.005, basis_bits=4)
-    still = captured(gradients, proj_type="continuous", proj_lr=0.0, basis_bits=4)
+    learning = captured(gradients, proj_type="continuous", proj_lr=0.005, proj_bits=4)
+    still = captured(gradients, proj_type="continuous", proj_lr=0.0, proj_bits=4)
     assert min(learning[50:]) > 0.97 and still[-1] < 0.9
 
 

@@ -44,7 +44,7 @@ def test_projected_are_the_matrices_inside_attention_and_mlp():
     assert groups["embedding"] == ("embedding.weight",)
     assert set(groups["head"]) == {"layers.0.other.weight", "layers.1.other.weight", "head.weight"}
     assert "layers.0.self_attn.q_proj.bias" in groups["norms and others"], "a bias is no matrix"
-    assert [group.projected for group in split_parameters(Model())] == [True, False, False, False]
+    assert [group.kind for group in split_parameters(Model())] == ["matrix", "embedding", "head", "norm"]
 
 
 def test_a_tied_head_is_owned_once_as_the_embedding():

@@ -54,14 +54,14 @@ def test_with_accumulation_it_is_the_whole_model_given_the_same_first_bases():
     """Four micro-batches to an update, 20 updates; later refreshes see the whole gradient in both."""
     model, data = Model(), batches(80)
     twin = copy.deepcopy(model)
-    bases = {}
+    bases = []
 
     def take_bases(optimizer):
         """Starts the per-layer run from the bases that the whole gradient of the first update gives."""
-        index = {i: p for p, i in optimizer._index.items()}
-        for i, state in bases.items():
-            optimizer.state[index[i]].update(state)
-        optimizer.awaits_first_basis = lambda p: False
+        for p, state in zip(optimizer.updates, bases, strict=True):
+            optimizer.state[p].update(state)
+        for update in optimizer.updates.values():
+            update.begin_from = lambda G, update=update: update.begin()  # waits for the whole gradient at first, too
 
     probe = copy.deepcopy(twin)
     optimizer = optimizer_of(probe)
@@ -69,8 +69,7 @@ def test_with_accumulation_it_is_the_whole_model_given_the_same_first_bases():
         (loss_of(probe, batch) / 4).backward()
     optimizer.step()
     kept = ("left", "right", "next_refresh", "refreshes")
-    for p, i in optimizer._index.items():
-        bases[i] = {key: value for key, value in optimizer.state[p].items() if key in kept}
+    bases += [{key: v for key, v in optimizer.state[p].items() if key in kept} for p in optimizer.updates]
 
     per_layer(model, data, accumulation=4, prepare=take_bases)
     whole(twin, data, accumulation=4)
@@ -122,7 +121,7 @@ def test_a_bad_gradient_where_a_basis_is_drawn_changes_nothing(policy):
         updates, weight = PerLayerUpdates(optimizer), model.mlp[1].weight
         for update, batch in enumerate(data):
             if update == 4:  # its second basis is due
-                assert optimizer._projectors[weight].due(optimizer.state[weight], step=5)
+                assert optimizer.updates[weight].projector.due(optimizer.state[weight], step=5)
                 if bad:
                     (float("nan") * weight).sum().backward()
                     assert updates.finish().bad == (weight,)

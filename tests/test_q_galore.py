@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
-from qgalore.storage.int8_weight import Int8Weight, SimulatedInt8Weight
-from support.runs import losses, record
+from support.runs import losses, record, torchrun
 
 import torchrun_main
+from qgalore.storage.affine import Affine, Simulated
+from qgalore.storage.quantized_weight import QuantizedWeight
 
 ALL_FLAGS = dict(
     optimizer="q_galore_adamw8bit_per_layer",
@@ -77,8 +78,8 @@ def test_simulation_gives_the_same_losses_to_the_last_bit(tiny, larger, tmp_path
     for name, switch in [("int8", None), ("simulated", True)]:
         run(tiny, tmp_path / name, model_config=larger, simulation=switch, dtype=dtype)
     assert losses(tmp_path / "int8") == losses(tmp_path / "simulated")
-    kinds = [{type(p.data) for n, p in model.named_parameters() if "proj" in n} for model in models]
-    assert kinds == [{Int8Weight}, {SimulatedInt8Weight}]
+    kinds = [{type(p.data.codec) for n, p in model.named_parameters() if "proj" in n} for model in models]
+    assert kinds == [{Affine}, {Simulated}]
 
 
 def test_per_layer_is_the_whole_model(tiny, larger, tmp_path):
@@ -112,7 +113,7 @@ def test_the_saved_model_is_an_ordinary_one(tiny, larger, tmp_path, monkeypatch)
     run(tiny, tmp_path, model_config=larger)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
     for name, p in models[0].named_parameters():
-        assert torch.equal(saved[name], p.dequantize() if isinstance(p, Int8Weight) else p), name
+        assert torch.equal(saved[name], p.dequantize() if isinstance(p, QuantizedWeight) else p), name
 
 
 def test_clipping_per_parameter_is_said(tiny, tmp_path, capsys):
@@ -123,8 +124,6 @@ def test_clipping_per_parameter_is_said(tiny, tmp_path, capsys):
 
 def test_two_ranks_are_one(tiny, larger, tmp_path):
     """The reference's INT8 path supports no data parallelism. Here the ranks sum at rank size, inside backward."""
-    from runs import torchrun
-
     flags = dict(model_config=larger, total_batch_size=16, workers=2, lr=0.003)
     run(tiny, tmp_path / "one", **flags)
     result = torchrun(tiny.flags(tmp_path / "two", **ALL_FLAGS | flags | {"workers": 1}), processes=2)

@@ -37,7 +37,7 @@ class Fira:
 
 
 def optimizer_of(ours, **settings):
-    group = {"params": ours, "rank": RANK, "scale": SCALE, "residual": "fira", "update_proj_gap": 1000}
+    group = {"params": ours, "rank": RANK, "scale": SCALE, "lift": "fira", "update_proj_gap": 1000}
     return LowRankOptimizer([group | settings], lr=LR)
 
 
@@ -66,7 +66,7 @@ def test_at_full_rank_nothing_is_left_to_recover():
     for residual in ("none", "fira"):
         torch.manual_seed(1)
         ours = parameters(shapes=[(6, 20), (20, 6)])
-        optimizer = optimizer_of(ours, rank=6, residual=residual)
+        optimizer = optimizer_of(ours, rank=6, lift=residual)
         for grads in gradients(5, shapes=[(6, 20), (20, 6)]):
             for p, G in zip(ours, grads, strict=True):
                 p.grad = G
@@ -109,7 +109,7 @@ def test_it_needs_no_more_memory_at_its_peak_than_the_update_without():
     peaks = {}
     for residual in ("none", "fira"):
         p = torch.nn.Parameter(torch.zeros(512, 256))
-        optimizer = optimizer_of([p], residual=residual)
+        optimizer = optimizer_of([p], lift=residual)
         for _ in range(2):
             p.grad = torch.randn_like(p)
             with LiveBytes() as watch:

@@ -74,7 +74,7 @@ def test_refreshes_are_spread_over_the_gap():
 def test_a_still_subspace_is_left_alone_and_a_moving_one_followed(turning, expected):
     """In the optimizer: singular vectors change signs freely, and that alone must not count as movement."""
     p = torch.nn.Parameter(torch.zeros(20, 30))
-    group = {"params": [p], "rank": 4, "update_proj_gap": 10, "threshold": 0.6, "queue_size": 2, "subspace": "svd"}
+    group = {"params": [p], "rank": 4, "update_proj_gap": 10, "cos_threshold": 0.6, "queue_size": 2, "subspace": "svd"}
     optimizer = LowRankOptimizer([group], lr=0.0)
     still = torch.randn(20, 4) @ torch.randn(4, 30)
     done = []

@@ -26,7 +26,7 @@ CASES = [
     (name, dtype, int8)
     for name, recipe in OPTIMIZERS.items()
     for dtype in (torch.float32, torch.bfloat16)
-    for int8 in ((False, True) if recipe.ours else (False,))
+    for int8 in ((False, True) if recipe.low_rank_engine else (False,))
 ] + [("q_galore_adamw8bit_per_layer", torch.bfloat16, "simulated")]
 
 
@@ -124,7 +124,7 @@ def test_every_float_comes_back_exactly(tmp_path):
     state = read_state(folder)
     assert [value.hex() for value in state["floats"]] == [value.hex() for value in floats]
     assert math.isnan(state["x"]) and state["none"] is None and state["nested"] == {"gap": [1, 2.5]}
-    assert state["format"] == 1
+    assert state["format"] == 2
 
 
 def test_progress_that_cannot_be_kept_is_refused_at_once():
@@ -151,7 +151,7 @@ def test_config_json_is_the_models_own(tmp_path):
 @pytest.mark.parametrize(("there", "here", "message"), [
     (dict(), dict(int8=True), "down_proj.weight|q_proj.weight"),
     (dict(int8=True), dict(), "saved as .*group_size.* here unquantized"),
-    (dict(int8=True), dict(int8="simulated"), "SimulatedInt8Weight"),
+    (dict(int8=True), dict(int8="simulated"), "simulated"),
     (dict(), dict(dtype=torch.bfloat16), r"saved as float32 \(64, 64\), here bfloat16 \(64, 64\)"),
     (dict(), dict(tied=True), "lm_head.weight"),
 ])  # fmt: skip

@@ -50,8 +50,8 @@ def norms_on_a_rank(at_rank_size: bool) -> torch.Tensor:
     """Two ranks with the same gradients: their sum is twice them."""
     torch.manual_seed(0)
     matrix, vector = parameters()
-    optimizer = LowRankOptimizer([{"params": [matrix], "rank": 3}, {"params": [vector]}], lr=0.1)
-    optimizer.sync = GradSync(at_rank_size=at_rank_size)
+    sync = GradSync(at_rank_size=at_rank_size)
+    optimizer = LowRankOptimizer([{"params": [matrix], "rank": 3}, {"params": [vector]}], lr=0.1, sync=sync)
     updates = WholeModelUpdates(optimizer, sync=optimizer.sync)
     matrix.grad, vector.grad = torch.randn(10, 14), torch.randn(14)
     whole = torch.stack([2 * matrix.grad.norm(), 2 * vector.grad.norm()]).norm()

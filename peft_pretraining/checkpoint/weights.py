@@ -83,7 +83,7 @@ class StoredWeights:
         return self.quantized[name].dtype if name in self.quantized else FLOATS[self._header(name)[1]]
 
     def read(self, name: str) -> Tensor:
-        """One weight, on the CPU: an ordinary tensor as it is stored, or a QuantizedWeight. Raises UserError for NaN."""
+        """One weight, on the CPU: an ordinary tensor as stored, or a QuantizedWeight. Raises UserError for NaN."""
         if name in self.quantized:
             settings = self.quantized[name]
             weight: Tensor = settings.build(_read_tensor(self.files[part], part) for part in settings.part_names(name))

@@ -60,6 +60,7 @@ class Dynamic8:
         }
 
     def encode_(self, values: Tensor, parts: Mapping[str, Tensor], *, seed: Seed | None, start: int) -> None:
+        assert start % BLOCK == 0, "a shard begins with a block"
         flat, codes, absmax = values.float().reshape(-1), parts["codes"], parts["absmax"]
         for elements, width in _pieces(flat.numel()):
             blocks = flat[elements].view(-1, width)

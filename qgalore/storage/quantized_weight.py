@@ -126,7 +126,7 @@ class QuantizedWeight(Tensor):
         """Raises ValueError where the weight holds NaN or infinity. Waits for the device."""
         check_finite(self.codec.magnitudes(self.stored().parts), name=name)
 
-    def _values(self, dtype: torch.dtype) -> Tensor:
+    def _decode(self, dtype: torch.dtype) -> Tensor:
         return self.stored().read(dtype)
 
     def _like(self, parts: dict[str, Tensor], *, dtype: torch.dtype | None = None) -> "QuantizedWeight":
@@ -187,7 +187,7 @@ class _Dequantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
         ctx.dtype = weight.dtype
-        return weight._values(dtype)
+        return weight._decode(dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
@@ -200,14 +200,14 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return F.linear(x, weight._values(weight.dtype), bias)
+        return F.linear(x, weight._decode(weight.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         needs_dx, needs_dW, needs_db = ctx.needs_input_grad
         rows = dy.reshape(-1, dy.shape[-1])  # (tokens, out)
-        dx = dy @ weight._values(dy.dtype) if needs_dx else None
+        dx = dy @ weight._decode(dy.dtype) if needs_dx else None
         dW = rows.mT @ x.reshape(-1, x.shape[-1]).to(dy.dtype) if needs_dW else None
         return dx, dW, rows.sum(0) if needs_db else None
 
@@ -237,13 +237,12 @@ def _to(func: Any, weight: QuantizedWeight, *, dtype: torch.dtype | None = None,
 def _copy_(func: Any, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     """Codes go to codes as they are; other values are rounded to nearest, for there is no seed."""
     if not isinstance(target, QuantizedWeight):
-        return target.copy_(source._values(torch.float32), non_blocking)  # type: ignore[attr-defined]
-    parts = target.stored().parts
-    quantized = isinstance(source, QuantizedWeight)
-    if quantized and _grid_of(source) == _grid_of(target) and source.shape == target.shape:
-        new = source.stored().parts
+        return target.copy_(source._decode(torch.float32), non_blocking)  # type: ignore[attr-defined]
+    parts, own = target.stored().parts, source if isinstance(source, QuantizedWeight) else None
+    if own is not None and _grid_of(own) == _grid_of(target) and own.shape == target.shape:
+        new = own.stored().parts
     else:
-        values = source._values(torch.float32) if quantized else source.to(target.device)
+        values = source.to(target.device) if own is None else own._decode(torch.float32)
         new = target.codec.encode(values.expand(target.shape))
         if not values.is_meta:
             check_finite(target.codec.magnitudes(new), name="copy_")
@@ -270,7 +269,7 @@ def _on_values(func: Any, *args: Any, **kwargs: Any) -> Any:
     written = [given.get(a.name) for a in declared if a.alias_info is not None and a.alias_info.is_write]
     if any(isinstance(tensor, QuantizedWeight) for tensor in tree_leaves(written)):
         raise ValueError(_NO_SEED.format(func))
-    args, kwargs = tree_map_only(QuantizedWeight, lambda weight: weight._values(weight.dtype), (args, kwargs))
+    args, kwargs = tree_map_only(QuantizedWeight, lambda weight: weight._decode(weight.dtype), (args, kwargs))
     return func(*args, **kwargs)
 
 

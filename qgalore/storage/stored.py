@@ -64,7 +64,7 @@ class Plain:
         if values is target:  # the reader has worked in place
             return
         if self.dtype == torch.bfloat16 and seed is not None:
-            values = round_stochastic_bfloat16(values, seed=seed, start=start)
+            values = round_stochastic_bfloat16(values.float(), seed=seed, start=start)
         target.copy_(values)
 
     def decode(self, parts: Mapping[str, Tensor], *, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -75,7 +75,7 @@ CODECS: dict[str, Any] = {"plain": Plain, "affine": Affine, "simulated": Simulat
 
 
 def describe_codec(codec: Codec) -> dict[str, Any]:
-    """The codec as JSON: its name in CODECS and its fields. Plain tensors need no description and have none."""
+    """The codec as plain values, JSON for all but Plain: its name in CODECS and its fields."""
     (name,) = (name for name, kind in CODECS.items() if type(codec) is kind)
     return {"codec": name, **asdict(codec)}  # type: ignore[call-overload]
 
@@ -92,7 +92,8 @@ class Stored:
 
     parts: the plain tensors, written in place.
     shape: of the values.
-    row_start: index of the first row within the whole, where this is a shard: its noise is that of the whole.
+    row_start: index of the first row within the whole, where this is a shard: its noise is that of the whole. Dynamic8,
+        whose blocks span rows, can be cut at multiples of its block only.
     """
 
     codec: Codec
@@ -125,6 +126,7 @@ class Stored:
         values: float32 or float64, this shape.
         seed: 64 bits from mix_seed to round stochastically; None rounds to nearest.
         """
+        assert values.shape == self.shape, f"{tuple(values.shape)} is not {tuple(self.shape)}"
         start = self.row_start * self.shape[1:].numel()
         self.codec.encode_(values, self.parts, seed=seed, start=start)
 

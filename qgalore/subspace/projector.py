@@ -206,7 +206,7 @@ class Projector:
     def _refresh_side(self, G: Tensor, state: dict[str, Any], side: str) -> Tensor | None:
         """Replaces one basis. Returns P_new^T P_old (r, r), or None where it is the first one or stays as it was."""
         bases = self.open(state)
-        old = bases[side].read(self.wide) if side in bases else None
+        old = self._as_used(bases[side]) if side in bases else None
         draw = mix_seed(self.seed, side == "left", state.get("refreshes", 0))
         G = G if side == "left" else G.mT
         new = self._compute(G, old, share=self.schedule.share(state), draw=draw)
@@ -222,7 +222,11 @@ class Projector:
         stored = Stored.zeros(self.codec, self.basis_shape(side), device=G.device)  # contiguous, as a checkpoint has it
         stored.write(new)
         put(state, side, stored)
-        return None if old is None else stored.read(self.wide).mT @ old
+        return None if old is None else self._as_used(stored).mT @ old
+
+    def _as_used(self, basis: Stored) -> Tensor:
+        """A basis as products see it, in the parameter's dtype, and then in that of the arithmetic."""
+        return basis.read(self.dtype).to(self.wide)
 
     def _compute(self, G: Tensor, old: Tensor | None, *, share: float, draw: int) -> Tensor | None:
         """The left basis (m, r) for this G, or None where it cannot be computed."""

@@ -1,5 +1,6 @@
 """When a basis is computed anew."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,7 @@ class RefreshSchedule:
     def lazy(self) -> bool:
         return self.threshold is not None
 
-    def share(self, state: dict[str, Any]) -> float:
+    def share(self, state: Mapping[str, Any]) -> float:
         """How far a refresh turns the basis towards the new gradient's subspace: all the way from a gap of 10 on.
 
         One gradient is mostly noise, and so is its subspace. The first moment remembers about 10 updates; where the
@@ -48,7 +49,7 @@ class RefreshSchedule:
         """
         return min(1.0, state.get("gap", self.gap) / MEMORY)
 
-    def due(self, state: dict[str, Any], *, step: int) -> bool:
+    def due(self, state: Mapping[str, Any], *, step: int) -> bool:
         """Whether the basis must be computed from this update's gradient. step: 1-based."""
         return step >= state.get("next_refresh", 1)
 

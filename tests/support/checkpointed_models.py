@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import torch
-from qgalore.storage.int8_weight import Int8Weight
 from torch import nn
 from transformers import LlamaForCausalLM
 
 from peft_pretraining.checkpoint import files as checkpoint_files
 from peft_pretraining.checkpoint.snapshot import take_snapshot
 from qgalore.storage.convert import quantize_linear_layers
+from qgalore.storage.quantized_weight import QuantizedWeight
 
 
 def write_checkpoint(model: LlamaForCausalLM, folder: Path, *, update: int = 3, **args: object) -> Path:
@@ -32,4 +32,4 @@ def quantize(model: LlamaForCausalLM, *, simulation: bool = False, group_size: i
 def values(model: nn.Module) -> dict[str, object]:
     """What every parameter stands for, as ordinary tensors."""
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    return {name: w.dequantize() if isinstance(w, Int8Weight) else w for name, w in weights.items()}
+    return {name: w.dequantize() if isinstance(w, QuantizedWeight) else w for name, w in weights.items()}

@@ -5,6 +5,8 @@ import weakref
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qgalore.storage.quantized_weight import QuantizedWeight
+
 
 class LiveBytes(TorchDispatchMode):
     """The bytes of all storages that operations made inside this mode and that are still alive; and their peak."""
@@ -20,7 +22,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _watch(self, tensor):
-        if hasattr(tensor, "stored_bytes") or tensor.is_meta:
+        if isinstance(tensor, QuantizedWeight) or tensor.is_meta:
             return
         storage = tensor.untyped_storage()
         if storage in self._seen:

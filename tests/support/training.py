@@ -10,6 +10,7 @@ from peft_pretraining.model.build import build_model
 from qgalore.factory import OPTIMIZERS, Settings, create_optimizer, create_updates
 from qgalore.param_groups import split_parameters
 from qgalore.storage.convert import quantize_linear_layers
+from qgalore.storage.quantized_weight import open_weight
 from qgalore.sync import GradSync
 
 CONFIG = LlamaConfig(
@@ -64,14 +65,14 @@ class Training:
         return self
 
     def everything(self) -> dict[str, object]:
-        """All weights and states, tensors as bytes and kind. Without refresh_seconds, which are a clock's."""
+        """All weights and states, tensors as bytes and kind."""
         held = {}
         for name, p in self.model.named_parameters():
-            held |= {f"{name}.{part}": t for part, t in (p.parts() if hasattr(p, "parts") else {"": p}).items()}
+            held |= {f"{name}.{part}": t for part, t in open_weight(p).tensors().items()}
         names = {p: name for name, p in self.model.named_parameters()}
         states = self.optimizer.states() if hasattr(self.optimizer, "states") else self.optimizer.state
         held |= {f"{names[p]}:{key}": value for p, state in states.items() for key, value in state.items()}
-        return {key: exactly(value) for key, value in held.items() if not key.endswith("refresh_seconds")}
+        return {key: exactly(value) for key, value in held.items()}
 
 
 def exactly(value: object) -> object:

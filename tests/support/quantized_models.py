@@ -1,4 +1,4 @@
-"""Models of INT8 weights, always the same ones."""
+"""Models of quantized weights, always the same ones."""
 
 import torch
 from torch import nn
@@ -20,14 +20,14 @@ def quantized_mlp(*, simulation: bool = False, **settings) -> nn.Sequential:
     return model
 
 
-def tiny_llama(*, simulation: bool = False) -> LlamaForCausalLM:
+def tiny_llama(*, simulation: bool = False, **settings) -> LlamaForCausalLM:
     """Two layers, all their projections in codes."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, use_cache=False
     )
     model = LlamaForCausalLM(config)
-    names = quantize_linear_layers(model, select=lambda name: name != "lm_head", simulation=simulation)
+    names = quantize_linear_layers(model, select=lambda name: name != "lm_head", simulation=simulation, **settings)
     assert len(names) == 14
     return model.train()
 

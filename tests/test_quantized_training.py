@@ -1,14 +1,13 @@
-"""INT8 weights in training: they learn, and clipping, hooks, checkpointing and torch.compile see what they should."""
+"""Quantized weights in training: they learn; clipping, hooks, checkpointing and torch.compile see what they should."""
 
 import copy
 
 import pytest
 import torch
-from support.int8_models import gradients_of, quantized_mlp, tiny_llama
+from support.quantized_models import gradients_of, quantized_mlp, tiny_llama
 from torch.utils.checkpoint import checkpoint
 
 from qgalore.optimizer import LowRankOptimizer
-from qgalore.storage.affine import store_weight
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -66,10 +65,11 @@ def test_activation_checkpointing_gives_the_same_gradients():
     assert torch.equal(direct, recomputed)
 
 
-def test_llamas_of_codes_and_of_simulated_codes_train_alike():
+@pytest.mark.parametrize("bits", [8, 4])
+def test_llamas_of_codes_and_of_simulated_codes_train_alike(bits):
     batch, losses = torch.randint(64, (4, 16)), []
     for simulation in (False, True):
-        model = tiny_llama(simulation=simulation)
+        model = tiny_llama(simulation=simulation, bits=bits)
         optimizer = LowRankOptimizer(model.parameters(), lr=1e-2)
         for _ in range(5):
             loss = model(input_ids=batch, labels=batch).loss
@@ -81,9 +81,10 @@ def test_llamas_of_codes_and_of_simulated_codes_train_alike():
     assert losses[4] < losses[0] - 0.1
 
 
-def test_compiled_equals_eager():
+@pytest.mark.parametrize("bits", [8, 4])
+def test_compiled_equals_eager(bits):
     """One graph, forward and backward; and an update afterwards reaches the compiled code."""
-    eager, compiled = quantized_mlp(), quantized_mlp()
+    eager, compiled = quantized_mlp(bits=bits), quantized_mlp(bits=bits)
     run = torch.compile(compiled, fullgraph=True)
     for step in range(2):
         x = torch.randn(6, 96)
@@ -95,4 +96,4 @@ def test_compiled_equals_eager():
         for name, gradient in gradients_of(eager).items():
             torch.testing.assert_close(gradients_of(compiled)[name], gradient)
         for model in (compiled, eager):
-            store_weight(model[0].weight, torch.full((80, 96), 0.1 * (step + 1)), seed=step)
+            model[0].weight.write(torch.full((80, 96), 0.1 * (step + 1)), seed=step)

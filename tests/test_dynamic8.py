@@ -6,15 +6,23 @@ import pytest
 import torch
 from support.gradients import relative_error
 
-from qgalore.storage import dynamic8 as blockwise_state
-from qgalore.storage.affine import mix_seed
-from qgalore.storage.dynamic8 import create_moment, dequantize_state, dynamic_map, open_moment, quantize_state
+from qgalore.rules.moments import MomentKind, create_moments, open_moments
+from qgalore.storage import dynamic8
+from qgalore.storage.dynamic8 import Dynamic8, dynamic_map
+from qgalore.storage.rounding import mix_seed
+from qgalore.storage.stored import Stored
 
 BOTH = pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
 
 
+def encoded(values, *, signed, seed=None):
+    stored = Stored.zeros(Dynamic8(signed), values.shape, device="cpu")
+    stored.write(values, seed=seed)
+    return stored
+
+
 def decoded(values, *, signed, seed=None):
-    return dequantize_state(quantize_state(values, signed=signed, seed=seed), shape=values.shape, signed=signed)
+    return encoded(values, signed=signed, seed=seed).read(torch.float32)
 
 
 def moments_like(count, *, signed, decades=4.0):
@@ -102,23 +110,23 @@ def test_random_rounding_is_unbiased(signed):
 @pytest.mark.parametrize("count", [1, 255, 256, 257, 1000, 2560])
 def test_a_short_last_block_is_a_block(signed, count):
     x = moments_like(count, signed=signed)
-    parts = quantize_state(x, signed=signed, seed=5)
-    assert parts.codes.shape == (count,) and parts.codes.dtype == torch.uint8
-    assert torch.equal(parts.absmax, torch.stack([block.abs().max() for block in x.split(256)]))
-    alone = [quantize_state(block, signed=signed) for block in x.split(256)]
-    assert torch.equal(quantize_state(x, signed=signed).codes, torch.cat([part.codes for part in alone]))
+    parts = encoded(x, signed=signed, seed=5).parts
+    assert parts["codes"].shape == (count,) and parts["codes"].dtype == torch.uint8
+    assert torch.equal(parts["absmax"], torch.stack([block.abs().max() for block in x.split(256)]))
+    alone = [encoded(block, signed=signed).parts["codes"] for block in x.split(256)]
+    assert torch.equal(encoded(x, signed=signed).parts["codes"], torch.cat(alone))
 
 
 @BOTH
 def test_working_in_pieces_changes_nothing(signed, monkeypatch):
     x = moments_like(5000, signed=signed).view(50, 100)
-    whole = quantize_state(x, signed=signed, seed=5)
-    monkeypatch.setattr(blockwise_state, "PIECE", 512)
-    pieces = quantize_state(x, signed=signed, seed=5)
-    assert torch.equal(whole.codes, pieces.codes) and torch.equal(whole.absmax, pieces.absmax)
-    values = dequantize_state(pieces, shape=(50, 100), signed=signed)
+    whole = encoded(x, signed=signed, seed=5)
+    monkeypatch.setattr(dynamic8, "PIECE", 512)
+    pieces = encoded(x, signed=signed, seed=5)
+    assert all(torch.equal(whole.parts[name], pieces.parts[name]) for name in ("codes", "absmax"))
+    values = pieces.read(torch.float32)
     monkeypatch.undo()
-    assert torch.equal(values, dequantize_state(whole, shape=(50, 100), signed=signed))
+    assert torch.equal(values, whole.read(torch.float32))
 
 
 @BOTH
@@ -142,9 +150,9 @@ def test_zero_stays_zero_and_what_is_not_finite_shows(signed):
 @BOTH
 def test_noise_is_repeatable_and_needs_no_generator(signed):
     x, before = moments_like(1024, signed=signed), torch.get_rng_state()
-    first = quantize_state(x, signed=signed, seed=7).codes
-    assert torch.equal(first, quantize_state(x, signed=signed, seed=7).codes)
-    assert not torch.equal(first, quantize_state(x, signed=signed, seed=8).codes)
+    first = encoded(x, signed=signed, seed=7).parts["codes"]
+    assert torch.equal(first, encoded(x, signed=signed, seed=7).parts["codes"])
+    assert not torch.equal(first, encoded(x, signed=signed, seed=8).parts["codes"])
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -153,12 +161,13 @@ def test_compiled_equals_eager(signed):
     """In one graph. Some square roots differ by one unit in the last place, and with them one code in a million."""
     torch._dynamo.reset()
     x = moments_like(1 << 14, signed=signed)[:-100]
-    eager = quantize_state(x, signed=signed, seed=7)
-    fused = torch.compile(quantize_state, fullgraph=True)(x, signed=signed, seed=7)
-    assert (eager.codes.int() - fused.codes.int()).abs().sum() <= 2
-    assert torch.equal(eager.absmax, fused.absmax)
-    values = torch.compile(dequantize_state, fullgraph=True)(eager, shape=x.shape, signed=signed)
-    assert torch.equal(values, dequantize_state(eager, shape=x.shape, signed=signed))
+    eager = encoded(x, signed=signed, seed=7)
+    fused = Stored.zeros(eager.codec, x.shape, device="cpu")
+    torch.compile(lambda stored, values: stored.write(values, seed=7), fullgraph=True)(fused, x)
+    assert (eager.parts["codes"].int() - fused.parts["codes"].int()).abs().sum() <= 2
+    assert torch.equal(eager.parts["absmax"], fused.parts["absmax"])
+    values = torch.compile(lambda stored: stored.read(torch.float32), fullgraph=True)(eager)
+    assert torch.equal(values, eager.read(torch.float32))
 
 
 # Second moments
@@ -209,10 +218,10 @@ class Published:
         self.edges = (self.points[1:] + self.points[:-1]) / 2
         self.values = torch.zeros_like(like)
 
-    def dequantize(self):
+    def read(self):
         return self.values
 
-    def copy_(self, values):
+    def write(self, values):
         blocks = values.reshape(-1, 256)
         absmax = blocks.abs().amax(1, keepdim=True)
         codes = torch.bucketize(blocks / absmax.clamp_min(1e-38), self.edges)
@@ -224,8 +233,8 @@ def test_a_small_second_moment_beside_a_large_one_does_not_explode():
     m = torch.full((16, 256), 1e-5)
     m[:, 0] = 1
     naive = Published(m, signed=False)
-    naive.copy_(m.square())
-    assert (m / (naive.dequantize().sqrt() + 1e-8)).max() > 900
+    naive.write(m.square())
+    assert (m / (naive.read().sqrt() + 1e-8)).max() > 900
     for scale in (1e-5, 1e-7, 1e-12, 1e-18):
         m[:, 1:] = scale
         for seed in (None, 0, 1, 2):
@@ -269,24 +278,20 @@ def adam(kind, open_pair, *, steps=500, lr=1e-3, beta1=0.9, beta2=0.999):
     weights = torch.zeros(256, 64)
     for step in range(1, steps + 1):
         G, (M, V) = gradients(kind, step=step), open_pair(step)
-        m, v = M.dequantize().lerp(G, 1 - beta1), V.dequantize().lerp(G * G, 1 - beta2)
-        M.copy_(m)
-        V.copy_(v)
+        m, v = M.read().lerp(G, 1 - beta1), V.read().lerp(G * G, 1 - beta2)
+        M.write(m)
+        V.write(v)
         weights -= lr * (m / (1 - beta1**step)) / ((v / (1 - beta2**step)).sqrt() + 1e-8)
     return weights
 
 
 def ours(kind, *, bits, steps=500):
-    state, like = {}, torch.zeros(256, 64)
-    create_moment(state, "exp_avg", like=like, bits=bits)
-    create_moment(state, "exp_avg_sq", like=like, bits=bits)
+    state, shape = {}, torch.Size((256, 64))
+    kinds = [MomentKind("exp_avg", True, shape), MomentKind("exp_avg_sq", False, shape)]
+    create_moments(state, kinds, bits=bits, dtype=torch.float32, device=torch.device("cpu"))
 
     def open_pair(step):
-        seed = mix_seed(0, step)
-        return (
-            open_moment(state, "exp_avg", like=like, signed=True, seed=seed),
-            open_moment(state, "exp_avg_sq", like=like, signed=False, seed=seed),
-        )
+        return open_moments(state, kinds, dtype=torch.float32, seed=mix_seed(0, step))
 
     return adam(kind, open_pair, steps=steps)
 
