@@ -15,10 +15,11 @@ import torch
 from support.batches import TOKENIZER, ByteTokenizer, documents, local, rows, take
 from support.runs import ROOT
 
+from peft_pretraining.batch import IGNORED, Batch
 from peft_pretraining.data import loader as dataloader
 from peft_pretraining.data import packing, records
 from peft_pretraining.data.hub import HubDocuments
-from peft_pretraining.data.loader import IGNORED, Batch, ValidationSet, train_batches
+from peft_pretraining.data.loader import ValidationSet, train_batches
 from peft_pretraining.data.sources import LocalDocuments
 from peft_pretraining.errors import UserError
 

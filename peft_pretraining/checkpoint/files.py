@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from peft_pretraining.errors import UserError
+from peft_pretraining.json_files import read_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -39,7 +40,7 @@ FILES = frozenset((CONFIG, MODEL, OPTIMIZER, RNG, STATE))
 
 _NAME = re.compile(r"checkpoint-(\d{8,})|\.checkpoint-(\d{8,})\.replaced")
 _HEADERS = 1 << 20  # bytes, more than what the files hold beside tensors and texts
-_ADVICE = "Resume from another checkpoint."
+ADVICE = "Resume from another checkpoint."
 
 
 @dataclass(frozen=True)
@@ -239,30 +240,18 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     """{name: {"bytes": n, "sha256": hex}} for each of FILES. Raises UserError where the manifest is broken."""
     path = folder / MANIFEST
     if not path.exists():
-        raise UserError(f"{path} is missing: the checkpoint is not complete. {_ADVICE}")
-    manifest = read_json(path)
+        raise UserError(f"{path} is missing: the checkpoint is not complete. {ADVICE}")
+    manifest = read_json(path, advice=ADVICE)
     if manifest.get("format") != FORMAT:
         raise UserError(f"{path}: format {manifest.get('format')!r} is unknown here; this version reads {FORMAT}.")
     files = manifest.get("files")
     if not isinstance(files, dict) or files.keys() != FILES:
         named = sorted(files) if isinstance(files, dict) else files
-        raise UserError(f"{path}: it must list {', '.join(sorted(FILES))}, but lists {named}. {_ADVICE}")
+        raise UserError(f"{path}: it must list {', '.join(sorted(FILES))}, but lists {named}. {ADVICE}")
     for name, entry in files.items():
         if not isinstance(entry, dict) or [type(entry.get(key)) for key in ("bytes", "sha256")] != [int, str]:
-            raise UserError(f"{path}: size and checksum of {name} are missing. {_ADVICE}")
+            raise UserError(f"{path}: size and checksum of {name} are missing. {ADVICE}")
     return files
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a checkpoint. Raises UserError for anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: not JSON, or not UTF-8
-        reason = getattr(error, "strerror", None) or "it is not JSON"
-        raise UserError(f"{path}: cannot be read ({reason}). {_ADVICE}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: a JSON object is needed, not a {type(value).__name__}. {_ADVICE}")
-    return value
 
 
 def _check(path: Path, entry: dict[str, Any]) -> None:
@@ -270,16 +259,16 @@ def _check(path: Path, entry: dict[str, Any]) -> None:
     try:
         found = _sha256(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}). {_ADVICE}") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}). {ADVICE}") from None
     if found != entry["sha256"]:
-        raise UserError(f"{path}: its checksum is wrong, the file is damaged. {_ADVICE}")
+        raise UserError(f"{path}: its checksum is wrong, the file is damaged. {ADVICE}")
 
 
 def _check_size(path: Path, entry: dict[str, Any]) -> None:
     if not path.is_file():
-        raise UserError(f"{path} is missing. {_ADVICE}")
+        raise UserError(f"{path} is missing. {ADVICE}")
     if (size := path.stat().st_size) != entry["bytes"]:
-        raise UserError(f"{path}: {size:,} bytes where {entry['bytes']:,} were written. {_ADVICE}")
+        raise UserError(f"{path}: {size:,} bytes where {entry['bytes']:,} were written. {ADVICE}")
 
 
 def _sha256(path: Path) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from peft_pretraining.checkpoint.files import (
+    ADVICE,
     CONFIG,
     FORMAT,
     MODEL,
@@ -31,9 +32,9 @@ from peft_pretraining.checkpoint.files import (
     Snapshot,
     TensorFile,
     checked_file,
-    read_json,
 )
 from peft_pretraining.errors import UserError
+from peft_pretraining.json_files import read_json
 from qgalore.master_weights import MasterWeights
 
 RESERVED = ("format", "optimizer")  # keys of state.json that are not the caller's
@@ -220,4 +221,4 @@ def restore_rng(folder: Path) -> None:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """state.json: what the caller gave as `progress`, besides "format" and "optimizer". Raises UserError."""
-    return read_json(checked_file(folder, STATE))
+    return read_json(checked_file(folder, STATE), advice=ADVICE)

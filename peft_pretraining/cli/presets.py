@@ -7,7 +7,7 @@ from typing import Any
 
 from peft_pretraining.cli.flags import defaults
 from peft_pretraining.errors import UserError
-from peft_pretraining.model.build import read_json
+from peft_pretraining.json_files import read_json
 
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "configs" / "presets"

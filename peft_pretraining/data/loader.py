@@ -17,7 +17,7 @@ import weakref
 from collections import abc
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import count, islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,8 +26,9 @@ import torch
 from loguru import logger
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from peft_pretraining.batch import IGNORED, Batch
 from peft_pretraining.data.order import Skipped
-from peft_pretraining.data.packing import IGNORED, Packing, Piece, Sequence, encode, make_packer, to_sequence
+from peft_pretraining.data.packing import Packing, Piece, Sequence, encode, make_packer, to_sequence
 from peft_pretraining.data.position import Progress, resume_progress
 from peft_pretraining.data.sources import DocumentSource
 from peft_pretraining.errors import UserError
@@ -41,22 +42,6 @@ PREFETCHED = 2  # batches ready before they are asked for
 EMPTY_EPOCHS = 20  # times the number of readers: so many in a row without a document, and there is none
 MOST_SKIPPED = 64  # bad documents that a reader keeps to itself while it looks for a good one
 MOST_WARNINGS = 5  # for bad documents of a validation set
-
-
-@dataclass(frozen=True)
-class Batch:
-    """input_ids, targets: (B, L) int64; ``targets[b, t]`` is what follows ``input_ids[b, t]``, or IGNORED.
-
-    epoch: 0-based, the latest that a document of this batch came from.
-    position: plain JSON, all that this rank has consumed up to and including the batch; see train_batches.
-    skipped: a line for each document that could not be read on the way to it.
-    """
-
-    input_ids: torch.Tensor
-    targets: torch.Tensor
-    epoch: int
-    position: dict[str, Any] = field(default_factory=dict)
-    skipped: tuple[str, ...] = ()
 
 
 def train_batches(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
+from peft_pretraining.batch import IGNORED
 from peft_pretraining.data.order import Document, Skipped
 from peft_pretraining.data.position import Position
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
 Packing = Literal["concat", "truncate"]
 
-IGNORED = -100  # the target where nothing is to be predicted: what cross_entropy ignores
 CHUNK = 64  # documents given to the tokenizer at a time
 PIECE = 1_000_000  # characters: a longer document is tokenized in pieces, a chunk is no longer by more than one
 

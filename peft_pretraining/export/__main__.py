@@ -30,8 +30,9 @@ from peft_pretraining.data.tokenizer import Tokenizer, check_fits, load_tokenize
 from peft_pretraining.errors import Parser, UserError
 from peft_pretraining.export.folder import SHARD, appearing, write_weights
 from peft_pretraining.export.tokenizer import save_tokenizer, to_transformers
+from peft_pretraining.json_files import read_json
 from peft_pretraining.model.adapters import Adapters, merging
-from peft_pretraining.model.build import DTYPES, build_model, meta_model, read_config, read_json
+from peft_pretraining.model.build import DTYPES, build_model, meta_model, read_config
 from qgalore.storage.convert import quantize_module_weight
 from qgalore.storage.int8_weight import SimulatedInt8Weight
 

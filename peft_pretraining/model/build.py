@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from peft_pretraining.errors import UserError
+from peft_pretraining.json_files import read_json
 from peft_pretraining.model.adapters import Adapters, draw_factors, insert, is_factor
 from qgalore.param_groups import ParameterGroup, split_parameters
 from qgalore.storage.convert import quantize_module_weight
@@ -45,24 +46,6 @@ def read_config(path: str | Path) -> LlamaConfig:
         return LlamaConfig(**fields)
     except Exception as error:  # transformers' own checks raise classes of many kinds
         raise UserError(f"{path}: {' '.join(str(error).split())}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError where there is no file, no valid JSON or no object."""
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise UserError(f"{path} {place}: not valid JSON ({error.msg}).") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a text file in UTF-8.") from error
-    except OSError as error:
-        known = ", ".join(sorted(file.name for file in path.parent.glob("*.json") if file != path))
-        advice = f"There are: {known}." if known else f"There is no JSON file in {path.parent}."
-        raise UserError(f"{path}: cannot be read ({error.strerror}). {advice}") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"{path}: a JSON object is needed, not a {type(fields).__name__}.")
-    return fields
 
 
 def _check_sizes(path: Path, fields: dict[str, Any]) -> None:

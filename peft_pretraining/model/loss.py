@@ -42,7 +42,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import LlamaForCausalLM
 
-from peft_pretraining.data.loader import IGNORED
+from peft_pretraining.batch import IGNORED
 
 CHUNK_ELEMENTS = 1 << 24  # logits held at once: 64 MB in float32, 512 rows of a vocabulary of 32000
 

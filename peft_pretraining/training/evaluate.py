@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from peft_pretraining.batch import IGNORED
 from peft_pretraining.checkpoint.files import find_checkpoint
 from peft_pretraining.checkpoint.weights import is_transformers_folder, load_weights
-from peft_pretraining.data.loader import IGNORED
 from peft_pretraining.distributed import World
 from peft_pretraining.errors import UserError
 from peft_pretraining.model.loss import token_loss_sum

@@ -9,8 +9,9 @@ from typing import Any
 
 from transformers import LlamaForCausalLM
 
+from peft_pretraining.batch import Batch
 from peft_pretraining.checkpoint.writer import CheckpointWriter
-from peft_pretraining.data.loader import Batch, ValidationSet
+from peft_pretraining.data.loader import ValidationSet
 from peft_pretraining.distributed import World
 from peft_pretraining.training.evaluate import Evaluation
 from peft_pretraining.training.health import Health

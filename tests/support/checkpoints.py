@@ -12,7 +12,8 @@ import torch
 from loguru import logger
 
 from peft_pretraining.checkpoint import files as checkpoint_files
-from peft_pretraining.checkpoint.files import FILES, Snapshot, TensorFile, complete_checkpoints, read_json, verify
+from peft_pretraining.checkpoint.files import FILES, Snapshot, TensorFile, complete_checkpoints, verify
+from peft_pretraining.json_files import read_json
 
 WATCHED = [
     (os, "mkdir"),

@@ -1,0 +1,28 @@
+"""What training and evaluation are fed: token ids, and beside each the token that follows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+IGNORED = -100  # the target where nothing is to be predicted: what cross_entropy ignores
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some sequences, and where the data stands after them.
+
+    input_ids: (B, L) int64.
+    targets: (B, L) int64; `targets[b, t]` is the token that follows `input_ids[b, t]`, or IGNORED.
+    epoch: 0-based number of the latest epoch that a document of this batch came from.
+    position: plain JSON, all that this rank has consumed up to and including the batch; see train_batches.
+    skipped: one line for each document that could not be read on the way to this batch.
+    """
+
+    input_ids: Tensor
+    targets: Tensor
+    epoch: int
+    position: dict[str, Any] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
