@@ -19,7 +19,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 from loguru import logger
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from peft_pretraining.batch import IGNORED, Batch
 from peft_pretraining.checkpoint.start import check_data, choose_start
@@ -32,14 +32,9 @@ from peft_pretraining.distributed import World, make_deterministic, use_threads
 from peft_pretraining.errors import UserError
 from peft_pretraining.export.folder import save_model
 from peft_pretraining.model.adapters import Adapters, reset_if_due
-from peft_pretraining.model.build import (
-    DTYPES,
-    check_compiler,
-    meta_model,
-    prepare_model,
-    read_config,
-    resolve_dtype,
-)
+from peft_pretraining.model.build import check_compiler, meta_model, prepare_model
+from peft_pretraining.model.config import read_config
+from peft_pretraining.model.dtypes import DTYPES, resolve_dtype
 from peft_pretraining.model.loss import token_loss_sum
 from peft_pretraining.schedules import lr_ratio
 from peft_pretraining.training import report
@@ -119,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         report_end(run)
 
 
-def read_shape(args: argparse.Namespace, *, device: torch.device) -> tuple[LlamaConfig, torch.dtype]:
+def read_shape(args: argparse.Namespace, *, device: torch.device) -> tuple[PreTrainedConfig, torch.dtype]:
     """The model's config and the dtype of its weights. Raises UserError where they cannot be trained here."""
     config = read_config(args.model_config)
     dtype = resolve_dtype(args.dtype, device)
@@ -133,7 +128,7 @@ def read_shape(args: argparse.Namespace, *, device: torch.device) -> tuple[Llama
 
 
 def describe_training(
-    args: argparse.Namespace, *, config: LlamaConfig, recipe: Recipe, settings: Settings
+    args: argparse.Namespace, *, config: PreTrainedConfig, recipe: Recipe, settings: Settings
 ) -> list[dict[str, Any]]:
     """Who is trained how, one record a group of parameters, before any of them exists."""
     adapters = Adapters.of(vars(args))
@@ -170,7 +165,7 @@ def open_data(args: argparse.Namespace, *, vocab_size: int) -> tuple[Tokenizer, 
 
 
 def prepare_updates(
-    args: argparse.Namespace, *, model: LlamaForCausalLM, settings: Settings, sync: GradSync
+    args: argparse.Namespace, *, model: PreTrainedModel, settings: Settings, sync: GradSync
 ) -> WholeModelUpdates | PerLayerUpdates:
     """The optimizer that the arguments name over the model's parameters, and what drives it."""
     optimizer = create_optimizer(args.optimizer, groups=split_parameters(model), settings=settings, sync=sync)

@@ -72,7 +72,7 @@ def test_it_learns_and_says_what_it_keeps(tiny, larger, tmp_path, capsys):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_simulation_gives_the_same_losses_to_the_last_bit(tiny, larger, tmp_path, dtype, monkeypatch):
-    monkeypatch.setattr("peft_pretraining.model.build.native_bfloat16", lambda device: True)
+    monkeypatch.setattr("peft_pretraining.model.dtypes.native_bfloat16", lambda device: True)
     models = captured_model(monkeypatch)
     for name, switch in [("int8", None), ("simulated", True)]:
         run(tiny, tmp_path / name, model_config=larger, simulation=switch, dtype=dtype)

@@ -59,7 +59,7 @@ def test_every_way_to_train(tiny, tmp_path, flags):
 @pytest.mark.parametrize("optimizer", ["adamw", "galore_adamw", "q_galore_adamw8bit_per_layer"])
 def test_bfloat16(tiny, tmp_path, optimizer, monkeypatch):
     """Master weights of torch's optimizers are in the checkpoint; ours round stochastically by the update's number."""
-    monkeypatch.setattr("peft_pretraining.model.build.native_bfloat16", lambda device: True)  # slow, but right
+    monkeypatch.setattr("peft_pretraining.model.dtypes.native_bfloat16", lambda device: True)  # slow, but right
     low_rank = LOW_RANK if "galore" in optimizer else {}
     int8 = INT8 if optimizer.startswith("q_galore") else {}
     assert_halves_make_a_whole(tiny, tmp_path, optimizer=optimizer, dtype="bfloat16", **low_rank, **int8)

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from loguru import logger
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 
 from peft_pretraining.checkpoint.files import complete_checkpoints, find_checkpoint, newest_sound, verify
 from peft_pretraining.checkpoint.snapshot import read_state
 from peft_pretraining.checkpoint.weights import is_transformers_folder
 from peft_pretraining.data.fingerprint import describe_change
 from peft_pretraining.errors import UserError
-from peft_pretraining.model.build import read_config
+from peft_pretraining.model.config import read_config
 
 # Flags that may change from one part of a run to the next: where and how it runs, what it records, when it saves.
 HARMLESS = frozenset(
@@ -38,7 +38,7 @@ class Start:
     saved: dict[str, Any] = field(default_factory=dict)
 
 
-def choose_start(args: argparse.Namespace, *, config: LlamaConfig) -> Start:
+def choose_start(args: argparse.Namespace, *, config: PreTrainedConfig) -> Start:
     """What --continue_from and --resume ask for; --resume auto comes first, if there is something.
 
     Raises UserError where there is nothing, where it is damaged, or where the arguments would alter training.
@@ -75,7 +75,9 @@ def _refuse_a_taken_folder(save_dir: str | None) -> None:
         )
 
 
-def check_unchanged(checkpoint: Path, saved: dict[str, Any], args: argparse.Namespace, *, config: LlamaConfig) -> None:
+def check_unchanged(
+    checkpoint: Path, saved: dict[str, Any], args: argparse.Namespace, *, config: PreTrainedConfig
+) -> None:
     """Raises UserError that names the flags which would alter the training of the run in `checkpoint`.
 
     saved: the arguments of that run.  Those named by --allow_changed, and HARMLESS ones, may differ.
@@ -98,7 +100,7 @@ def check_unchanged(checkpoint: Path, saved: dict[str, Any], args: argparse.Name
         )
 
 
-def _shape(config: LlamaConfig) -> dict[str, Any]:
+def _shape(config: PreTrainedConfig) -> dict[str, Any]:
     """What makes two models different; names, versions and dtypes do not."""
     ignored = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
     return {name: value for name, value in config.to_dict().items() if name not in ignored}

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -25,14 +24,17 @@ from transformers.utils.logging import disable_progress_bar
 
 from peft_pretraining.checkpoint.files import find_checkpoint
 from peft_pretraining.checkpoint.files import verify as verify_checkpoint
-from peft_pretraining.checkpoint.weights import EMBEDDING, StoredWeights, load_weights, open_checkpoint
+from peft_pretraining.checkpoint.weights import StoredWeights, load_weights, open_checkpoint
 from peft_pretraining.data.tokenizer import Tokenizer, check_fits, load_tokenizer
 from peft_pretraining.errors import Parser, UserError
 from peft_pretraining.export.folder import SHARD, appearing, write_weights
 from peft_pretraining.export.tokenizer import save_tokenizer, to_transformers
 from peft_pretraining.json_files import read_json
 from peft_pretraining.model.adapters import Adapters, merging
-from peft_pretraining.model.build import DTYPES, build_model, meta_model, read_config
+from peft_pretraining.model.build import build_model, meta_model
+from peft_pretraining.model.config import read_config
+from peft_pretraining.model.dtypes import DTYPES
+from peft_pretraining.model.family import family_of
 from qgalore.storage.convert import quantize_module_weight
 from qgalore.storage.int8_weight import SimulatedInt8Weight
 
@@ -70,17 +72,20 @@ def export(
     adapters = Adapters.of(_args_of(checkpoint))
     structure = meta_model(config, adapters=adapters)
     weights.check({name: parameter.shape for name, parameter in structure.named_parameters()})
-    dtype = dtype or weights.dtype(EMBEDDING)
+    trained = weights.dtype(family_of(config).embedding_weight)
+    dtype = dtype or trained
     config.dtype, config.use_cache = dtype, True
     with appearing(out) as folder:
         _write_config_and_tokenizer(config, folder, checkpoint=checkpoint)
         like: dict[str, Tensor] = dict(meta_model(config, dtype=dtype).named_parameters())
         read = merging(weights.read, adapters, names=weights.names())
         write_weights(like, folder, read=read, max_shard_size=max_shard_size)
-        return _compare_logits(folder, weights, adapters=adapters, dtype=dtype) if verify else None
+        if not verify:
+            return None
+        return _compare_logits(folder, weights, adapters=adapters, dtype=dtype, trained=trained)
 
 
-def _write_config_and_tokenizer(config: LlamaConfig, folder: Path, *, checkpoint: Path) -> None:
+def _write_config_and_tokenizer(config: PreTrainedConfig, folder: Path, *, checkpoint: Path) -> None:
     """config.json, generation_config.json and the tokenizer's files; says so where the tokenizer has to be left out."""
     pad = config.pad_token_id
     try:
@@ -96,7 +101,7 @@ def _write_config_and_tokenizer(config: LlamaConfig, folder: Path, *, checkpoint
     GenerationConfig(**ids).save_pretrained(folder)
 
 
-def _tokenizer_of(checkpoint: Path, *, config: LlamaConfig) -> tuple[Tokenizer, PreTrainedTokenizerBase]:
+def _tokenizer_of(checkpoint: Path, *, config: PreTrainedConfig) -> tuple[Tokenizer, PreTrainedTokenizerBase]:
     """The run's tokenizer, and its counterpart in transformers. Raises UserError where one of them is not to be had."""
     spec = _args_of(checkpoint).get("tokenizer")
     if spec is None:
@@ -111,8 +116,13 @@ def _args_of(checkpoint: Path) -> dict[str, Any]:
     return read_json(checkpoint / "state.json").get("args", {})
 
 
-def _compare_logits(folder: Path, weights: StoredWeights, *, adapters: Adapters | None, dtype: torch.dtype) -> float:
+def _compare_logits(
+    folder: Path, weights: StoredWeights, *, adapters: Adapters | None, dtype: torch.dtype, trained: torch.dtype
+) -> float:
     """The largest difference of two logits, of the written model and of the trained one. One model exists at a time.
+
+    dtype: that of the written model.
+    trained: that in which the model was trained.
 
     Raises NotTheSameModel unless the written model and the trained weights, merged where there are adapters, agree to
     the last bit in the same dtype. A tolerance for the rounding to bfloat16 would have to be wide: with random weights,
@@ -127,8 +137,8 @@ def _compare_logits(folder: Path, weights: StoredWeights, *, adapters: Adapters 
         _check_merging(weights, adapters)
     if not torch.equal(written, twin):
         raise NotTheSameModel(f"the exported logits differ from the trained by {(written - twin).abs().max():.3g}.")
-    trained = _logits(_as_trained(weights, dtype=weights.dtype(EMBEDDING), adapters=adapters))
-    return (written - trained).abs().max().item()
+    original = _logits(_as_trained(weights, dtype=trained, adapters=adapters))
+    return (written - original).abs().max().item()
 
 
 def _check_merging(weights: StoredWeights, adapters: Adapters) -> None:
@@ -141,7 +151,7 @@ def _check_merging(weights: StoredWeights, adapters: Adapters) -> None:
 
 
 @torch.no_grad()
-def _merged(weights: StoredWeights, adapters: Adapters, *, dtype: torch.dtype) -> LlamaForCausalLM:
+def _merged(weights: StoredWeights, adapters: Adapters, *, dtype: torch.dtype) -> PreTrainedModel:
     """The model that was trained, as one without adapters."""
     model = build_model(read_config(weights.folder / "config.json"), device="cpu", dtype=dtype, seed=0)
     read = merging(weights.read, adapters, names=weights.names())
@@ -150,7 +160,7 @@ def _merged(weights: StoredWeights, adapters: Adapters, *, dtype: torch.dtype) -
     return model
 
 
-def _as_trained(weights: StoredWeights, *, dtype: torch.dtype, adapters: Adapters | None = None) -> LlamaForCausalLM:
+def _as_trained(weights: StoredWeights, *, dtype: torch.dtype, adapters: Adapters | None = None) -> PreTrainedModel:
     """The model that was trained, its 8-bit weights or adapters in place, computing in `dtype`."""
 
     def finish(name: str, module: nn.Module) -> None:

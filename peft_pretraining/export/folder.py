@@ -14,7 +14,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from peft_pretraining.errors import UserError
 from peft_pretraining.model.adapters import Adapters, merging
@@ -74,7 +74,7 @@ def _plain(weight: Tensor, *, dtype: torch.dtype) -> Tensor:
     return values.detach().cpu().contiguous()
 
 
-def save_model(model: LlamaForCausalLM, folder: Path, *, adapters: Adapters | None = None) -> None:
+def save_model(model: PreTrainedModel, folder: Path, *, adapters: Adapters | None = None) -> None:
     """The live model in its own dtype, for AutoModelForCausalLM. An older folder of that name is replaced.
 
     adapters: those in the model, which are merged into its weights on the way.

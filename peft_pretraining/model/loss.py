@@ -40,22 +40,24 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from peft_pretraining.batch import IGNORED
+from peft_pretraining.model.family import family_of
 
 CHUNK_ELEMENTS = 1 << 24  # logits held at once: 64 MB in float32, 512 rows of a vocabulary of 32000
 
 
-def token_loss_sum(model: LlamaForCausalLM, input_ids: Tensor, targets: Tensor) -> Tensor:
+def token_loss_sum(model: PreTrainedModel, input_ids: Tensor, targets: Tensor) -> Tensor:
     """The SUM of the next-token cross-entropies, in nats, over the targets that are not IGNORED.
 
     input_ids: (B, L) int64.  targets: (B, L) int64, already shifted: targets[b, t] follows input_ids[b, t].
     Returns a float32 scalar. Divide it by the number of targets of the whole update before backward.
     """
     # No attention mask: the sequences are full, and without one SDPA takes its causal kernel.
-    hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, L, hidden)
-    return head_loss_sum(hidden.flatten(0, 1), model.lm_head.weight, targets.flatten())
+    family = family_of(model.config)
+    hidden = family.part("body", model)(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, L, hidden)
+    return head_loss_sum(hidden.flatten(0, 1), family.part("head", model).weight, targets.flatten())
 
 
 def head_loss_sum(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_rows: int | None = None) -> Tensor:

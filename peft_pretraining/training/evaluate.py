@@ -7,13 +7,14 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from peft_pretraining.batch import IGNORED
 from peft_pretraining.checkpoint.files import find_checkpoint
 from peft_pretraining.checkpoint.weights import is_transformers_folder, load_weights
 from peft_pretraining.distributed import World
 from peft_pretraining.errors import UserError
+from peft_pretraining.model.family import family_of
 from peft_pretraining.model.loss import token_loss_sum
 
 
@@ -37,7 +38,7 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     batches: Iterable[Tokens],
     *,
     reduce_sum: Callable[[Tensor], Tensor] | None = None,
@@ -50,7 +51,7 @@ def evaluate(
     numbers of batches. The model is put back into the mode it was in, also after an error. Raises UserError where
     there is no target token on any rank.
     """
-    device = model.lm_head.weight.device
+    device = family_of(model.config).part("head", model).weight.device
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, tokens, ranks that were stopped
     was_training = model.training
     model.eval()
@@ -73,7 +74,7 @@ def evaluate(
     return Evaluation(loss, perplexity(loss), int(tokens))
 
 
-def evaluate_only(folder: str, *, model: LlamaForCausalLM, validation: Iterable[Tokens], world: World) -> None:
+def evaluate_only(folder: str, *, model: PreTrainedModel, validation: Iterable[Tokens], world: World) -> None:
     """Prints loss and perplexity of the weights in a checkpoint, a run's folder or a transformers folder."""
     place = Path(folder) if is_transformers_folder(folder) else find_checkpoint(Path(folder))
     load_weights(model, place)

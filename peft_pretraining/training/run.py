@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from peft_pretraining.batch import Batch
 from peft_pretraining.checkpoint.writer import CheckpointWriter
@@ -62,7 +62,7 @@ class Run:
     args: argparse.Namespace
     world: World
     save_dir: Path
-    model: LlamaForCausalLM
+    model: PreTrainedModel
     updates: WholeModelUpdates | PerLayerUpdates
     batches: Generator[Batch, None, None]
     validation: ValidationSet
