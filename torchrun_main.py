@@ -25,9 +25,10 @@ from peft_pretraining.batch import IGNORED, Batch
 from peft_pretraining.checkpoint.start import check_data, choose_start
 from peft_pretraining.checkpoint.writer import CheckpointWriter, choose_save_dir, prepare_save_dir
 from peft_pretraining.cli.args import parse_args, schedule_of
-from peft_pretraining.data.loader import ValidationSet, train_batches
+from peft_pretraining.data.loader import train_batches
 from peft_pretraining.data.sources import DocumentSource, open_documents
 from peft_pretraining.data.tokenizer import Tokenizer, check_fits, load_tokenizer
+from peft_pretraining.data.validation import ValidationSet
 from peft_pretraining.distributed import World, make_deterministic, use_threads
 from peft_pretraining.errors import UserError
 from peft_pretraining.export.folder import save_model

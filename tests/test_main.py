@@ -51,9 +51,9 @@ def test_the_saved_model_is_the_trained_one(tiny, tmp_path):
     """transformers loads it, and its own loss on the validation set is the one in the record."""
     run(tiny, tmp_path, num_training_steps=20, eval_tokens="1K", packing="truncate")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    from peft_pretraining.data.loader import ValidationSet
     from peft_pretraining.data.sources import open_documents
     from peft_pretraining.data.tokenizer import load_tokenizer
+    from peft_pretraining.data.validation import ValidationSet
 
     source = open_documents(str(tiny.data), split="validation", seed=0)
     held_out = ValidationSet(

@@ -10,7 +10,7 @@ from support.command_line import refusal
 from support.runs import losses, record
 
 import torchrun_main
-from peft_pretraining.training.health import FEWEST, Health, is_spike
+from peft_pretraining.training.health import MIN_LOSSES, Health, is_spike
 from peft_pretraining.training.metrics import Metrics
 
 LOSS = torchrun_main.token_loss_sum
@@ -95,13 +95,13 @@ def test_spikes_that_come_again_and_again_end_the_run(tiny, tmp_path, spoil, cap
 
 
 def test_what_a_spike_is():
-    losses = [3 + 0.01 * (i % 5) for i in range(FEWEST)]
+    losses = [3 + 0.01 * (i % 5) for i in range(MIN_LOSSES)]
     assert is_spike(3.5, losses=losses, factor=5) and not is_spike(3.05, losses=losses, factor=5)
     assert not is_spike(3.5, losses=losses, factor=0), "off"
     assert not is_spike(3.5, losses=losses[1:], factor=5), "too few to tell"
     assert not is_spike(1.0, losses=losses, factor=5), "lower is no spike"
     assert is_spike(3.5, losses=[*losses, 9.0, 9.0, 9.0], factor=5), "earlier spikes hide nothing"
-    assert not is_spike(3.0001, losses=[3.0] * FEWEST, factor=5), "a thousandth is nothing"
+    assert not is_spike(3.0001, losses=[3.0] * MIN_LOSSES, factor=5), "a thousandth is nothing"
 
 
 def test_health_remembers_a_window():

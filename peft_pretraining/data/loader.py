@@ -23,10 +23,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from loguru import logger
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from peft_pretraining.batch import IGNORED, Batch
+from peft_pretraining.batch import Batch
 from peft_pretraining.data.order import Skipped
 from peft_pretraining.data.packing import Packing, Piece, Sequence, encode, make_packer, to_sequence
 from peft_pretraining.data.position import Progress, resume_progress
@@ -40,8 +39,7 @@ T = TypeVar("T")
 
 PREFETCHED = 2  # batches ready before they are asked for
 EMPTY_EPOCHS = 20  # times the number of readers: so many in a row without a document, and there is none
-MOST_SKIPPED = 64  # bad documents that a reader keeps to itself while it looks for a good one
-MOST_WARNINGS = 5  # for bad documents of a validation set
+MAX_SKIPPED = 64  # bad documents that a reader keeps to itself while it looks for a good one
 
 
 def train_batches(
@@ -126,8 +124,8 @@ class _Sequences(IterableDataset):
                     skipped.clear()
                 continue
             skipped.append(item.reason)
-            if len(skipped) == MOST_SKIPPED:  # a sequence without targets, lest they be reported late or never
-                position = position._replace(reported=position.reported + MOST_SKIPPED)
+            if len(skipped) == MAX_SKIPPED:  # a sequence without targets, lest they be reported late or never
+                position = position._replace(reported=position.reported + MAX_SKIPPED)
                 nothing = to_sequence([], length=length, pad_id=self.tokenizer.pad_id)
                 yield Sequence(nothing, position, tuple(skipped))
                 skipped.clear()
@@ -162,7 +160,7 @@ def _deliver(
     del sequences  # now they end with the thread, not with the interpreter
     with closing(prefetcher) as batches:
         for batch in batches:
-            yield _to_device(batch, device)
+            yield batch.to(device)
 
 
 def _collate(sequences: Iterator[Sequence | UserError], *, batch_size: int, progress: Progress) -> Iterator[Batch]:
@@ -176,7 +174,7 @@ def _collate(sequences: Iterator[Sequence | UserError], *, batch_size: int, prog
         assert chosen, "the sequences never end"
         tokens = torch.from_numpy(np.stack([sequence.tokens for sequence in chosen]))  # (B, 2, L) int32
         yield replace(
-            _batch(tokens, epoch=max(sequence.position.epoch for sequence in chosen)),
+            Batch.of(tokens, epoch=max(sequence.position.epoch for sequence in chosen)),
             position=progress.to_json(),
             skipped=tuple(reason for sequence in chosen for reason in sequence.skipped),
         )
@@ -220,22 +218,6 @@ def _stop(thread: threading.Thread, ready: queue.Queue, stopped: threading.Event
     finish()
 
 
-def _batch(tokens: torch.Tensor, *, epoch: int) -> Batch:
-    """tokens: (B, 2, L) int32."""
-    input_ids, targets = tokens.long().unbind(1)
-    return Batch(input_ids.contiguous(), targets.contiguous(), epoch)
-
-
-def _to_device(batch: Batch, device: torch.device) -> Batch:
-    if device.type != "cuda":
-        return replace(batch, input_ids=batch.input_ids.to(device), targets=batch.targets.to(device))
-    # In the caller's thread, because the current GPU is a property of the thread. Pinned, so that nobody waits for it.
-    input_ids, targets = (
-        tensor.pin_memory().to(device, non_blocking=True) for tensor in (batch.input_ids, batch.targets)
-    )
-    return replace(batch, input_ids=input_ids, targets=targets)
-
-
 def _identity(item: T) -> T:
     return item
 
@@ -248,79 +230,3 @@ def _leave_signals_to_the_main_process(worker_id: int) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-
-
-class ValidationSet:
-    """The first ``tokens`` target tokens of the validation stream, read once; iterates over this rank's batches.
-
-    The same targets for any world size and batch size: sequence i belongs to rank i % world_size. All ranks have as
-    many batches, because they compute a sharded model together: where sequences run out, a row has no target at all.
-
-    Raises UserError where there is no validation document.
-    """
-
-    def __init__(
-        self,
-        source: DocumentSource,
-        tokenizer: Tokenizer,
-        *,
-        tokens: int,
-        batch_size: int,
-        max_length: int,
-        packing: Packing,
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        assert tokens >= 1 and batch_size >= 1 and max_length >= 2 and 0 <= rank < world_size
-        self.batch_size = batch_size
-        self.device = torch.device(device)
-        windows = _validation_windows(source, tokenizer, packing=packing, length=max_length)
-        sequences, self.tokens = _take_targets(windows, tokens=tokens)
-        if not sequences:
-            raise UserError(f"no validation document in {source.name}. Give some with --validation PATH.")
-        nothing = to_sequence([], length=max_length, pad_id=tokenizer.pad_id)
-        sequences += [nothing] * (-len(sequences) % world_size)
-        self.sequences = torch.from_numpy(np.stack(sequences[rank::world_size]))  # (N, 2, L) int32
-
-    def __len__(self) -> int:
-        """Batches of this rank; the same for all ranks."""
-        return -(-len(self.sequences) // self.batch_size)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for tokens in self.sequences.split(self.batch_size):
-            yield _to_device(_batch(tokens, epoch=0), self.device)
-
-
-def _validation_windows(
-    source: DocumentSource, tokenizer: Tokenizer, *, packing: Packing, length: int
-) -> Iterator[np.ndarray]:
-    """(2, length) int32 each, all of the source. Bad documents are left out with a warning when the reading ends."""
-    packer = make_packer(packing, tokenizer, length=length)
-    skipped: list[str] = []
-    try:
-        for item in encode(source.read(epoch=0, reader=0, readers=1), tokenizer):
-            if isinstance(item, Skipped):
-                skipped.append(item.reason)
-            else:
-                yield from (sequence.tokens for sequence in packer.add(item))
-        yield from packer.end()
-    finally:
-        for reason in skipped[:MOST_WARNINGS]:
-            logger.warning(f"skipped a validation document: {reason}")
-        if len(skipped) > MOST_WARNINGS:
-            logger.warning(f"skipped {len(skipped) - MOST_WARNINGS} more validation documents")
-
-
-def _take_targets(sequences: Iterator[np.ndarray], *, tokens: int) -> tuple[list[np.ndarray], int]:
-    """The first sequences that hold ``tokens`` targets, and how many they hold; what is beyond becomes IGNORED."""
-    taken: list[np.ndarray] = []
-    missing = tokens
-    for sequence in sequences:
-        taken.append(sequence)
-        places = np.flatnonzero(sequence[1] != IGNORED)
-        sequence[1, places[missing:]] = IGNORED
-        missing -= min(missing, len(places))
-        if missing == 0:
-            break
-    return taken, tokens - missing

@@ -24,7 +24,7 @@ from peft_pretraining.errors import UserError
 Split = Literal["train", "validation"]
 
 HELD_OUT = 100  # one document in so many is held out for validation where there is no validation split
-MOST_UNREADABLE = 1000  # records in a row from the start: with so many, the data set is not what it should be
+MAX_UNREADABLE = 1000  # records in a row from the start: with so many, the data set is not what it should be
 
 
 class DocumentSource(Protocol):
@@ -116,14 +116,14 @@ class LocalDocuments(OrderedDocuments[Path]):
         return self.keep == "all" or split_of(text) == self.keep
 
     def check(self) -> None:
-        """Decodes records up to the first document that has text, or up to MOST_UNREADABLE that cannot be read."""
+        """Decodes records up to the first document that has text, or up to MAX_UNREADABLE that cannot be read."""
         problems: list[str] = []
         for record in chain.from_iterable(map(read_records, self.files)):
             try:
                 text = record.text()
             except UserError as error:
                 problems.append(str(error))
-                if len(problems) == MOST_UNREADABLE:
+                if len(problems) == MAX_UNREADABLE:
                     break
             else:
                 if text.strip() and self.keeps(text):

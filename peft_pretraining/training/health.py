@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 WINDOW = 128  # losses that a new one is compared with
-FEWEST = 32  # losses below which there is no telling
+MIN_LOSSES = 32  # losses below which there is no telling
 TO_SIGMA = 1.4826  # standard deviations of a normal distribution to its median absolute deviation
 
 
@@ -39,7 +39,7 @@ def is_spike(loss: float, *, losses: Sequence[float], factor: float) -> bool:
     The deviation is the median absolute one, so that earlier spikes do not hide this one; at least a thousandth of the
     median, so that a loss which hardly moves has no spikes of nothing. factor 0: never.
     """
-    if not factor or len(losses) < FEWEST:
+    if not factor or len(losses) < MIN_LOSSES:
         return False
     middle = median(losses)
     deviation = TO_SIGMA * median(abs(other - middle) for other in losses)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from peft_pretraining.batch import Batch
 from peft_pretraining.checkpoint.writer import CheckpointWriter
-from peft_pretraining.data.loader import ValidationSet
+from peft_pretraining.data.validation import ValidationSet
 from peft_pretraining.distributed import World
 from peft_pretraining.training.evaluate import Evaluation
 from peft_pretraining.training.health import Health

@@ -26,7 +26,7 @@ from peft_pretraining.training.health import is_spike
 from peft_pretraining.training.run import Run, State
 from qgalore.outcome import Outcome
 
-MOST_ROLLBACKS = 5  # to one checkpoint: spikes that come again whatever the data are no accident
+MAX_ROLLBACKS = 5  # to one checkpoint: spikes that come again whatever the data are no accident
 
 
 def save(run: Run) -> None:
@@ -134,9 +134,9 @@ def roll_back(run: Run, *, loss: float) -> None:
     if checkpoint is None:
         logger.warning(f"update {state.update}: loss {loss:.4f} is a spike, but there is no checkpoint to go back to")
         return
-    if state.health.rollbacks_since_save == MOST_ROLLBACKS:
+    if state.health.rollbacks_since_save == MAX_ROLLBACKS:
         raise UserError(
-            f"the loss has spiked {MOST_ROLLBACKS + 1} times after {checkpoint}, on different data. A lower --lr or "
+            f"the loss has spiked {MAX_ROLLBACKS + 1} times after {checkpoint}, on different data. A lower --lr or "
             "--grad_clipping 1.0 may help; or raise --spike_rollback."
         )
     _restore(run, checkpoint)
