@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # From where?
     start = choose_start(args, config=config)
-    save_dir = choose_save_dir(args.save_dir, model_config=args.model_config, checkpoint=start.checkpoint)
+    save_dir = choose_save_dir(args.save_dir, model_config=args.model_config, checkpoint=start.folder)
     if world.is_main and not (args.dry_run or args.eval_only):
         prepare_save_dir(save_dir)
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 from support.command_line import refusal
@@ -14,6 +15,7 @@ from support.resumed_runs import INT8, LOW_RANK, assert_halves_make_a_whole, che
 from support.runs import ROOT, losses, record, run, torchrun
 
 import torchrun_main
+from peft_pretraining.checkpoint import files
 from peft_pretraining.checkpoint.start import HARMLESS
 from qgalore.factory import OPTIMIZERS
 
@@ -111,6 +113,16 @@ def test_auto_takes_the_newest_sound_checkpoint(tiny, tmp_path, capsys):
     assert (aside / "model.safetensors").read_bytes() == content, "kept, under a name that nobody resumes from"
     assert [line["update"] for line in record(tmp_path, "update")] == [1, 2, 3, 4, 5, 6, 5, 6]
     assert losses(tmp_path)[4:6] == losses(tmp_path)[6:]
+
+
+@pytest.mark.parametrize("how", ["continue_from", "resume"])
+def test_every_file_of_a_checkpoint_is_hashed_once(tiny, tmp_path, monkeypatch, how):
+    """From the start of the program to the restored run; what the run saves later has other names."""
+    run(tiny, tmp_path, save_every=3)
+    folder, hashed, sha256 = checkpoint(tmp_path, 6), Counter(), files._sha256
+    monkeypatch.setattr(files, "_sha256", lambda path: hashed.update([path]) or sha256(path))
+    run(tiny, tmp_path, **{how: "auto" if how == "resume" else folder})
+    assert hashed == {folder / name: 1 for name in files.FILES}
 
 
 def test_a_damaged_checkpoint_is_refused_by_name(tiny, tmp_path, capsys):

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from peft_pretraining.checkpoint.files import open_tensors
 from peft_pretraining.errors import UserError
 from peft_pretraining.model.adapters import base_parameters
 from peft_pretraining.model.config import read_config
@@ -49,7 +49,12 @@ class Quantized:
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """The weights in a folder. files: the file of each tensor, by the tensor's name.  quantized: the 8-bit weights."""
+    """The weights in a folder.
+
+    folder: where they are, for messages.
+    files: the file of each tensor, by the tensor's name.
+    quantized: the 8-bit weights, by name.
+    """
 
     folder: Path
     files: Mapping[str, Path]
@@ -95,7 +100,7 @@ class StoredWeights:
         path = self.files.get(stored)
         if path is None:
             raise UserError(f"{self.folder}: {stored} is missing.")
-        with _opened(path) as file:
+        with open_tensors(path) as file:
             if stored not in file.keys():
                 raise UserError(f"{path}: {stored} is missing.")
             header = file.get_slice(stored)
@@ -151,7 +156,7 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
 def open_checkpoint(folder: Path) -> StoredWeights:
     """The weights of a checkpoint of ours. Raises UserError where it cannot be read."""
     path = folder / "model.safetensors"
-    with _opened(path) as file:
+    with open_tensors(path) as file:
         files, metadata = dict.fromkeys(file.keys(), path), file.metadata() or {}
     try:
         quantized = {
@@ -172,7 +177,7 @@ def open_transformers(folder: Path) -> StoredWeights:
     """The weights of a transformers folder, in one file or in shards. Raises UserError where it cannot be read."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.is_file():
-        with _opened(whole) as file:
+        with open_tensors(whole) as file:
             files = dict.fromkeys(file.keys(), whole)
     elif index.is_file():
         files = _read_index(index)
@@ -249,16 +254,6 @@ def _and_more(names: Collection[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
-def _opened(path: Path) -> Any:
-    """The safetensors file, its header read."""
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file.") from error
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: damaged, or not a safetensors file ({error}).") from error
-
-
 def _read_tensor(path: Path, name: str) -> Tensor:
-    with _opened(path) as file:
+    with open_tensors(path) as file:
         return file.get_tensor(name)

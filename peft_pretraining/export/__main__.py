@@ -22,14 +22,12 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from peft_pretraining.checkpoint.files import find_checkpoint
-from peft_pretraining.checkpoint.files import verify as verify_checkpoint
+from peft_pretraining.checkpoint.files import CONFIG, STATE, Checkpoint, find_checkpoint
 from peft_pretraining.checkpoint.weights import StoredWeights, load_weights, open_checkpoint
 from peft_pretraining.data.tokenizer import Tokenizer, check_fits, load_tokenizer
 from peft_pretraining.errors import Parser, UserError
 from peft_pretraining.export.folder import SHARD, appearing, write_weights
 from peft_pretraining.export.tokenizer import save_tokenizer, to_transformers
-from peft_pretraining.json_files import read_json
 from peft_pretraining.model.adapters import Adapters, merging
 from peft_pretraining.model.build import build_model, meta_model
 from peft_pretraining.model.config import read_config
@@ -65,18 +63,17 @@ def export(
     NotTheSameModel where the logits differ from those of the trained weights in the same dtype by anything at all, or
     where merging moves logits in float32 by more than MERGED of the largest.
     """
-    checkpoint = find_checkpoint(checkpoint)
-    verify_checkpoint(checkpoint)
-    config = read_config(checkpoint / "config.json")
-    weights = open_checkpoint(checkpoint)
-    adapters = Adapters.of(_args_of(checkpoint))
+    opened = Checkpoint.open(find_checkpoint(checkpoint)).verify()
+    config = read_config(opened.file(CONFIG))
+    weights = open_checkpoint(opened.folder)
+    adapters = Adapters.of(_args_of(opened))
     structure = meta_model(config, adapters=adapters)
     weights.check({name: parameter.shape for name, parameter in structure.named_parameters()})
     trained = weights.dtype(family_of(config).embedding_weight)
     dtype = dtype or trained
     config.dtype, config.use_cache = dtype, True
     with appearing(out) as folder:
-        _write_config_and_tokenizer(config, folder, checkpoint=checkpoint)
+        _write_config_and_tokenizer(config, folder, checkpoint=opened)
         like: dict[str, Tensor] = dict(meta_model(config, dtype=dtype).named_parameters())
         read = merging(weights.read, adapters, names=weights.names())
         write_weights(like, folder, read=read, max_shard_size=max_shard_size)
@@ -85,7 +82,7 @@ def export(
         return _compare_logits(folder, weights, adapters=adapters, dtype=dtype, trained=trained)
 
 
-def _write_config_and_tokenizer(config: PreTrainedConfig, folder: Path, *, checkpoint: Path) -> None:
+def _write_config_and_tokenizer(config: PreTrainedConfig, folder: Path, *, checkpoint: Checkpoint) -> None:
     """config.json, generation_config.json and the tokenizer's files; says so where the tokenizer has to be left out."""
     pad = config.pad_token_id
     try:
@@ -101,19 +98,19 @@ def _write_config_and_tokenizer(config: PreTrainedConfig, folder: Path, *, check
     GenerationConfig(**ids).save_pretrained(folder)
 
 
-def _tokenizer_of(checkpoint: Path, *, config: PreTrainedConfig) -> tuple[Tokenizer, PreTrainedTokenizerBase]:
+def _tokenizer_of(checkpoint: Checkpoint, *, config: PreTrainedConfig) -> tuple[Tokenizer, PreTrainedTokenizerBase]:
     """The run's tokenizer, and its counterpart in transformers. Raises UserError where one of them is not to be had."""
     spec = _args_of(checkpoint).get("tokenizer")
     if spec is None:
-        raise UserError(f"{checkpoint / 'state.json'} does not name it.")
+        raise UserError(f"{checkpoint.folder / STATE} does not name it.")
     original = load_tokenizer(spec)
     check_fits(original, vocab_size=config.vocab_size)
     return original, to_transformers(original, max_length=config.max_position_embeddings)
 
 
-def _args_of(checkpoint: Path) -> dict[str, Any]:
+def _args_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """The arguments of the run that the checkpoint is of."""
-    return read_json(checkpoint / "state.json").get("args", {})
+    return checkpoint.state.get("args", {})
 
 
 def _compare_logits(

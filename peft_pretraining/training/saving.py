@@ -10,15 +10,9 @@ from typing import Any
 from loguru import logger
 from torch import Tensor
 
-from peft_pretraining.checkpoint.files import complete_checkpoints
-from peft_pretraining.checkpoint.snapshot import (
-    read_state,
-    restore_model,
-    restore_optimizer,
-    restore_rng,
-    take_snapshot,
-)
-from peft_pretraining.checkpoint.start import Start, same_folder
+from peft_pretraining.checkpoint.files import Checkpoint, complete_checkpoints
+from peft_pretraining.checkpoint.snapshot import restore_model, restore_optimizer, restore_rng, take_snapshot
+from peft_pretraining.checkpoint.start import StartingPoint, same_folder
 from peft_pretraining.checkpoint.weights import load_initial_weights
 from peft_pretraining.errors import UserError
 from peft_pretraining.training import report
@@ -60,7 +54,7 @@ def _progress(run: Run, positions: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def begin(run: Run, start: Start) -> None:
+def begin(run: Run, start: StartingPoint) -> None:
     """Puts weights, optimizer and state where `start` says. Raises UserError where they do not fit."""
     if start.weights is not None:
         load_initial_weights(run.model, start.weights)
@@ -70,28 +64,28 @@ def begin(run: Run, start: Start) -> None:
         restore_rng(start.checkpoint)
         run.state = State.from_json(start.saved["state"])
         run.state.position = start.saved["positions"][run.world.rank] if _same_ranks(run, start) else {}
-        if same_folder(start.checkpoint.parent, run.save_dir):
-            _set_aside(run, start.checkpoint)
-        run.metrics.resume(update=run.state.update, checkpoint=str(start.checkpoint))
-        logger.info(f"going on from {start.checkpoint}, after update {run.state.update}")
+        if same_folder(start.checkpoint.folder.parent, run.save_dir):
+            _set_aside(run, later_than=start.checkpoint.folder)
+        run.metrics.resume(update=run.state.update, checkpoint=str(start.folder))
+        logger.info(f"going on from {start.folder}, after update {run.state.update}")
         if not _same_ranks(run, start):
             logger.warning(f"the checkpoint is of {start.saved['processes']} processes, this run of {run.world.size}")
 
 
-def _set_aside(run: Run, checkpoint: Path) -> None:
+def _set_aside(run: Run, *, later_than: Path) -> None:
     """Later checkpoints in the folder are of a way not taken: --resume auto shall not find them."""
-    later = [other for other in complete_checkpoints(run.save_dir) if other.name > checkpoint.name]
+    later = [other for other in complete_checkpoints(run.save_dir) if other.name > later_than.name]
     for other in later if run.writer is not None else []:
         aside = other.with_name(f"abandoned-{time.strftime('%Y%m%d-%H%M%S')}-{other.name}")
         other.rename(aside)
         logger.warning(f"{other} is later than the checkpoint that the run goes on from: it is now {aside.name}")
 
 
-def _same_ranks(run: Run, start: Start) -> bool:
+def _same_ranks(run: Run, start: StartingPoint) -> bool:
     return start.saved["processes"] == run.world.size
 
 
-def _restore(run: Run, checkpoint: Path) -> None:
+def _restore(run: Run, checkpoint: Checkpoint) -> None:
     restore_model(run.model, checkpoint)
     names: dict[Tensor, str] = {p: name for name, p in run.model.named_parameters()}
     restore_optimizer(run.updates.optimizer, checkpoint, names=names)
@@ -139,8 +133,9 @@ def roll_back(run: Run, *, loss: float) -> None:
             f"the loss has spiked {MAX_ROLLBACKS + 1} times after {checkpoint}, on different data. A lower --lr or "
             "--grad_clipping 1.0 may help; or raise --spike_rollback."
         )
-    _restore(run, checkpoint)
-    saved = State.from_json(read_state(checkpoint)["state"])
+    opened = Checkpoint.open(checkpoint)
+    _restore(run, opened)
+    saved = State.from_json(opened.state["state"])
     health = replace(
         state.health,
         losses=saved.health.losses,
