@@ -7,6 +7,7 @@ import torch
 from support.runs import losses, record
 
 import torchrun_main
+from peft_pretraining.training import opening
 from qgalore.storage.int8_weight import Int8Weight, SimulatedInt8Weight
 
 ALL_FLAGS = dict(
@@ -43,8 +44,8 @@ def captured_model(monkeypatch) -> list:
         models.append(original(*args, **kwargs))
         return models[-1]
 
-    original = torchrun_main.prepare_model
-    monkeypatch.setattr(torchrun_main, "prepare_model", build)
+    original = opening.prepare_model
+    monkeypatch.setattr(opening, "prepare_model", build)
     return models
 
 

@@ -29,7 +29,12 @@ class Tokens(Protocol):
 
 
 class Evaluation(NamedTuple):
-    """loss: nats per target token.  perplexity: exp(loss), inf beyond a float.  tokens: the targets it is made of."""
+    """The result of one evaluation.
+
+    loss: mean over the target tokens, in nats.
+    perplexity: exp(loss), inf where that is beyond a float.
+    tokens: number of target tokens.
+    """
 
     loss: float
     perplexity: float
@@ -46,10 +51,11 @@ def evaluate(
 ) -> Evaluation | None:
     """The mean loss over all target tokens of all batches and ranks: not a mean of batch means.
 
+    reduce_sum: returns the sum over the ranks of a float64 tensor; None where this process is alone.
     stop: asked before every batch; where it says yes on any rank, there is no evaluation and None is returned.
-    reduce_sum: returns the sum over the ranks of a float64 tensor; None for a process alone. Ranks may hold different
-    numbers of batches. The model is put back into the mode it was in, also after an error. Raises UserError where
-    there is no target token on any rank.
+
+    Ranks may hold different numbers of batches. The model is put back into the mode it was in, also after an error.
+    Raises UserError where there is no target token on any rank.
     """
     device = family_of(model.config).part("head", model).weight.device
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, tokens, ranks that were stopped
@@ -88,7 +94,7 @@ def evaluate_only(folder: str, *, model: PreTrainedModel, validation: Iterable[T
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), or inf where that is beyond a float.  loss: nats per token."""
+    """exp of a loss in nats per token, or inf where that is beyond a float."""
     try:
         return math.exp(loss)
     except OverflowError:
