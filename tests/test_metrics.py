@@ -45,6 +45,7 @@ def test_every_event_reaches_every_sink_until_the_record_is_closed():
     record.event("update", update=1, loss=3.0)
     record.event("eval", update=1, loss=2.5)
     record.event("rollback", update=2, to=1)
+    record.event("subspace_details", name="q_proj", update=2)
     for _ in range(2):
         record.close()
     record.event("update", update=2, loss=2.0)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PREFETCHED = 2  # batches ready before they are asked for
-EMPTY_EPOCHS = 20  # times the number of readers: so many in a row without a document, and there is none
+EMPTY_EPOCHS = 20  # times the number of readers: epochs in a row without a document, after which there is none
 MAX_SKIPPED = 64  # bad documents that a reader keeps to itself while it looks for a good one
 
 
@@ -57,12 +57,14 @@ def train_batches(
 ) -> Generator[Batch, None, None]:
     """Endless batches of this rank, epoch after reshuffled epoch; the same ones for the same arguments.
 
-    batch_size: sequences, B. max_length: tokens of a sequence, L. workers: processes that read and tokenize, or 0.
-    resume: ``Batch.position`` of the last batch of each rank, by rank. With as many ranks and workers (0 is 1), the
+    batch_size: sequences in a batch, B.
+    max_length: tokens of a sequence, L.
+    workers: processes that read and tokenize; 0 for a thread of this one.
+    resume: `Batch.position` of the last batch of each rank, by rank. With as many ranks and workers (0 is 1), the
         batches go on exactly; with others, no document is lost, and read twice are only those cut in the middle.
-    Batches arrive on ``device``, the next ones made in the background. Closing the iterator ends thread and workers.
+    Batches arrive on `device`, the next ones made in the background. Closing the iterator ends thread and workers.
 
-    A document that cannot be read is left out and named in ``Batch.skipped``.
+    A document that cannot be read is left out and named in `Batch.skipped`.
     Raises UserError, also from inside a worker, where a file is gone or there is no document at all.
     """
     assert batch_size >= 1 and max_length >= 2 and 0 <= rank < world_size
@@ -124,7 +126,7 @@ class _Sequences(IterableDataset):
                     skipped.clear()
                 continue
             skipped.append(item.reason)
-            if len(skipped) == MAX_SKIPPED:  # a sequence without targets, lest they be reported late or never
+            if len(skipped) == MAX_SKIPPED:  # report them now, with a sequence that has no targets
                 position = position._replace(reported=position.reported + MAX_SKIPPED)
                 nothing = to_sequence([], length=length, pad_id=self.tokenizer.pad_id)
                 yield Sequence(nothing, position, tuple(skipped))
@@ -181,7 +183,7 @@ def _collate(sequences: Iterator[Sequence | UserError], *, batch_size: int, prog
 
 
 class _Prefetcher(Iterator[T]):
-    """``items``, made ahead of time by a thread. ``close()`` ends the thread, then calls ``finish``.
+    """`items`, made ahead of time by a thread. `close()` ends the thread, then calls `finish`.
 
     A process that exits with the thread running closes it too: frozen in the midst of a tensor, it would abort instead.
     """

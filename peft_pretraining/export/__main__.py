@@ -55,8 +55,9 @@ def export(
 ) -> float | None:
     """Writes the transformers folder `out`, which is complete or absent at any moment.
 
-    checkpoint: a checkpoint, or a run's folder, whose newest is taken.  dtype: of the written weights, by default the
-    one in which they appear in training.  max_shard_size: of one file, such as "500MB".
+    checkpoint: a checkpoint, or a run's folder, whose newest checkpoint is taken.
+    dtype: the dtype of the written weights, by default the one in which they appear in training.
+    max_shard_size: the size of the largest file, such as "500MB".
     verify: loads what was written and compares its logits with those of the trained weights, 8-bit ones in place.
     Returns the largest difference to the logits as trained: 0, or what another `dtype` or the rounding of merged
     weights makes of them; None where not verified. Raises UserError where something cannot be read or written,
@@ -99,7 +100,7 @@ def _write_config_and_tokenizer(config: PreTrainedConfig, folder: Path, *, check
 
 
 def _tokenizer_of(checkpoint: Checkpoint, *, config: PreTrainedConfig) -> tuple[Tokenizer, PreTrainedTokenizerBase]:
-    """The run's tokenizer, and its counterpart in transformers. Raises UserError where one of them is not to be had."""
+    """The run's tokenizer, and its counterpart in transformers. Raises UserError where one of them does not exist."""
     spec = _args_of(checkpoint).get("tokenizer")
     if spec is None:
         raise UserError(f"{checkpoint.folder / STATE} does not name it.")

@@ -53,8 +53,9 @@ def write_weights(
 ) -> None:
     """Weights as safetensors and, where they are several files, their index.
 
-    like: name to a tensor of the shape and dtype to write, on the meta device if you like.  read: gives the weight of
-    that name, an Int8Weight or an ordinary tensor, from wherever it is.  Raises UserError for a size of no sense.
+    like: for each name a tensor of the shape and dtype to write, which may be on the meta device.
+    read: gives the weight of a name, an Int8Weight or an ordinary tensor.
+    max_shard_size: the size of the largest file. Raises UserError where it is not a size.
     """
     try:
         split = split_torch_state_dict_into_shards(dict(like), max_shard_size=max_shard_size)

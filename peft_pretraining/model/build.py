@@ -135,7 +135,11 @@ def weight_quantizer(args: argparse.Namespace, *, groups: Sequence[ParameterGrou
 
 @torch.no_grad()
 def _initialize(module: nn.Module, *, std: float, generator: torch.Generator | None, norm: str) -> None:
-    """Fills the weights that belong to `module` itself, not to its children. norm: see Family."""
+    """Fills the weights that belong to `module` itself, not to its children.
+
+    std: standard deviation of the weights of linear layers and embeddings.
+    norm: the end of the names of the norms' classes, see Family.
+    """
     for name, weight in module.named_parameters(recurse=False):
         if name == "bias":
             weight.zero_()

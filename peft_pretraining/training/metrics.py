@@ -61,8 +61,8 @@ class Record:
         self.sinks = sinks
         self.wandb_id = wandb_id
 
-    def event(self, name: str, **fields: Any) -> None:
-        """Hands an event to each sink, in their order."""
+    def event(self, name: str, /, **fields: Any) -> None:
+        """Hands an event to each sink, in their order. A field may be called "name", too."""
         for sink in self.sinks:
             sink.event(name, fields)
 
