@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from support.checkpoints import fail_at, logged, names, saved_updates, snapshot
 
+from peft_pretraining.checkpoint import files
 from peft_pretraining.checkpoint.files import (
     FILES,
     Checkpoint,
@@ -148,6 +149,19 @@ def test_a_damaged_file_is_named(damage, name, tmp_path):
     with logged("WARNING") as warnings:
         assert newest_sound(tmp_path).folder == older
     assert len(warnings) == 1 and newer.name in warnings[0] and name in warnings[0]
+
+
+def test_a_checkpoint_hashes_what_it_reads_and_no_file_twice(tmp_path, monkeypatch):
+    folder, hashed, sha256 = write_checkpoint(tmp_path, snapshot(7)), [], files._sha256
+    monkeypatch.setattr(files, "_sha256", lambda path: hashed.append(path.name) or sha256(path))
+    checkpoint = Checkpoint.open(folder)
+    assert checkpoint.update == 7 and checkpoint.folder == folder and hashed == []
+    assert checkpoint.state == checkpoint.state == {"update": 7} and hashed == ["state.json"]
+    for _ in range(2):
+        with checkpoint.tensors("model.safetensors") as file:
+            assert torch.equal(file.get_tensor("weight"), torch.zeros(64))
+    assert hashed == ["state.json", "model.safetensors"]
+    assert checkpoint.verify() is checkpoint.verify() and sorted(hashed) == sorted(FILES)
 
 
 def manifest_of(files=None, **changes) -> str:
