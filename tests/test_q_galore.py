@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from support.runs import losses, record
+from support.runs import losses, record, torchrun
 
 import torchrun_main
 from peft_pretraining.training import opening
@@ -124,8 +124,6 @@ def test_clipping_per_parameter_is_said(tiny, tmp_path, capsys):
 
 def test_two_ranks_are_one(tiny, larger, tmp_path):
     """The reference's INT8 path supports no data parallelism. Here the ranks sum at rank size, inside backward."""
-    from runs import torchrun
-
     flags = dict(model_config=larger, total_batch_size=16, workers=2, lr=0.003)
     run(tiny, tmp_path / "one", **flags)
     result = torchrun(tiny.flags(tmp_path / "two", **ALL_FLAGS | flags | {"workers": 1}), processes=2)
