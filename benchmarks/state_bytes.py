@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 from peft_pretraining.errors import UserError
-from peft_pretraining.model.build import build_model, meta_model, read_config, weight_quantizer
+from peft_pretraining.model.build import build_model, meta_model, weight_quantizer
+from peft_pretraining.model.config import read_config
 from peft_pretraining.training.report import format_table
 from qgalore.factory import Settings, create_optimizer, find_recipe
 from qgalore.memory import kept_bytes

@@ -16,7 +16,14 @@ from peft_pretraining.errors import UserError
 
 @dataclass(frozen=True)
 class World:
-    """This process among the data-parallel ones, as torchrun describes it; alone without torchrun."""
+    """This process among the data-parallel ones, as torchrun describes it; alone without torchrun.
+
+    rank: 0-based number of this process.
+    size: number of processes.
+    local_rank: 0-based number of this process on its machine.
+    local_size: number of processes on this machine.
+    device: where this process trains.
+    """
 
     rank: int = 0
     size: int = 1

@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from peft_pretraining.checkpoint.files import Checkpoint
 from peft_pretraining.checkpoint.snapshot import restore_model
 from peft_pretraining.errors import UserError
 from peft_pretraining.export.__main__ import export
@@ -226,7 +227,7 @@ def test_a_checkpoint_of_another_rank_or_kind_is_refused(tmp_path):
     folder = write_checkpoint(build(LORA), tmp_path / "checkpoint-3")
     for adapters in (None, LOW_RANK, Adapters("lora", rank=8, alpha=8)):
         with pytest.raises(UserError, match="does not fit"):
-            restore_model(build(adapters), folder)
+            restore_model(build(adapters), Checkpoint.open(folder))
 
 
 def test_what_adapters_keep_is_counted():

@@ -85,7 +85,7 @@ def test_a_folder_that_cannot_be_written(tiny, tmp_path, capsys, save_dir):
 
 
 def test_bfloat16_on_a_device_without_it(tiny, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("peft_pretraining.model.build.native_bfloat16", lambda device: False)
+    monkeypatch.setattr("peft_pretraining.model.dtypes.native_bfloat16", lambda device: False)
     assert "Use --dtype float32" in refusal(tiny.flags(tmp_path / "out", dtype="bfloat16"), capsys)
 
 

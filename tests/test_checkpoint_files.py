@@ -14,14 +14,15 @@ import torch
 from safetensors.torch import load_file
 from support.checkpoints import fail_at, logged, names, saved_updates, snapshot
 
+from peft_pretraining.checkpoint import files
 from peft_pretraining.checkpoint.files import (
     FILES,
+    Checkpoint,
     complete_checkpoints,
     find_checkpoint,
     newest_sound,
     prune,
     tidy,
-    verify,
     write_checkpoint,
 )
 from peft_pretraining.errors import UserError
@@ -50,7 +51,7 @@ def test_killed_at_any_call_earlier_checkpoints_stay(update, tmp_path):
         reached = len(log) >= calls
         found = saved_updates(save_dir)
         assert found in ([1, 2], [1, update], [1, 2, update], [2, update], [update])
-        assert newest_sound(save_dir) == complete_checkpoints(save_dir)[-1] == find_checkpoint(save_dir)
+        assert newest_sound(save_dir).folder == complete_checkpoints(save_dir)[-1] == find_checkpoint(save_dir)
         assert {path.name for path in save_dir.glob("checkpoint-*")} <= {f.name for f in complete_checkpoints(save_dir)}
         tidy(save_dir)
         assert saved_updates(save_dir) == found
@@ -99,7 +100,7 @@ def test_killed_for_good_at_random_moments(tmp_path):
             said += [int(line) for line in process.stdout]
         found = saved_updates(tmp_path)
         assert found[-1] - said[-1] in (0, 1)
-        assert find_checkpoint(tmp_path) == newest_sound(tmp_path) == complete_checkpoints(tmp_path)[-1]
+        assert find_checkpoint(tmp_path) == newest_sound(tmp_path).folder == complete_checkpoints(tmp_path)[-1]
         newest = found[-1]
 
 
@@ -141,13 +142,26 @@ def test_a_damaged_file_is_named(damage, name, tmp_path):
     else:
         (newer / name).write_bytes(content[: len(content) - (damage == "truncated")])
     with pytest.raises(UserError, match=f"{name}(:| is)") as error:
-        verify(newer)
+        Checkpoint.open(newer).verify()
     assert "\n" not in str(error.value)
-    verify(older)
+    Checkpoint.open(older).verify()
     assert complete_checkpoints(tmp_path) == [older] + [newer] * (damage == "flipped")
     with logged("WARNING") as warnings:
-        assert newest_sound(tmp_path) == older
+        assert newest_sound(tmp_path).folder == older
     assert len(warnings) == 1 and newer.name in warnings[0] and name in warnings[0]
+
+
+def test_a_checkpoint_hashes_what_it_reads_and_no_file_twice(tmp_path, monkeypatch):
+    folder, hashed, sha256 = write_checkpoint(tmp_path, snapshot(7)), [], files._sha256
+    monkeypatch.setattr(files, "_sha256", lambda path: hashed.append(path.name) or sha256(path))
+    checkpoint = Checkpoint.open(folder)
+    assert checkpoint.update == 7 and checkpoint.folder == folder and hashed == []
+    assert checkpoint.state == checkpoint.state == {"update": 7} and hashed == ["state.json"]
+    for _ in range(2):
+        with checkpoint.tensors("model.safetensors") as file:
+            assert torch.equal(file.get_tensor("weight"), torch.zeros(64))
+    assert hashed == ["state.json", "model.safetensors"]
+    assert checkpoint.verify() is checkpoint.verify() and sorted(hashed) == sorted(FILES)
 
 
 def manifest_of(files=None, **changes) -> str:
@@ -170,7 +184,7 @@ def test_a_crafted_manifest_is_refused(text, message, tmp_path):
     folder = write_checkpoint(tmp_path, snapshot(1))
     (folder / "manifest.json").write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=message):
-        verify(folder)
+        Checkpoint.open(folder).verify()
     assert complete_checkpoints(tmp_path) == [] and newest_sound(tmp_path) is None
 
 

@@ -3,7 +3,8 @@
 import pytest
 from support.runs import ROOT
 
-from peft_pretraining.model.build import meta_model, read_config
+from peft_pretraining.model.build import meta_model
+from peft_pretraining.model.config import read_config
 
 CONFIGS = ROOT / "configs"
 SHAPES = {  # hidden, intermediate, layers, heads, vocabulary, longest sequence

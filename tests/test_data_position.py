@@ -12,11 +12,12 @@ import pytest
 import torch
 from support.batches import rows, take
 
+from peft_pretraining.batch import Batch
 from peft_pretraining.data import order as document_order
 from peft_pretraining.data import packing
 from peft_pretraining.data import position as data_position
 from peft_pretraining.data.hub import HubDocuments
-from peft_pretraining.data.loader import Batch, train_batches
+from peft_pretraining.data.loader import train_batches
 from peft_pretraining.data.order import Document, OrderedDocuments
 from peft_pretraining.data.position import Layout, Position, Progress, owner, resume_progress
 from peft_pretraining.data.sources import LocalDocuments

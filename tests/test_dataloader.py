@@ -12,14 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from loguru import logger
 from support.batches import TOKENIZER, ByteTokenizer, documents, local, rows, take
 from support.runs import ROOT
 
+from peft_pretraining.batch import IGNORED, Batch
 from peft_pretraining.data import loader as dataloader
 from peft_pretraining.data import packing, records
 from peft_pretraining.data.hub import HubDocuments
-from peft_pretraining.data.loader import IGNORED, Batch, ValidationSet, train_batches
+from peft_pretraining.data.loader import train_batches
 from peft_pretraining.data.sources import LocalDocuments
+from peft_pretraining.data.validation import ValidationSet
 from peft_pretraining.errors import UserError
 
 torch.set_num_threads(1)
@@ -313,9 +316,9 @@ def test_bad_validation_documents_are_skipped_with_a_warning(tmp_path: Path) -> 
     path.write_text('{"text": "abc"}\n' + "{}\n" * 7 + '{"text": "def"}\n')
     source = LocalDocuments([path], name="a", seed=0, shuffle=False)
     warnings: list[str] = []
-    handler = dataloader.logger.add(lambda line: warnings.append(str(line).strip()), format="{message}")
+    handler = logger.add(lambda line: warnings.append(str(line).strip()), format="{message}")
     validation = ValidationSet(source, TOKENIZER, tokens=100, batch_size=4, max_length=64, packing="concat")
-    dataloader.logger.remove(handler)
+    logger.remove(handler)
     assert validation.tokens == 7
     assert warnings[0].startswith(f'skipped a validation document: {path} line 2: no "text" field')
     assert len(warnings) == 6 and warnings[5] == "skipped 2 more validation documents"

@@ -177,7 +177,7 @@ def test_a_source_without_any_readable_document_is_refused(tmp_path: Path, monke
     )
     path.write_text("{}\n" * 10 + '{"text": "late"}\n')
     open_documents(str(path), split="train", seed=0, validation="unused").check()
-    monkeypatch.setattr(documents, "MOST_UNREADABLE", 10)
+    monkeypatch.setattr(documents, "MAX_UNREADABLE", 10)
     assert "can be read" in error_of(path, validation="unused")
 
 

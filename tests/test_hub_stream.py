@@ -13,6 +13,7 @@ import pytest
 from support.runs import ROOT
 
 from peft_pretraining.data import hub as hub_stream
+from peft_pretraining.data import retry
 from peft_pretraining.data.hub import HubDocuments, is_transient, resilient, seconds_to_wait
 from peft_pretraining.errors import UserError
 
@@ -131,7 +132,7 @@ def test_broken_stream_gives_the_same_documents(monkeypatch: pytest.MonkeyPatch)
 def test_dead_stream_is_given_up_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     opened = []
     warnings: list[str] = []
-    monkeypatch.setattr(hub_stream.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(retry.time, "sleep", lambda seconds: None)
     handler = hub_stream.logger.add(lambda message: warnings.append(str(message)), level="WARNING", format="{message}")
 
     def dead() -> Iterator[str]:
@@ -179,7 +180,7 @@ def test_waits_double_and_honour_retry_after() -> None:
     for failures, seconds in ((1, 1), (2, 2), (5, 16), (9, 60)):
         assert 0.75 * seconds <= seconds_to_wait(TimeoutError(), failures) <= 1.25 * seconds
     assert seconds_to_wait(HTTPError(429, {"Retry-After": "90"}), 1) == 90
-    assert seconds_to_wait(HTTPError(429, {"Retry-After": "99999"}), 1) == hub_stream.LONGEST_RETRY_AFTER
+    assert seconds_to_wait(HTTPError(429, {"Retry-After": "99999"}), 1) == hub_stream.MAX_RETRY_AFTER
     assert seconds_to_wait(HTTPError(503, {"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}), 1) <= 1.25
 
 

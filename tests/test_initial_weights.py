@@ -17,7 +17,8 @@ from peft_pretraining.checkpoint.weights import (
     load_weights,
 )
 from peft_pretraining.errors import UserError
-from peft_pretraining.model.build import build_model, read_config
+from peft_pretraining.model.build import build_model
+from peft_pretraining.model.config import read_config
 from peft_pretraining.model.loss import token_loss_sum
 from qgalore.storage.affine import Simulated
 from qgalore.storage.quantized_weight import QuantizedWeight, open_weight

@@ -13,7 +13,7 @@ import pytest
 from support.resumed_runs import INT8, LOW_RANK, digests
 from support.runs import ROOT, record, run, shell, torchrun
 
-from peft_pretraining.checkpoint.files import complete_checkpoints, verify
+from peft_pretraining.checkpoint.files import Checkpoint, complete_checkpoints
 
 FLAGS = dict(optimizer="q_galore_adamw8bit_per_layer", batch_size=2, total_batch_size=4, workers=1, save_every=5)
 FLAGS |= dict(resume="auto", eval_every=50, **LOW_RANK, **INT8)
@@ -57,7 +57,7 @@ def killed_until_done(tiny, tmp_path: Path, *, kills: int, updates: int) -> None
         assert status == -signal.SIGKILL
         killed += 1
         for checkpoint in complete_checkpoints(save_dir):
-            verify(checkpoint)
+            Checkpoint.open(checkpoint).verify()
     assert killed == kills, f"the run was done after {killed} kills: it is too short for {kills}"
     result = shell(command, timeout=900)
     assert result.returncode == 0, result.stderr

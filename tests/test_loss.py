@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 
+from peft_pretraining.batch import IGNORED
 from peft_pretraining.model.build import build_model
-from peft_pretraining.model.loss import IGNORED, head_loss_sum, rows_per_chunk, token_loss_sum
+from peft_pretraining.model.loss import head_loss_sum, rows_per_chunk, token_loss_sum
 
 ROWS, HIDDEN, VOCAB = 50, 12, 37
 

@@ -51,9 +51,9 @@ def test_the_saved_model_is_the_trained_one(tiny, tmp_path):
     """transformers loads it, and its own loss on the validation set is the one in the record."""
     run(tiny, tmp_path, num_training_steps=20, eval_tokens="1K", packing="truncate")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    from peft_pretraining.data.loader import ValidationSet
     from peft_pretraining.data.sources import open_documents
     from peft_pretraining.data.tokenizer import load_tokenizer
+    from peft_pretraining.data.validation import ValidationSet
 
     source = open_documents(str(tiny.data), split="validation", seed=0)
     held_out = ValidationSet(
@@ -72,7 +72,7 @@ def test_the_saved_model_is_the_trained_one(tiny, tmp_path):
 @pytest.mark.parametrize("optimizer", ["adamw", "galore_adamw"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_same_seed_gives_the_same_losses_to_the_last_bit(tiny, tmp_path, optimizer, dtype, monkeypatch):
-    monkeypatch.setattr("peft_pretraining.model.build.native_bfloat16", lambda device: True)  # slow, but right
+    monkeypatch.setattr("peft_pretraining.model.dtypes.native_bfloat16", lambda device: True)  # slow, but right
     flags = dict(optimizer=optimizer, dtype=dtype, rank=8 if optimizer == "galore_adamw" else None, update_proj_gap=2)
     for name, seed in [("one", 0), ("two", 0), ("other", 1)]:
         run(tiny, tmp_path / name, seed=seed, **flags)

@@ -7,7 +7,8 @@ import torch
 from support.memory import LiveBytes
 from support.runs import ROOT, shell
 
-from peft_pretraining.model.build import build_model, meta_model, read_config, weight_quantizer
+from peft_pretraining.model.build import build_model, meta_model, weight_quantizer
+from peft_pretraining.model.config import read_config
 from peft_pretraining.model.loss import token_loss_sum
 from qgalore.factory import Settings, create_optimizer, create_updates
 from qgalore.memory import kept_bytes

@@ -10,8 +10,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_pretraining.errors import UserError
-from peft_pretraining.model import build as model_module
-from peft_pretraining.model.build import build_model, meta_model, native_bfloat16, read_config, resolve_dtype
+from peft_pretraining.model import dtypes
+from peft_pretraining.model.build import build_model, meta_model
+from peft_pretraining.model.config import read_config
+from peft_pretraining.model.dtypes import native_bfloat16, resolve_dtype
 from peft_pretraining.model.loss import token_loss_sum
 
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
@@ -238,15 +240,15 @@ def test_activation_checkpointing_changes_memory_not_gradients(recwarn):
 
 def test_the_default_dtype_is_the_fastest_native_one(monkeypatch):
     for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(model_module, "native_bfloat16", lambda device, native=native: native)
+        monkeypatch.setattr(dtypes, "native_bfloat16", lambda device, native=native: native)
         assert resolve_dtype(None, "cpu") == dtype
         assert resolve_dtype("fp32", "cpu") == resolve_dtype("float32", "cpu") == torch.float32
 
 
 def test_bfloat16_must_be_native(monkeypatch):
-    monkeypatch.setattr(model_module, "native_bfloat16", lambda device: True)
+    monkeypatch.setattr(dtypes, "native_bfloat16", lambda device: True)
     assert resolve_dtype("bf16", "cpu") == resolve_dtype("bfloat16", "cpu") == torch.bfloat16
-    monkeypatch.setattr(model_module, "native_bfloat16", lambda device: False)
+    monkeypatch.setattr(dtypes, "native_bfloat16", lambda device: False)
     with pytest.raises(UserError, match="Use --dtype float32"):
         resolve_dtype("bf16", "cpu")
     with pytest.raises(UserError, match="unknown --dtype 'fp16'"):

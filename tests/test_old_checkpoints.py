@@ -1,20 +1,21 @@
 """Checkpoints of format 1 go on as the code that wrote them went on.
 
 tests/old_checkpoints/KIND was written after update 4 of 8 by the last commit of format 1 (0db2bba), from the data,
-tokenizer and configs beside it; continued.json has the flags of each kind, and the losses of the four updates and of the
-evaluation that followed there. They are compared exactly on the platform that made them, closely elsewhere.
+tokenizer and configs beside it; continued.json has the flags of each kind, and the losses of the four updates and of
+the evaluation that followed there. They are compared exactly on the platform that made them, closely elsewhere.
 """
 
 import json
 import shutil
 
 import pytest
+import torch
 from support.platforms import platform_key
 from support.runs import ROOT, losses, record
 
 import torchrun_main
 from peft_pretraining.checkpoint.old_format import upgrade_quantized, upgrade_state
-from peft_pretraining.model.build import native_bfloat16
+from peft_pretraining.model.dtypes import native_bfloat16
 
 FOLDER = ROOT / "tests" / "old_checkpoints"
 CONTINUED = json.loads((FOLDER / "continued.json").read_text())
@@ -32,7 +33,7 @@ def test_it_goes_on_as_it_did(kind, tmp_path, monkeypatch):
     expected = CONTINUED["kinds"][kind]
     flags = f"{SHARED} {expected['flags']}".split()
     if "bfloat16" in kind and not native_bfloat16("cpu"):
-        monkeypatch.setattr("peft_pretraining.model.build.native_bfloat16", lambda device: True)
+        monkeypatch.setattr("peft_pretraining.model.dtypes.native_bfloat16", lambda device: True)
     if "--dtype" not in flags:
         flags += ["--dtype", "float32"]
     shutil.copytree(FOLDER / kind, tmp_path / "checkpoint-00000004")

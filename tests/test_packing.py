@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from support.batches import TOKENIZER
 
+from peft_pretraining.batch import IGNORED
 from peft_pretraining.data import packing
 from peft_pretraining.data.order import Document, Skipped
-from peft_pretraining.data.packing import IGNORED, Concat, Piece, Sequence, Truncate, cut_text, encode, make_packer
+from peft_pretraining.data.packing import Concat, Piece, Sequence, Truncate, cut_text, encode, make_packer
 from peft_pretraining.data.position import Position
 
 

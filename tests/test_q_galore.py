@@ -7,6 +7,7 @@ import torch
 from support.runs import losses, record, torchrun
 
 import torchrun_main
+from peft_pretraining.training import opening
 from qgalore.storage.affine import Affine, Simulated
 from qgalore.storage.quantized_weight import QuantizedWeight
 
@@ -44,8 +45,8 @@ def captured_model(monkeypatch) -> list:
         models.append(original(*args, **kwargs))
         return models[-1]
 
-    original = torchrun_main.prepare_model
-    monkeypatch.setattr(torchrun_main, "prepare_model", build)
+    original = opening.prepare_model
+    monkeypatch.setattr(opening, "prepare_model", build)
     return models
 
 
@@ -73,7 +74,7 @@ def test_it_learns_and_says_what_it_keeps(tiny, larger, tmp_path, capsys):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_simulation_gives_the_same_losses_to_the_last_bit(tiny, larger, tmp_path, dtype, monkeypatch):
-    monkeypatch.setattr("peft_pretraining.model.build.native_bfloat16", lambda device: True)
+    monkeypatch.setattr("peft_pretraining.model.dtypes.native_bfloat16", lambda device: True)
     models = captured_model(monkeypatch)
     for name, switch in [("int8", None), ("simulated", True)]:
         run(tiny, tmp_path / name, model_config=larger, simulation=switch, dtype=dtype)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.documents import error_of, read, skipped, texts, write_jsonl
 
-from peft_pretraining.data import records
+from peft_pretraining.data import records, retry
 from peft_pretraining.data.order import Skipped
 from peft_pretraining.data.sources import LocalDocuments, open_documents
 from peft_pretraining.errors import UserError
@@ -148,12 +148,12 @@ def test_a_file_that_is_gone_is_waited_for_and_then_an_error(tmp_path: Path, mon
     source = LocalDocuments([path], name="", seed=0, shuffle=True)
     path.rename(tmp_path / "elsewhere")
     waited: list[float] = []
-    monkeypatch.setattr(records.time, "sleep", waited.append)
+    monkeypatch.setattr(retry.time, "sleep", waited.append)
     with pytest.raises(UserError, match=f"cannot read {path}: No such file or directory. Bring it back"):
         read(source)
     assert waited == list(records.RETRY_WAITS)
 
-    monkeypatch.setattr(records.time, "sleep", lambda _: (tmp_path / "elsewhere").rename(path))
+    monkeypatch.setattr(retry.time, "sleep", lambda _: (tmp_path / "elsewhere").rename(path))
     assert sorted(read(source)) == sorted(texts("a", 30))
 
 
@@ -175,7 +175,7 @@ def test_a_file_server_that_hiccups_loses_no_record(tmp_path: Path, monkeypatch:
         return Flaky(real(path).detach())
 
     monkeypatch.setattr(records, "_open", open_flaky)
-    monkeypatch.setattr(records.time, "sleep", lambda _: None)
+    monkeypatch.setattr(retry.time, "sleep", lambda _: None)
     found = [record.text() for record in records.read_records(path)]
     assert found == [f"first {i}\nsecond {i}" for i in range(20)]
     assert opened > 5

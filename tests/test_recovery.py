@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from itertools import chain
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from support.command_line import refusal
 from support.runs import losses, record
 
 import torchrun_main
-from peft_pretraining.training.health import FEWEST, Health, is_spike
-from peft_pretraining.training.metrics import Metrics
+from peft_pretraining.errors import UserError
+from peft_pretraining.training.health import MIN_LOSSES, Health, is_spike
+from peft_pretraining.training.metrics import JsonlSink
 
 LOSS = torchrun_main.token_loss_sum
 
@@ -95,13 +97,13 @@ def test_spikes_that_come_again_and_again_end_the_run(tiny, tmp_path, spoil, cap
 
 
 def test_what_a_spike_is():
-    losses = [3 + 0.01 * (i % 5) for i in range(FEWEST)]
+    losses = [3 + 0.01 * (i % 5) for i in range(MIN_LOSSES)]
     assert is_spike(3.5, losses=losses, factor=5) and not is_spike(3.05, losses=losses, factor=5)
     assert not is_spike(3.5, losses=losses, factor=0), "off"
     assert not is_spike(3.5, losses=losses[1:], factor=5), "too few to tell"
     assert not is_spike(1.0, losses=losses, factor=5), "lower is no spike"
     assert is_spike(3.5, losses=[*losses, 9.0, 9.0, 9.0], factor=5), "earlier spikes hide nothing"
-    assert not is_spike(3.0001, losses=[3.0] * FEWEST, factor=5), "a thousandth is nothing"
+    assert not is_spike(3.0001, losses=[3.0] * MIN_LOSSES, factor=5), "a thousandth is nothing"
 
 
 def test_health_remembers_a_window():
@@ -169,6 +171,54 @@ def test_a_shard_that_disappears_ends_the_run_after_saving_it(tiny, tmp_path, ca
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
+def test_data_that_fails_within_an_update_leaves_the_state_at_the_update_before(tiny, tmp_path, capsys, monkeypatch):
+    """The second micro-batch of update 3 fails: what is saved is update 2 and the data behind it, and nothing else."""
+    flags = dict(batch_size=32, total_batch_size=64, num_training_steps=6)
+    assert torchrun_main.command_line(tiny.flags(tmp_path / "whole", save_every=2, **flags)) == 0
+    step = torchrun_main.train_step
+
+    def failing_once(run):
+        if run.state.update == 2:
+            run.batches = chain([next(run.batches)], broken())
+        step(run)
+
+    def broken():
+        raise UserError("the file is gone")
+        yield
+
+    monkeypatch.setattr("torchrun_main.train_step", failing_once)
+    assert "the file is gone. The last good checkpoint is" in refusal(tiny.flags(tmp_path / "cut", **flags), capsys)
+    monkeypatch.undo()
+    saved, expected = (
+        json.loads((tmp_path / name / "checkpoint-00000002" / "state.json").read_text()) for name in ("cut", "whole")
+    )
+    assert saved["positions"] == expected["positions"] and saved["state"]["epoch"] == expected["state"]["epoch"]
+    assert torchrun_main.command_line(tiny.flags(tmp_path / "cut", resume="auto", **flags)) == 0
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_the_position_moves_when_the_update_is_done(tiny, tmp_path, spoil, monkeypatch):
+    """An error in the middle of update 3, its data already read: the state still is that after update 2."""
+    runs, states = [], []
+    step = torchrun_main.train_step
+
+    def watching(run):
+        runs.append(run)
+        states.append((run.state.position, run.state.epoch, run.state.update))
+        step(run)
+
+    def failing(loss):
+        raise RuntimeError("out of memory")
+
+    spoil({3: failing})
+    monkeypatch.setattr("torchrun_main.train_step", watching)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        torchrun_main.command_line(tiny.flags(tmp_path))
+    state = runs[-1].state
+    assert (state.position, state.epoch, state.update) == states[-1]
+    assert states[0][0] == {} and states[1][0] != states[2][0]
+
+
 def test_a_full_disk_stops_no_run(tiny, tmp_path, capsys, monkeypatch):
     """Every save after the first fails: each says so, the first checkpoint stays, the run ends as it should."""
     from peft_pretraining.checkpoint import files as checkpoint_files
@@ -198,13 +248,13 @@ def test_a_full_disk_costs_the_record_no_line(tmp_path):
             self.room -= written
             return written
 
-    metrics = Metrics(tmp_path, enabled=True, total=9)
-    metrics._file = Full(tmp_path / "metrics.jsonl", "ab")
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    sink._file = Full(tmp_path / "metrics.jsonl", "ab")
     for number in range(3):
-        metrics.note("noted", number=number)
-    metrics._file.room = 1000
-    metrics.note("noted", number=3)
-    metrics.close()
+        sink.event("noted", {"number": number})
+    sink._file.room = 1000
+    sink.event("noted", {"number": 3})
+    sink.close()
     assert [line["number"] for line in record(tmp_path, "noted")] == [0, 1, 2, 3]
 
 

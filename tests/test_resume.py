@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 from support.command_line import refusal
@@ -14,7 +15,8 @@ from support.resumed_runs import INT8, LOW_RANK, assert_halves_make_a_whole, che
 from support.runs import ROOT, losses, record, run, torchrun
 
 import torchrun_main
-from peft_pretraining.checkpoint.start import HARMLESS
+from peft_pretraining.checkpoint import files
+from peft_pretraining.cli.flags import FLAGS, MAY_CHANGE
 from qgalore.factory import OPTIMIZERS
 
 
@@ -59,7 +61,7 @@ def test_every_way_to_train(tiny, tmp_path, flags):
 @pytest.mark.parametrize("optimizer", ["adamw", "galore_adamw", "q_galore_adamw8bit_per_layer"])
 def test_bfloat16(tiny, tmp_path, optimizer, monkeypatch):
     """Master weights of torch's optimizers are in the checkpoint; ours round stochastically by the update's number."""
-    monkeypatch.setattr("peft_pretraining.model.build.native_bfloat16", lambda device: True)  # slow, but right
+    monkeypatch.setattr("peft_pretraining.model.dtypes.native_bfloat16", lambda device: True)  # slow, but right
     low_rank = LOW_RANK if "galore" in optimizer else {}
     int8 = INT8 if optimizer.startswith("q_galore") else {}
     assert_halves_make_a_whole(tiny, tmp_path, optimizer=optimizer, dtype="bfloat16", **low_rank, **int8)
@@ -111,6 +113,16 @@ def test_auto_takes_the_newest_sound_checkpoint(tiny, tmp_path, capsys):
     assert (aside / "model.safetensors").read_bytes() == content, "kept, under a name that nobody resumes from"
     assert [line["update"] for line in record(tmp_path, "update")] == [1, 2, 3, 4, 5, 6, 5, 6]
     assert losses(tmp_path)[4:6] == losses(tmp_path)[6:]
+
+
+@pytest.mark.parametrize("how", ["continue_from", "resume"])
+def test_every_file_of_a_checkpoint_is_hashed_once(tiny, tmp_path, monkeypatch, how):
+    """From the start of the program to the restored run; what the run saves later has other names."""
+    run(tiny, tmp_path, save_every=3)
+    folder, hashed, sha256 = checkpoint(tmp_path, 6), Counter(), files._sha256
+    monkeypatch.setattr(files, "_sha256", lambda path: hashed.update([path]) or sha256(path))
+    run(tiny, tmp_path, **{how: "auto" if how == "resume" else folder})
+    assert hashed == {folder / name: 1 for name in files.FILES}
 
 
 def test_a_damaged_checkpoint_is_refused_by_name(tiny, tmp_path, capsys):
@@ -180,10 +192,11 @@ def test_nothing_to_go_on_from(tiny, tmp_path, capsys, path, message):
     assert message in refusal(tiny.flags(tmp_path / "out", continue_from=tmp_path / path), capsys)
 
 
-def test_harmless_flags_exist():
-    from peft_pretraining.cli.flags import defaults
-
-    assert defaults().keys() | {"ignored"} >= HARMLESS
+def test_what_alters_training_may_not_change():
+    """Declared with each flag: where and how a run goes on, what it records and when it saves are its own affair."""
+    decisive = "optimizer lr rank proj_type weight_quant seed num_training_steps total_batch_size tokenizer".split()
+    free = "batch_size dataset model_config save_every keep_last workers num_threads log_details wandb_mode".split()
+    assert not MAY_CHANGE & set(decisive) and set(free) <= MAY_CHANGE < FLAGS.keys()
 
 
 def test_weights_of_a_finished_model_begin_a_new_run(tiny, tmp_path, capsys):

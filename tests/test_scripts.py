@@ -20,7 +20,7 @@ PUBLISHED = {  # Zhao et al. 2024, table 2 and its scripts: rank, lr, updates, w
 
 
 def readme_commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    blocks = re.findall(r"``bash\n(.*?)``", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     return [line for block in blocks for line in block.splitlines() if line.strip()]
 
 

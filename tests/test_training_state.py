@@ -10,13 +10,8 @@ from support.checkpoints import Bomb, replace_file
 from support.training import CONFIG, Training
 from transformers import LlamaConfig
 
-from peft_pretraining.checkpoint.files import FILES, write_checkpoint
-from peft_pretraining.checkpoint.snapshot import (
-    read_state,
-    restore_model,
-    restore_optimizer,
-    restore_rng,
-)
+from peft_pretraining.checkpoint.files import FILES, Checkpoint, write_checkpoint
+from peft_pretraining.checkpoint.snapshot import restore_model, restore_optimizer, restore_rng
 from peft_pretraining.errors import UserError
 from peft_pretraining.model.build import build_model
 from qgalore.factory import OPTIMIZERS
@@ -59,7 +54,7 @@ def test_a_gpu_gets_back_what_it_had(name, int8, tmp_path):
     trained.train(2)
     folder = write_checkpoint(tmp_path, snapshot)
     assert Training(name, seed=1, **kind).restore(folder).everything() == saved
-    restore_rng(folder)
+    restore_rng(Checkpoint.open(folder))
     assert torch.equal(torch.rand(5, device="cuda"), expected)
 
 
@@ -100,7 +95,7 @@ def test_a_snapshot_does_not_follow_the_training(tmp_path):
     training.train(2)
     folder = write_checkpoint(tmp_path, snapshot)
     assert Training("adamw", dtype=torch.bfloat16, seed=1).restore(folder).everything() == before
-    assert read_state(folder)["losses"] == [1.0]
+    assert Checkpoint.open(folder).state["losses"] == [1.0]
 
 
 def test_views_come_back_as_tensors_of_their_own(tmp_path):
@@ -121,7 +116,7 @@ def test_every_float_comes_back_exactly(tmp_path):
     folder = write_checkpoint(
         tmp_path, Training().snapshot(floats=floats, none=None, nested={"gap": [1, 2.5]}, x=math.nan)
     )
-    state = read_state(folder)
+    state = Checkpoint.open(folder).state
     assert [value.hex() for value in state["floats"]] == [value.hex() for value in floats]
     assert math.isnan(state["x"]) and state["none"] is None and state["nested"] == {"gap": [1, 2.5]}
     assert state["format"] == 2
@@ -138,7 +133,7 @@ def test_progress_that_cannot_be_kept_is_refused_at_once():
 def test_the_generator_goes_on_where_it_was(tmp_path):
     folder = write_checkpoint(tmp_path, Training().snapshot())
     expected = torch.rand(5)
-    restore_rng(folder)
+    restore_rng(Checkpoint.open(folder))
     assert torch.equal(torch.rand(5), expected)
 
 
@@ -158,7 +153,7 @@ def test_config_json_is_the_models_own(tmp_path):
 def test_a_model_of_another_kind_is_refused(there, here, message, tmp_path):
     folder = write_checkpoint(tmp_path, Training(**there).snapshot())
     with pytest.raises(UserError, match=message) as error:
-        restore_model(Training(**here).model, folder)
+        restore_model(Training(**here).model, Checkpoint.open(folder))
     assert "\n" not in str(error.value) and "Resume with the flags" in str(error.value)
 
 
@@ -167,7 +162,7 @@ def test_a_model_of_another_shape_is_refused(tmp_path):
     config = copy.deepcopy(CONFIG)
     config.vocab_size = 65
     with pytest.raises(UserError, match=r"embed_tokens.weight saved as float32 \(64, 64\), here float32 \(65, 64\)"):
-        restore_model(build_model(config, device="cpu", dtype=torch.float32, seed=0), folder)
+        restore_model(build_model(config, device="cpu", dtype=torch.float32, seed=0), Checkpoint.open(folder))
 
 
 def test_another_optimizer_is_refused(tmp_path):
@@ -176,14 +171,16 @@ def test_another_optimizer_is_refused(tmp_path):
         training = Training(other, dtype=torch.bfloat16)
         names = {p: name for name, p in training.model.named_parameters()}
         with pytest.raises(UserError, match="the optimizer saved as MasterWeights of AdamW, here "):
-            restore_optimizer(training.optimizer, folder, names=names)
+            restore_optimizer(training.optimizer, Checkpoint.open(folder), names=names)
 
 
 def test_the_optimizer_of_another_model_is_refused(tmp_path):
     folder = write_checkpoint(tmp_path, Training().train(1).snapshot())
     training = Training()
     with pytest.raises(UserError, match="state of other parameters saved as"):
-        restore_optimizer(training.optimizer, folder, names={training.model.lm_head.weight: "lm_head.weight"})
+        restore_optimizer(
+            training.optimizer, Checkpoint.open(folder), names={training.model.lm_head.weight: "lm_head.weight"}
+        )
 
 
 @pytest.mark.parametrize("agreeing", [False, True])
@@ -193,5 +190,5 @@ def test_a_pickle_in_the_place_of_tensors_is_refused_unread(agreeing, tmp_path):
     crafted = pickle.dumps(Bomb(tmp_path / "exploded"))
     replace_file(folder, "model.safetensors", crafted, vouched=agreeing)
     with pytest.raises(UserError, match="not a safetensors file" if agreeing else "bytes where"):
-        restore_model(Training().model, folder)
+        restore_model(Training().model, Checkpoint.open(folder))
     assert not (tmp_path / "exploded").exists()

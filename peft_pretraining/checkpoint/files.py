@@ -14,22 +14,28 @@ hidden names, after `.checkpoint-00000100.`, are
 so that no half folder ever has a checkpoint's name, and each can be told from the others after a kill.
 """
 
+from __future__ import annotations
+
 import errno
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from loguru import logger
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from peft_pretraining.errors import UserError
+from peft_pretraining.json_files import read_json
 
 FORMAT = 2
 READABLE = (1, FORMAT)  # see old_format.py
@@ -40,12 +46,16 @@ FILES = frozenset((CONFIG, MODEL, OPTIMIZER, RNG, STATE))
 
 _NAME = re.compile(r"checkpoint-(\d{8,})|\.checkpoint-(\d{8,})\.replaced")
 _HEADERS = 1 << 20  # bytes, more than what the files hold beside tensors and texts
-_ADVICE = "Resume from another checkpoint."
+ADVICE = "Resume from another checkpoint."
 
 
 @dataclass(frozen=True)
 class TensorFile:
-    """What goes into a safetensors file: contiguous tensors on the CPU, and its metadata."""
+    """What goes into a safetensors file.
+
+    tensors: contiguous, on the CPU, by name.
+    metadata: texts that the file holds beside them.
+    """
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str] = field(default_factory=dict)
@@ -53,7 +63,11 @@ class TensorFile:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that a checkpoint holds, in host memory. files: by name, texts or tensors, one of each of FILES."""
+    """All that a checkpoint holds, in host memory.
+
+    update: the update after which it was taken.
+    files: the content of each of FILES, a text or tensors.
+    """
 
     update: int
     files: Mapping[str, str | TensorFile]
@@ -154,7 +168,8 @@ def tidy(save_dir: Path) -> None:
 def prune(save_dir: Path, *, newest: Path, keep_last: int, keep_every: int) -> None:
     """Deletes the complete checkpoints before `newest` but for the last keep_last, `newest` being one of these.
 
-    keep_last: 0 keeps all.  keep_every: updates that are a multiple of it stay; 0: none for that reason.
+    keep_last: how many to keep, `newest` included; 0 keeps all.
+    keep_every: checkpoints whose update is a multiple of it stay; 0 spares none for that reason.
     Checkpoints after `newest`, from an earlier run that got further, stay. Raises OSError.
     """
     latest = _update(newest)
@@ -187,31 +202,17 @@ def _candidates(save_dir: Path) -> list[Path]:
 
 def _is_complete(folder: Path) -> bool:
     try:
-        for name, entry in read_manifest(folder).items():
-            _check_size(folder / name, entry)
+        Checkpoint.open(folder)
     except UserError:
         return False
     return True
 
 
-def verify(folder: Path) -> None:
-    """Raises UserError that names the file, where one is missing or differs from what was written."""
-    for name, entry in read_manifest(folder).items():
-        _check(folder / name, entry)
-
-
-def checked_file(folder: Path, name: str) -> Path:
-    """One file of a checkpoint, after its size and checksum were found right. Raises UserError where they are not."""
-    _check(folder / name, read_manifest(folder)[name])
-    return folder / name
-
-
-def newest_sound(save_dir: Path) -> Path | None:
-    """The newest checkpoint that passes `verify`, or None. Warns of each newer one that does not."""
+def newest_sound(save_dir: Path) -> Checkpoint | None:
+    """The newest checkpoint whose files all have their checksums, or None. Warns of each newer one that is damaged."""
     for folder in reversed(_candidates(save_dir)):
         try:
-            verify(folder)
-            return folder
+            return Checkpoint.open(folder).verify()
         except UserError as error:
             logger.warning(f"{folder.name} is passed over: {error}")
     return None
@@ -225,9 +226,7 @@ def find_checkpoint(path: Path) -> Path:
     if not path.is_dir():
         raise UserError(f"{path}: there is no such folder. Name a checkpoint or a folder with checkpoints.")
     if (path / MANIFEST).exists() or _update(path) is not None:
-        for name, entry in read_manifest(path).items():
-            _check_size(path / name, entry)
-        return path
+        return Checkpoint.open(path).folder
     complete = complete_checkpoints(path)
     if complete:
         return complete[-1]
@@ -236,51 +235,99 @@ def find_checkpoint(path: Path) -> Path:
     raise UserError(f"{path}: no complete checkpoint is there, only {found}. Name a folder with checkpoints.")
 
 
-def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """{name: {"bytes": n, "sha256": hex}} for each of FILES. Raises UserError where the manifest is broken."""
+class Checkpoint:
+    """A complete checkpoint that is read. Every file is hashed before it is read, and at most once.
+
+    folder: where it is.
+    update: the update after which it was saved.
+    """
+
+    def __init__(self, folder: Path, *, update: int, files: Mapping[str, Mapping[str, Any]]) -> None:
+        self.folder, self.update = folder, update
+        self._files = files
+        self._verified: set[str] = set()
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Reads the manifest and compares the sizes of the files. Raises UserError where one is missing or differs."""
+        manifest = _read_manifest(folder)
+        for name, entry in manifest["files"].items():
+            _check_size(folder / name, entry["bytes"])
+        return cls(folder, update=manifest["update"], files=manifest["files"])
+
+    def verify(self) -> Checkpoint:
+        """Hashes the files that have not been hashed yet. Raises UserError that names a damaged one."""
+        for name in self._files:
+            self.file(name)
+        return self
+
+    def file(self, name: str) -> Path:
+        """The path of a file whose checksum is right. Raises UserError where it is not."""
+        path = self.folder / name
+        if name not in self._verified:
+            _check_hash(path, self._files[name]["sha256"])
+            self._verified.add(name)
+        return path
+
+    def tensors(self, name: str) -> AbstractContextManager[Any]:
+        """A safetensors file, opened; see open_tensors."""
+        return open_tensors(self.file(name), advice=ADVICE)
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """The object in state.json. Raises UserError where it is damaged."""
+        return read_json(self.file(STATE), advice=ADVICE)
+
+
+@contextmanager
+def open_tensors(path: Path, *, advice: str = "") -> Iterator[Any]:
+    """A safetensors file with its header read; tensors are read one by one, and nothing is unpickled.
+
+    advice: what to do about a damaged file. Raises UserError, also from inside the block, where it is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file.") from error
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:  # JSON: what a file says beside its tensors
+        raise UserError(f"{path}: damaged, or not a safetensors file ({error}). {advice}".rstrip()) from error
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, with an entry for each of FILES. Raises UserError where it is broken."""
     path = folder / MANIFEST
     if not path.exists():
-        raise UserError(f"{path} is missing: the checkpoint is not complete. {_ADVICE}")
-    manifest = read_json(path)
+        raise UserError(f"{path} is missing: the checkpoint is not complete. {ADVICE}")
+    manifest = read_json(path, advice=ADVICE)
     if manifest.get("format") not in READABLE:
         raise UserError(f"{path}: format {manifest.get('format')!r} is unknown here; this version reads {FORMAT}.")
+    if not isinstance(manifest.get("update"), int):
+        raise UserError(f"{path}: the number of the update is missing. {ADVICE}")
     files = manifest.get("files")
     if not isinstance(files, dict) or files.keys() != FILES:
         named = sorted(files) if isinstance(files, dict) else files
-        raise UserError(f"{path}: it must list {', '.join(sorted(FILES))}, but lists {named}. {_ADVICE}")
+        raise UserError(f"{path}: it must list {', '.join(sorted(FILES))}, but lists {named}. {ADVICE}")
     for name, entry in files.items():
         if not isinstance(entry, dict) or [type(entry.get(key)) for key in ("bytes", "sha256")] != [int, str]:
-            raise UserError(f"{path}: size and checksum of {name} are missing. {_ADVICE}")
-    return files
+            raise UserError(f"{path}: size and checksum of {name} are missing. {ADVICE}")
+    return manifest
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a checkpoint. Raises UserError for anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: not JSON, or not UTF-8
-        reason = getattr(error, "strerror", None) or "it is not JSON"
-        raise UserError(f"{path}: cannot be read ({reason}). {_ADVICE}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: a JSON object is needed, not a {type(value).__name__}. {_ADVICE}")
-    return value
+def _check_size(path: Path, size: int) -> None:
+    if not path.is_file():
+        raise UserError(f"{path} is missing. {ADVICE}")
+    if (found := path.stat().st_size) != size:
+        raise UserError(f"{path}: {found:,} bytes where {size:,} were written. {ADVICE}")
 
 
-def _check(path: Path, entry: dict[str, Any]) -> None:
-    _check_size(path, entry)
+def _check_hash(path: Path, sha256: str) -> None:
     try:
         found = _sha256(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}). {_ADVICE}") from None
-    if found != entry["sha256"]:
-        raise UserError(f"{path}: its checksum is wrong, the file is damaged. {_ADVICE}")
-
-
-def _check_size(path: Path, entry: dict[str, Any]) -> None:
-    if not path.is_file():
-        raise UserError(f"{path} is missing. {_ADVICE}")
-    if (size := path.stat().st_size) != entry["bytes"]:
-        raise UserError(f"{path}: {size:,} bytes where {entry['bytes']:,} were written. {_ADVICE}")
+        raise UserError(f"{path}: cannot be read ({error.strerror}). {ADVICE}") from None
+    if found != sha256:
+        raise UserError(f"{path}: its checksum is wrong, the file is damaged. {ADVICE}")
 
 
 def _sha256(path: Path) -> str:

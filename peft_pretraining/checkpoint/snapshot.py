@@ -9,15 +9,13 @@ Nothing is converted: what has 8 bits in memory has 8 bits in the file. JSON wri
 takes to read the same float64 again, and NaN and infinities as NaN, Infinity and -Infinity, as Python's json does.
 """
 
+import copy
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -28,10 +26,9 @@ from peft_pretraining.checkpoint.files import (
     OPTIMIZER,
     RNG,
     STATE,
+    Checkpoint,
     Snapshot,
     TensorFile,
-    checked_file,
-    read_json,
 )
 from peft_pretraining.checkpoint.old_format import upgrade_quantized, upgrade_state
 from peft_pretraining.errors import UserError
@@ -47,7 +44,8 @@ def take_snapshot(
 ) -> Snapshot:
     """Copies model, optimizer and generators to host memory; whatever changes afterwards does not reach the copy.
 
-    progress: what else is to be remembered, as JSON.  Takes as many bytes as model and optimizer keep.
+    progress: what else is to be remembered, as JSON.
+    The copy takes as many bytes as model and optimizer keep.
     Raises ValueError or TypeError where `progress` uses a key of RESERVED or is not JSON.
     """
     if taken := progress.keys() & set(RESERVED):
@@ -124,35 +122,24 @@ def _host_copy(tensor: Tensor) -> Tensor:
     return host.copy_(tensor.detach(), non_blocking=True)
 
 
-@contextmanager
-def _open_tensors(folder: Path, name: str) -> Iterator[Any]:
-    """A checked safetensors file, from which tensors are read one by one. Raises UserError where it is none."""
-    path = checked_file(folder, name)
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not a safetensors file ({error}). Resume from another checkpoint.") from None
-
-
 @torch.no_grad()
-def restore_model(model: PreTrainedModel, folder: Path) -> None:
+def restore_model(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """Fills the parameters of a model with those of a checkpoint, in place and one by one.
 
     Raises UserError where names, shapes, dtypes or the settings of INT8 weights differ, or where the file is damaged.
     """
     parameters = dict(model.named_parameters())
     targets = {key: tensor for name, p in parameters.items() for key, tensor in _pieces(name, p).items()}
-    with _open_tensors(folder, MODEL) as file:
+    with checkpoint.tensors(MODEL) as file:
         saved = json.loads((file.metadata() or {}).get("quantized", "{}"))
         for name, p in parameters.items():
             here = _settings(p) if isinstance(p, QuantizedWeight) else None
             entry = saved.get(name)
-            _compare(folder, name, saved=entry and upgrade_quantized(entry), here=here)
-        _compare(folder, "the parameters", saved=sorted(file.keys()), here=sorted(targets))
+            _compare(checkpoint, name, saved=entry and upgrade_quantized(entry), here=here)
+        _compare(checkpoint, "the parameters", saved=sorted(file.keys()), here=sorted(targets))
         for key, target in targets.items():
             tensor = file.get_tensor(key)
-            _compare(folder, key, saved=_kind(tensor), here=_kind(target))
+            _compare(checkpoint, key, saved=_kind(tensor), here=_kind(target))
             target.copy_(tensor)
     for p in parameters.values():
         torch.autograd.graph.increment_version(p)  # what was written may be the inside of a QuantizedWeight
@@ -162,32 +149,33 @@ def _kind(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
-def _compare(folder: Path, what: str, *, saved: Any, here: Any) -> None:
+def _compare(checkpoint: Checkpoint, what: str, *, saved: Any, here: Any) -> None:
     """Raises UserError where a checkpoint and what is to be restored are not of the same kind."""
     if saved == here:
         return
     if isinstance(saved, list):
         saved, here = ([n for n in a if n not in b][:3] or "no others" for a, b in ((saved, here), (here, saved)))
     raise UserError(
-        f"{folder} does not fit: {what} saved as {saved or 'unquantized'}, here {here or 'unquantized'}. "
+        f"{checkpoint.folder} does not fit: {what} saved as {saved or 'unquantized'}, here {here or 'unquantized'}. "
         "Resume with the flags that the checkpoint was made with."
     )
 
 
 @torch.no_grad()
-def restore_optimizer(optimizer: torch.optim.Optimizer, folder: Path, *, names: Mapping[Tensor, str]) -> None:
-    """Gives an optimizer the state of a checkpoint. names: of its parameters.
+def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint, *, names: Mapping[Tensor, str]) -> None:
+    """Gives an optimizer the state of a checkpoint.
 
+    names: the name of each of its parameters.
     The optimizer is built as the saved one was; learning rates and other settings are not saved and stay.
     Raises UserError where it is another optimizer or another model's, or where a file is damaged.
     """
-    scalars = read_state(folder).get("optimizer", {})
+    scalars = checkpoint.state.get("optimizer", {})
     parameters = {name: p for p, name in names.items()}
-    with _open_tensors(folder, OPTIMIZER) as file:
+    with checkpoint.tensors(OPTIMIZER) as file:
         saved = (file.metadata() or {}).get("optimizer")
-        _compare(folder, "the optimizer", saved=saved, here=_title(optimizer))
+        _compare(checkpoint, "the optimizer", saved=saved, here=_title(optimizer))
         unknown = (scalars.keys() | {key.partition(":")[0] for key in file.keys()}) - parameters.keys()
-        _compare(folder, "state of other parameters", saved=sorted(unknown), here=[])
+        _compare(checkpoint, "state of other parameters", saved=sorted(unknown), here=[])
         states = _read_states(file, scalars, parameters)
         if isinstance(optimizer, MasterWeights):
             optimizer.load_states(states)
@@ -203,7 +191,7 @@ def _read_states(
     for key in file.keys():
         keys[key.partition(":")[0]].append(key)
     for name, values in scalars.items():
-        p, state = parameters[name], dict(values)
+        p, state = parameters[name], copy.deepcopy(values)  # the checkpoint may be read once more
         for key in keys[name]:
             kind = key.partition(":")[2]
             device = torch.device("cpu") if kind == "step" else p.device  # torch's optimizers count on the CPU
@@ -211,14 +199,9 @@ def _read_states(
         yield p, upgrade_state(state)
 
 
-def restore_rng(folder: Path) -> None:
+def restore_rng(checkpoint: Checkpoint) -> None:
     """Sets torch's generators to where they were. Raises UserError where the file is damaged."""
-    with _open_tensors(folder, RNG) as file:
+    with checkpoint.tensors(RNG) as file:
         torch.set_rng_state(file.get_tensor("cpu").clone())
         if "cuda" in file.keys() and torch.cuda.is_available():
             torch.cuda.set_rng_state(file.get_tensor("cuda").clone())
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """state.json: what the caller gave as `progress`, besides "format" and "optimizer". Raises UserError."""
-    return read_json(checked_file(folder, STATE))

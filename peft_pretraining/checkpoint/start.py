@@ -1,64 +1,64 @@
-"""Where a run begins: anew, with the weights of another model, or at a checkpoint of its own."""
+"""Where a run begins: with weights from its seed, with the weights of another model, or at a checkpoint of its own."""
 
 import argparse
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loguru import logger
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 
-from peft_pretraining.checkpoint.files import complete_checkpoints, find_checkpoint, newest_sound, verify
-from peft_pretraining.checkpoint.snapshot import read_state
+from peft_pretraining.checkpoint.files import CONFIG, Checkpoint, complete_checkpoints, find_checkpoint, newest_sound
 from peft_pretraining.checkpoint.weights import is_transformers_folder
 from peft_pretraining.data.fingerprint import describe_change
 from peft_pretraining.errors import UserError
-from peft_pretraining.model.build import read_config
+from peft_pretraining.model.config import read_config
 
-# Flags that may change from one part of a run to the next: where and how it runs, what it records, when it saves.
-HARMLESS = frozenset(
-    "activation_checkpointing allow_changed batch_size compile continue_from dataset dry_run eval_every eval_only "
-    "eval_tokens gradient_accumulation ignored keep_every keep_last log_details max_bad_documents max_bad_updates "
-    "max_train_tokens model_config name num_threads preset project resume save_dir save_every single_gpu "
-    "spike_rollback tags unset_wandb wandb_mode workers".split()
-)
 INHERITED_NOT = ("continue_from", "eval_only", "dry_run", "save_dir", "resume", "ignored", "batch_size", "single_gpu")
 EVALUATION_BATCH = 8  # sequences, where nobody says
 
 
 @dataclass(frozen=True)
-class Start:
-    """checkpoint: of the run that goes on.  weights: a transformers folder, whose weights a new run begins with.
+class StartingPoint:
+    """Where a run begins. With neither of these it is a new run with weights drawn from its seed.
 
-    saved: the checkpoint's state.json.  Nothing of these: a new run with weights of its own.
+    checkpoint: that of the run that goes on, all of its files verified.
+    weights: a transformers folder, whose weights a new run begins with.
     """
 
-    checkpoint: Path | None = None
+    checkpoint: Checkpoint | None = None
     weights: Path | None = None
-    saved: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path | None:
+        """The checkpoint's folder; None for a new run."""
+        return self.checkpoint.folder if self.checkpoint else None
+
+    @property
+    def saved(self) -> dict[str, Any]:
+        """The checkpoint's state.json; empty for a new run."""
+        return self.checkpoint.state if self.checkpoint else {}
 
 
-def choose_start(args: argparse.Namespace, *, config: LlamaConfig) -> Start:
-    """What --continue_from and --resume ask for; --resume auto comes first, if there is something.
+def choose_start(args: argparse.Namespace, *, config: PreTrainedConfig, may_change: Collection[str]) -> StartingPoint:
+    """What --continue_from and --resume ask for. What --resume auto finds comes first.
 
     Raises UserError where there is nothing, where it is damaged, or where the arguments would alter training.
     """
     if args.eval_only:
-        return Start()
+        return StartingPoint()
     checkpoint = newest_sound(Path(args.save_dir)) if args.resume else None
     if checkpoint is None and args.continue_from:
         if is_transformers_folder(args.continue_from):
             _refuse_a_taken_folder(args.save_dir)
-            return Start(weights=Path(args.continue_from))
-        checkpoint = find_checkpoint(Path(args.continue_from))
-        verify(checkpoint)
-    if checkpoint is None or not same_folder(checkpoint.parent, args.save_dir):
+            return StartingPoint(weights=Path(args.continue_from))
+        checkpoint = Checkpoint.open(find_checkpoint(Path(args.continue_from))).verify()
+    if checkpoint is None or not same_folder(checkpoint.folder.parent, args.save_dir):
         _refuse_a_taken_folder(args.save_dir)
-    if checkpoint is None:
-        return Start()
-    saved = read_state(checkpoint)
-    check_unchanged(checkpoint, saved["args"], args, config=config)
-    return Start(checkpoint=checkpoint, saved=saved)
+    if checkpoint is not None:
+        check_unchanged(checkpoint, args, config=config, may_change=may_change)
+    return StartingPoint(checkpoint=checkpoint)
 
 
 def same_folder(folder: Path, save_dir: str | Path | None) -> bool:
@@ -75,36 +75,39 @@ def _refuse_a_taken_folder(save_dir: str | None) -> None:
         )
 
 
-def check_unchanged(checkpoint: Path, saved: dict[str, Any], args: argparse.Namespace, *, config: LlamaConfig) -> None:
-    """Raises UserError that names the flags which would alter the training of the run in `checkpoint`.
+def check_unchanged(
+    checkpoint: Checkpoint, args: argparse.Namespace, *, config: PreTrainedConfig, may_change: Collection[str]
+) -> None:
+    """Raises UserError that names the flags which would alter the training of the run that `checkpoint` is of.
 
-    saved: the arguments of that run.  Those named by --allow_changed, and HARMLESS ones, may differ.
+    may_change: the flags that may differ; so may those that --allow_changed names.
     """
+    saved = checkpoint.state["args"]
     allowed = set((args.allow_changed or "").split(","))
     now = vars(args)
     changed = [
         name
-        for name in sorted(saved.keys() & now.keys() - HARMLESS)
+        for name in sorted(saved.keys() & now.keys() - {*may_change, "ignored"})
         if saved[name] != now[name] and name not in allowed
     ]
     lines = [f"--{name} {saved[name]} -> {now[name]}" for name in changed]
-    if "model_config" not in allowed and _shape(read_config(checkpoint / "config.json")) != _shape(config):
+    if "model_config" not in allowed and _shape(read_config(checkpoint.file(CONFIG))) != _shape(config):
         lines.append(f"--model_config: {args.model_config} is another model")
         changed.append("model_config")
     if lines:
         raise UserError(
-            f"{checkpoint} is of a run that was trained otherwise: {'; '.join(lines)}. Give what it had, or allow it: "
-            f"--allow_changed {','.join(changed)}"
+            f"{checkpoint.folder} is of a run that was trained otherwise: {'; '.join(lines)}. "
+            f"Give what it had, or allow it: --allow_changed {','.join(changed)}"
         )
 
 
-def _shape(config: LlamaConfig) -> dict[str, Any]:
+def _shape(config: PreTrainedConfig) -> dict[str, Any]:
     """What makes two models different; names, versions and dtypes do not."""
     ignored = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
     return {name: value for name, value in config.to_dict().items() if name not in ignored}
 
 
-def check_data(now: dict[str, str], *, start: Start, args: argparse.Namespace) -> dict[str, str]:
+def check_data(now: dict[str, str], *, start: StartingPoint, args: argparse.Namespace) -> dict[str, str]:
     """Returns `now`, the fingerprint of the training data (see DocumentSource).
 
     Raises UserError where it is not that of the checkpoint, whose position in the data would mean nothing. The same
@@ -119,7 +122,7 @@ def check_data(now: dict[str, str], *, start: Start, args: argparse.Namespace) -
         change = None if dataset == args.dataset else f"--dataset {dataset} -> {args.dataset}"
     if change is not None and "dataset" not in (args.allow_changed or "").split(","):
         raise UserError(
-            f"the training data has changed since {start.checkpoint}: {change}. Bring the files back, or go on "
+            f"the training data has changed since {start.folder}: {change}. Bring the files back, or go on "
             "regardless: --allow_changed dataset"
         )
     if change is not None:
@@ -132,8 +135,7 @@ def inherited_args(path: str) -> dict[str, Any]:
     if is_transformers_folder(path):
         own = {"tokenizer": path} if (Path(path) / "tokenizer_config.json").exists() else {}
         return {"model_config": str(Path(path) / "config.json"), "batch_size": EVALUATION_BATCH} | own
-    checkpoint = find_checkpoint(Path(path))
-    saved = read_state(checkpoint)["args"]
-    kept = {name: value for name, value in saved.items() if name not in INHERITED_NOT}
+    checkpoint = Checkpoint.open(find_checkpoint(Path(path)))
+    kept = {name: value for name, value in checkpoint.state["args"].items() if name not in INHERITED_NOT}
     sizes = {"batch_size": EVALUATION_BATCH, "total_batch_size": None, "gradient_accumulation": None}
-    return kept | sizes | {"model_config": str(checkpoint / "config.json")}
+    return kept | sizes | {"model_config": str(checkpoint.folder / CONFIG)}

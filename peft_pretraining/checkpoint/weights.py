@@ -1,4 +1,4 @@
-"""Weights from disk, one tensor at a time: of a LLaMA in transformers' format, or of one of our checkpoints.
+"""Weights from disk, one tensor at a time: of a model in transformers' format, or of one of our checkpoints.
 
 Both are safetensors, which are never unpickled. All names and shapes are checked, from the files' headers, before the
 first weight is written; then every tensor is read, copied and forgotten, so no second copy of the model ever exists.
@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from peft_pretraining.checkpoint.files import open_tensors
 from peft_pretraining.checkpoint.old_format import upgrade_quantized
 from peft_pretraining.errors import UserError
 from peft_pretraining.model.adapters import base_parameters
-from peft_pretraining.model.build import DTYPES, read_config
+from peft_pretraining.model.config import read_config
+from peft_pretraining.model.dtypes import DTYPES
+from peft_pretraining.model.family import Family, family_of
 from qgalore.storage.affine import Affine
 from qgalore.storage.quantized_weight import QuantizedWeight
 from qgalore.storage.stored import Stored, build_codec, part_key
@@ -29,11 +31,6 @@ FLOATS = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }  # safetensors' names
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-SHAPE = (
-    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim vocab_size "
-    "hidden_act rms_norm_eps tie_word_embeddings attention_bias mlp_bias"
-).split()
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,12 @@ class Quantized:
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """The weights in a folder. files: the file of each tensor, by the tensor's name.  quantized: the 8-bit weights."""
+    """The weights in a folder.
+
+    folder: where they are, for messages.
+    files: the file of each tensor, by the tensor's name.
+    quantized: the 8-bit weights, by name.
+    """
 
     folder: Path
     files: Mapping[str, Path]
@@ -99,7 +101,7 @@ class StoredWeights:
         path = self.files.get(stored)
         if path is None:
             raise UserError(f"{self.folder}: {stored} is missing.")
-        with _opened(path) as file:
+        with open_tensors(path) as file:
             if stored not in file.keys():
                 raise UserError(f"{path}: {stored} is missing.")
             header = file.get_slice(stored)
@@ -129,8 +131,8 @@ def is_transformers_folder(path: str | Path) -> bool:
     return (Path(path) / "config.json").is_file() and not is_checkpoint(path)
 
 
-def load_initial_weights(model: LlamaForCausalLM, folder: str | Path) -> None:
-    """Copies the weights of a LLaMA in transformers' format (config.json and safetensors) into `model`.
+def load_initial_weights(model: PreTrainedModel, folder: str | Path) -> None:
+    """Copies the weights of a model in transformers' format (config.json and safetensors) into `model`.
 
     Each is cast to its parameter's dtype, or rounded to nearest where the parameter is in 8 bits. Adapters stay as
     they are: at the start, LoRA's add nothing.
@@ -140,7 +142,7 @@ def load_initial_weights(model: LlamaForCausalLM, folder: str | Path) -> None:
     _load(base_parameters(model), Path(folder), config=model.config, open_weights=open_transformers)
 
 
-def load_weights(model: LlamaForCausalLM, folder: str | Path) -> None:
+def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
     """As load_initial_weights, also from a checkpoint of ours: for evaluation, as it leaves the optimizer's state.
 
     8-bit weights go bit for bit into parameters of the same kind and group size; otherwise they are decoded.
@@ -154,7 +156,7 @@ def load_weights(model: LlamaForCausalLM, folder: str | Path) -> None:
 def open_checkpoint(folder: Path) -> StoredWeights:
     """The weights of a checkpoint of ours. Raises UserError where it cannot be read."""
     path = folder / "model.safetensors"
-    with _opened(path) as file:
+    with open_tensors(path) as file:
         files, metadata = dict.fromkeys(file.keys(), path), file.metadata() or {}
     try:
         quantized = {
@@ -178,7 +180,7 @@ def open_transformers(folder: Path) -> StoredWeights:
     """The weights of a transformers folder, in one file or in shards. Raises UserError where it cannot be read."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.is_file():
-        with _opened(whole) as file:
+        with open_tensors(whole) as file:
             files = dict.fromkeys(file.keys(), whole)
     elif index.is_file():
         files = _read_index(index)
@@ -198,7 +200,7 @@ def _load(
     parameters: Mapping[str, nn.Parameter],
     folder: Path,
     *,
-    config: LlamaConfig,
+    config: PreTrainedConfig,
     open_weights: Callable[[Path], StoredWeights],
 ) -> None:
     """Fills the parameters of a model of this config, by their names in the folder."""
@@ -206,14 +208,14 @@ def _load(
     _check_config(config, theirs, folder=folder)
     weights = open_weights(folder)
     if theirs.tie_word_embeddings:
-        weights = _untie(weights)
+        weights = _untie(weights, family_of(theirs))
     weights.check({name: parameter.shape for name, parameter in parameters.items()})
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights.read(name))
 
 
-def _check_config(ours: LlamaConfig, theirs: LlamaConfig, *, folder: Path) -> None:
+def _check_config(ours: PreTrainedConfig, theirs: PreTrainedConfig, *, folder: Path) -> None:
     """Raises UserError where the folder's model computes something else than ours would with its weights."""
     wanted, found = _architecture(ours), _architecture(theirs)
     for name in wanted | found:
@@ -224,16 +226,18 @@ def _check_config(ours: LlamaConfig, theirs: LlamaConfig, *, folder: Path) -> No
             )
 
 
-def _architecture(config: LlamaConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in SHAPE} | dict(config.rope_parameters or {})
+def _architecture(config: PreTrainedConfig) -> dict[str, Any]:
+    """What the weights' meaning depends on, by name."""
+    fields = ("model_type", *family_of(config).shape)
+    return {name: getattr(config, name, None) for name in fields} | dict(config.rope_parameters or {})
 
 
-def _untie(weights: StoredWeights) -> StoredWeights:
+def _untie(weights: StoredWeights, family: Family) -> StoredWeights:
     """Leaves out the head, which is the embedding. Raises UserError where it is another matrix."""
-    files = dict(weights.files)
-    if {EMBEDDING, HEAD} <= files.keys() and not torch.equal(weights.read(HEAD), weights.read(EMBEDDING)):
-        raise UserError(f"{weights.folder}: its config ties {HEAD} to {EMBEDDING}, but the two differ.")
-    files.pop(HEAD, None)
+    files, head, embedding = dict(weights.files), family.head_weight, family.embedding_weight
+    if {embedding, head} <= files.keys() and not torch.equal(weights.read(head), weights.read(embedding)):
+        raise UserError(f"{weights.folder}: its config ties {head} to {embedding}, but the two differ.")
+    files.pop(head, None)
     return StoredWeights(weights.folder, files, weights.quantized)
 
 
@@ -253,16 +257,6 @@ def _and_more(names: Collection[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
-def _opened(path: Path) -> Any:
-    """The safetensors file, its header read."""
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file.") from error
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: damaged, or not a safetensors file ({error}).") from error
-
-
 def _read_tensor(path: Path, name: str) -> Tensor:
-    with _opened(path) as file:
+    with open_tensors(path) as file:
         return file.get_tensor(name)

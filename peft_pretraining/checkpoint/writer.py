@@ -43,8 +43,9 @@ def prepare_save_dir(save_dir: Path) -> None:
 class CheckpointWriter:
     """Writes checkpoints into `save_dir` in the background, while training goes on.
 
-    keep_last: how many stay, 0 for all.  keep_every: those of updates that are a multiple of it stay in any case; 0:
-    none.  `last` is the newest complete checkpoint known, or None.
+    keep_last: how many checkpoints stay; 0 keeps all.
+    keep_every: checkpoints whose update is a multiple of it stay in any case; 0 for none.
+    last: the newest complete checkpoint known, or None.
 
     A snapshot takes as much host memory as model and optimizer. To have one at a time, wait before taking the next:
 

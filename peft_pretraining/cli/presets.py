@@ -7,7 +7,7 @@ from typing import Any
 
 from peft_pretraining.cli.flags import defaults
 from peft_pretraining.errors import UserError
-from peft_pretraining.model.build import read_json
+from peft_pretraining.json_files import read_json
 
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "configs" / "presets"
@@ -15,10 +15,13 @@ FOLDER = ROOT / "configs" / "presets"
 
 @dataclass(frozen=True)
 class Preset:
-    """about, source: what it is, and where it is published or measured.  perplexity: published, on C4; None where there
-    is none.  measured: what we found with it, in words.
+    """A recipe that --preset names.
 
-    flags: name to value, as after parsing; paths are relative to the repository.
+    about: what it is.
+    source: where it is published or measured.
+    perplexity: the published perplexity on C4; None where nothing is published.
+    flags: the value of each flag by its name, as after parsing; paths are relative to the repository.
+    measured: what we found with it, in words.
     """
 
     about: str

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 EDGE = 64 * 2**10  # bytes hashed at either end of a file
-MOST_NAMES = 3  # in one message
+MAX_NAMES = 3  # in one message
 
 
 def fingerprint_files(files: Sequence[Path]) -> dict[str, str]:
@@ -48,5 +48,5 @@ def _digest(path: Path) -> str:
 
 
 def _list(names: list[str]) -> str:
-    more = len(names) - MOST_NAMES
-    return ", ".join(sorted(names)[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+    more = len(names) - MAX_NAMES
+    return ", ".join(sorted(names)[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")

@@ -1,7 +1,7 @@
 """C4 streamed from the Hugging Face hub: who reads which shard, and how a stream survives a bad connection.
 
-``datasets`` splits an iterable dataset by DataLoader worker on its own, which divides the data twice when it is already
-divided by reader. So each reader opens its shards one by one, through ``IterableDataset.iter``, which knows nothing of
+`datasets` splits an iterable dataset by DataLoader worker on its own, which divides the data twice when it is already
+divided by reader. So each reader opens its shards one by one, through `IterableDataset.iter`, which knows nothing of
 workers. Shuffling happens in our own blocks, downstream of the connection: a buffer inside the stream would be lost
 with it, and the documents in it. A shard is a part of the epoch, so a reader opens only its own.
 """
@@ -9,7 +9,6 @@ with it, and the documents in it. A shard is a part of the epoch, so a reader op
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 from loguru import logger
 
 from peft_pretraining.data.order import OrderedDocuments
+from peft_pretraining.data.retry import retried
 from peft_pretraining.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ BATCH = 256  # documents converted from Arrow at a time
 
 PROBES, PROBE_SECONDS = 2, 5.0  # is the hub there at all: ten seconds at worst
 TRIES = 10  # in a row without a new document; the waits between them sum up to four minutes
-LONGEST_WAIT = 60.0  # seconds, unless the server asks for more
-LONGEST_RETRY_AFTER = 600.0
+MAX_WAIT = 60.0  # seconds, unless the server asks for more
+MAX_RETRY_AFTER = 600.0
 NETWORK_MODULES = {
     "httpx",
     "httpx2",
@@ -110,7 +110,7 @@ class HubDocuments(OrderedDocuments[int]):
 
 
 def load_stream(split: str) -> IterableDataset:
-    """The split as ``datasets`` streams it, one shard per file."""
+    """The split as `datasets` streams it, one shard per file."""
     import datasets
 
     dataset = datasets.load_dataset(HUB_DATASET, HUB_CONFIG, split=split, streaming=True)
@@ -118,7 +118,7 @@ def load_stream(split: str) -> IterableDataset:
 
 
 def limit_inner_retries() -> None:
-    """Leaves patience to ``resilient``: the retries of ``datasets`` sleep for up to 20 minutes, seen in no log of ours.
+    """Leaves patience to `resilient`: the retries of `datasets` sleep for up to 20 minutes, seen in no log of ours.
 
     The hub client below them keeps its own: five for each block of a file, resumed at the byte.
     """
@@ -132,7 +132,7 @@ def limit_inner_retries() -> None:
 def probe_hub() -> str | None:
     """Asks the hub for the dataset and returns its revision, or None where the hub is too busy to say.
 
-    Raises UserError where ``datasets`` is missing or nobody answers in seconds.
+    Raises UserError where `datasets` is missing or nobody answers in seconds.
     """
     try:
         import datasets  # noqa: F401
@@ -158,32 +158,28 @@ def resilient(open_stream: Callable[[], Iterator[T]], *, name: str, first: int =
     first: 0-based item to begin with.
     Raises UserError after TRIES failures without a new item; errors that are no network's fault pass unchanged.
     """
-    delivered, failures = first, 0
-    while True:
-        try:
-            for item in islice(open_stream(), delivered, None):
-                delivered += 1
-                failures = 0
-                yield item
-            return
-        except Exception as error:
-            if not is_transient(error):
-                raise
-            failures += 1
-            if failures == TRIES:
-                raise UserError(
-                    f"{name}: gave up after {TRIES} tries ({_brief(error)}). Resume later; {OFFLINE_WAYS}."
-                ) from error
-            wait = seconds_to_wait(error, failures)
-            broken = f"{name}: broke after document {delivered} ({_brief(error)})"
-            logger.warning(f"{broken}. Try {failures + 1} of {TRIES} in {wait:.0f} s.")
-        time.sleep(wait)
+
+    def open_after(given: int, last: T | None) -> Iterator[T]:
+        return islice(open_stream(), first + given, None)
+
+    def wait_after(error: Exception, failures: int, given: int) -> float:
+        if not is_transient(error):
+            raise error
+        if failures == TRIES:
+            advice = f"Resume later; {OFFLINE_WAYS}."
+            raise UserError(f"{name}: gave up after {TRIES} tries ({_brief(error)}). {advice}") from error
+        wait = seconds_to_wait(error, failures)
+        broken = f"{name}: broke after document {first + given} ({_brief(error)})"
+        logger.warning(f"{broken}. Try {failures + 1} of {TRIES} in {wait:.0f} s.")
+        return wait
+
+    return retried(open_after, wait_after=wait_after)
 
 
 def seconds_to_wait(error: BaseException, failures: int) -> float:
     """Doubling from one second, spread by a quarter so that readers do not come back all at once; or what was asked."""
-    patience = min(2.0 ** (failures - 1), LONGEST_WAIT) * random.SystemRandom().uniform(0.75, 1.25)
-    return max(patience, min(_retry_after(error), LONGEST_RETRY_AFTER))
+    patience = min(2.0 ** (failures - 1), MAX_WAIT) * random.SystemRandom().uniform(0.75, 1.25)
+    return max(patience, min(_retry_after(error), MAX_RETRY_AFTER))
 
 
 def is_transient(error: BaseException) -> bool:

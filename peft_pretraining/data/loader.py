@@ -17,17 +17,17 @@ import weakref
 from collections import abc
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import count, islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from loguru import logger
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from peft_pretraining.batch import Batch
 from peft_pretraining.data.order import Skipped
-from peft_pretraining.data.packing import IGNORED, Packing, Piece, Sequence, encode, make_packer, to_sequence
+from peft_pretraining.data.packing import Packing, Piece, Sequence, encode, make_packer, to_sequence
 from peft_pretraining.data.position import Progress, resume_progress
 from peft_pretraining.data.sources import DocumentSource
 from peft_pretraining.errors import UserError
@@ -38,25 +38,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PREFETCHED = 2  # batches ready before they are asked for
-EMPTY_EPOCHS = 20  # times the number of readers: so many in a row without a document, and there is none
-MOST_SKIPPED = 64  # bad documents that a reader keeps to itself while it looks for a good one
-MOST_WARNINGS = 5  # for bad documents of a validation set
-
-
-@dataclass(frozen=True)
-class Batch:
-    """input_ids, targets: (B, L) int64; ``targets[b, t]`` is what follows ``input_ids[b, t]``, or IGNORED.
-
-    epoch: 0-based, the latest that a document of this batch came from.
-    position: plain JSON, all that this rank has consumed up to and including the batch; see train_batches.
-    skipped: a line for each document that could not be read on the way to it.
-    """
-
-    input_ids: torch.Tensor
-    targets: torch.Tensor
-    epoch: int
-    position: dict[str, Any] = field(default_factory=dict)
-    skipped: tuple[str, ...] = ()
+EMPTY_EPOCHS = 20  # times the number of readers: epochs in a row without a document, after which there is none
+MAX_SKIPPED = 64  # bad documents that a reader keeps to itself while it looks for a good one
 
 
 def train_batches(
@@ -74,12 +57,14 @@ def train_batches(
 ) -> Generator[Batch, None, None]:
     """Endless batches of this rank, epoch after reshuffled epoch; the same ones for the same arguments.
 
-    batch_size: sequences, B. max_length: tokens of a sequence, L. workers: processes that read and tokenize, or 0.
-    resume: ``Batch.position`` of the last batch of each rank, by rank. With as many ranks and workers (0 is 1), the
+    batch_size: sequences in a batch, B.
+    max_length: tokens of a sequence, L.
+    workers: processes that read and tokenize; 0 for a thread of this one.
+    resume: `Batch.position` of the last batch of each rank, by rank. With as many ranks and workers (0 is 1), the
         batches go on exactly; with others, no document is lost, and read twice are only those cut in the middle.
-    Batches arrive on ``device``, the next ones made in the background. Closing the iterator ends thread and workers.
+    Batches arrive on `device`, the next ones made in the background. Closing the iterator ends thread and workers.
 
-    A document that cannot be read is left out and named in ``Batch.skipped``.
+    A document that cannot be read is left out and named in `Batch.skipped`.
     Raises UserError, also from inside a worker, where a file is gone or there is no document at all.
     """
     assert batch_size >= 1 and max_length >= 2 and 0 <= rank < world_size
@@ -141,8 +126,8 @@ class _Sequences(IterableDataset):
                     skipped.clear()
                 continue
             skipped.append(item.reason)
-            if len(skipped) == MOST_SKIPPED:  # a sequence without targets, lest they be reported late or never
-                position = position._replace(reported=position.reported + MOST_SKIPPED)
+            if len(skipped) == MAX_SKIPPED:  # report them now, with a sequence that has no targets
+                position = position._replace(reported=position.reported + MAX_SKIPPED)
                 nothing = to_sequence([], length=length, pad_id=self.tokenizer.pad_id)
                 yield Sequence(nothing, position, tuple(skipped))
                 skipped.clear()
@@ -177,7 +162,7 @@ def _deliver(
     del sequences  # now they end with the thread, not with the interpreter
     with closing(prefetcher) as batches:
         for batch in batches:
-            yield _to_device(batch, device)
+            yield batch.to(device)
 
 
 def _collate(sequences: Iterator[Sequence | UserError], *, batch_size: int, progress: Progress) -> Iterator[Batch]:
@@ -191,14 +176,14 @@ def _collate(sequences: Iterator[Sequence | UserError], *, batch_size: int, prog
         assert chosen, "the sequences never end"
         tokens = torch.from_numpy(np.stack([sequence.tokens for sequence in chosen]))  # (B, 2, L) int32
         yield replace(
-            _batch(tokens, epoch=max(sequence.position.epoch for sequence in chosen)),
+            Batch.of(tokens, epoch=max(sequence.position.epoch for sequence in chosen)),
             position=progress.to_json(),
             skipped=tuple(reason for sequence in chosen for reason in sequence.skipped),
         )
 
 
 class _Prefetcher(Iterator[T]):
-    """``items``, made ahead of time by a thread. ``close()`` ends the thread, then calls ``finish``.
+    """`items`, made ahead of time by a thread. `close()` ends the thread, then calls `finish`.
 
     A process that exits with the thread running closes it too: frozen in the midst of a tensor, it would abort instead.
     """
@@ -235,22 +220,6 @@ def _stop(thread: threading.Thread, ready: queue.Queue, stopped: threading.Event
     finish()
 
 
-def _batch(tokens: torch.Tensor, *, epoch: int) -> Batch:
-    """tokens: (B, 2, L) int32."""
-    input_ids, targets = tokens.long().unbind(1)
-    return Batch(input_ids.contiguous(), targets.contiguous(), epoch)
-
-
-def _to_device(batch: Batch, device: torch.device) -> Batch:
-    if device.type != "cuda":
-        return replace(batch, input_ids=batch.input_ids.to(device), targets=batch.targets.to(device))
-    # In the caller's thread, because the current GPU is a property of the thread. Pinned, so that nobody waits for it.
-    input_ids, targets = (
-        tensor.pin_memory().to(device, non_blocking=True) for tensor in (batch.input_ids, batch.targets)
-    )
-    return replace(batch, input_ids=input_ids, targets=targets)
-
-
 def _identity(item: T) -> T:
     return item
 
@@ -263,79 +232,3 @@ def _leave_signals_to_the_main_process(worker_id: int) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-
-
-class ValidationSet:
-    """The first ``tokens`` target tokens of the validation stream, read once; iterates over this rank's batches.
-
-    The same targets for any world size and batch size: sequence i belongs to rank i % world_size. All ranks have as
-    many batches, because they compute a sharded model together: where sequences run out, a row has no target at all.
-
-    Raises UserError where there is no validation document.
-    """
-
-    def __init__(
-        self,
-        source: DocumentSource,
-        tokenizer: Tokenizer,
-        *,
-        tokens: int,
-        batch_size: int,
-        max_length: int,
-        packing: Packing,
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        assert tokens >= 1 and batch_size >= 1 and max_length >= 2 and 0 <= rank < world_size
-        self.batch_size = batch_size
-        self.device = torch.device(device)
-        windows = _validation_windows(source, tokenizer, packing=packing, length=max_length)
-        sequences, self.tokens = _take_targets(windows, tokens=tokens)
-        if not sequences:
-            raise UserError(f"no validation document in {source.name}. Give some with --validation PATH.")
-        nothing = to_sequence([], length=max_length, pad_id=tokenizer.pad_id)
-        sequences += [nothing] * (-len(sequences) % world_size)
-        self.sequences = torch.from_numpy(np.stack(sequences[rank::world_size]))  # (N, 2, L) int32
-
-    def __len__(self) -> int:
-        """Batches of this rank; the same for all ranks."""
-        return -(-len(self.sequences) // self.batch_size)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for tokens in self.sequences.split(self.batch_size):
-            yield _to_device(_batch(tokens, epoch=0), self.device)
-
-
-def _validation_windows(
-    source: DocumentSource, tokenizer: Tokenizer, *, packing: Packing, length: int
-) -> Iterator[np.ndarray]:
-    """(2, length) int32 each, all of the source. Bad documents are left out with a warning when the reading ends."""
-    packer = make_packer(packing, tokenizer, length=length)
-    skipped: list[str] = []
-    try:
-        for item in encode(source.read(epoch=0, reader=0, readers=1), tokenizer):
-            if isinstance(item, Skipped):
-                skipped.append(item.reason)
-            else:
-                yield from (sequence.tokens for sequence in packer.add(item))
-        yield from packer.end()
-    finally:
-        for reason in skipped[:MOST_WARNINGS]:
-            logger.warning(f"skipped a validation document: {reason}")
-        if len(skipped) > MOST_WARNINGS:
-            logger.warning(f"skipped {len(skipped) - MOST_WARNINGS} more validation documents")
-
-
-def _take_targets(sequences: Iterator[np.ndarray], *, tokens: int) -> tuple[list[np.ndarray], int]:
-    """The first sequences that hold ``tokens`` targets, and how many they hold; what is beyond becomes IGNORED."""
-    taken: list[np.ndarray] = []
-    missing = tokens
-    for sequence in sequences:
-        taken.append(sequence)
-        places = np.flatnonzero(sequence[1] != IGNORED)
-        sequence[1, places[missing:]] = IGNORED
-        missing -= min(missing, len(places))
-        if missing == 0:
-            break
-    return taken, tokens - missing

@@ -22,7 +22,12 @@ BUFFER_BYTES = 64 * 2**20
 
 
 class Document(NamedTuple):
-    """A document, or a piece of a long one. last: whether it ends here."""
+    """A document, or a piece of a long one.
+
+    text: what it says.
+    position: where it is in the data.
+    last: whether the document ends here.
+    """
 
     text: str
     position: Position
@@ -30,7 +35,10 @@ class Document(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """In place of a document that cannot be read. reason: one line that names the file and the line."""
+    """In place of a document that cannot be read.
+
+    reason: one line that names the file and the line.
+    """
 
     reason: str
 
@@ -51,7 +59,7 @@ class Undecoded(Protocol):
 
 
 class OrderedDocuments(Generic[F]):
-    """Documents in parts, files and records. A subclass says what these are; ``F`` is what it knows a file by."""
+    """Documents in parts, files and records. A subclass says what these are; `F` is what it knows a file by."""
 
     def __init__(self, *, seed: int, shuffle: bool) -> None:
         self.seed = seed
@@ -62,7 +70,7 @@ class OrderedDocuments(Generic[F]):
         raise NotImplementedError
 
     def records(self, file: F, *, line: int) -> Iterator[Undecoded]:
-        """The records of a file, in file order, beginning with the one at ``line``."""
+        """The records of a file, in file order, beginning with the one at `line`."""
         raise NotImplementedError
 
     def keeps(self, text: str) -> bool:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
+from peft_pretraining.batch import IGNORED
 from peft_pretraining.data.order import Document, Skipped
 from peft_pretraining.data.position import Position
 
@@ -15,13 +16,17 @@ if TYPE_CHECKING:
 
 Packing = Literal["concat", "truncate"]
 
-IGNORED = -100  # the target where nothing is to be predicted: what cross_entropy ignores
 CHUNK = 64  # documents given to the tokenizer at a time
 PIECE = 1_000_000  # characters: a longer document is tokenized in pieces, a chunk is no longer by more than one
 
 
 class Piece(NamedTuple):
-    """Token ids of a document or of a piece of it. position: of its first id.  last: whether EOS follows."""
+    """Token ids of a document or of a piece of it.
+
+    ids: the token ids, without EOS.
+    position: where the first of them is in the data.
+    last: whether EOS follows.
+    """
 
     ids: list[int]
     position: Position
@@ -31,8 +36,9 @@ class Piece(NamedTuple):
 class Sequence(NamedTuple):
     """What a reader hands over.
 
-    tokens: (2, L) int32, input ids above targets.  position: of the reader behind it.
-    skipped: why documents were, since the reader's sequence before.
+    tokens: (2, L) int32, input ids above targets.
+    position: where the reader is after this sequence.
+    skipped: why documents were skipped since the reader's previous sequence.
     """
 
     tokens: np.ndarray
@@ -43,8 +49,9 @@ class Sequence(NamedTuple):
 class Concat:
     """Documents, each followed by EOS, as one stream cut into windows that share just their boundary token.
 
-    A window is ``stream[k*L : (k+1)*L]`` above ``stream[k*L+1 : (k+1)*L+1]``, so every transition of the stream is a
-    target exactly once. eos_first: whether the stream begins with the EOS of a document before, see Position.
+    A window is `stream[k*L : (k+1)*L]` above `stream[k*L+1 : (k+1)*L+1]`, so every transition of the stream is a
+    target exactly once.
+    eos_first: whether the stream begins with the EOS of an earlier document, see Position.
     """
 
     def __init__(self, *, length: int, eos_id: int, eos_first: bool = False) -> None:
@@ -56,7 +63,7 @@ class Concat:
         """The windows that the piece fills. To be exhausted before the next piece.
 
         What is left after a window is always a suffix of this piece: windows are cut after each piece, so at most
-        ``length`` tokens were waiting, and they are gone with the first window. That is why a position in a piece
+        `length` tokens were waiting, and they are gone with the first window. That is why a position in a piece
         tells all about the stream.
         """
         self.stream += [*piece.ids, self.eos_id] if piece.last else piece.ids
@@ -79,7 +86,7 @@ class Concat:
 
 
 class Truncate:
-    """One document a sequence, as the published baselines do: cut at ``length`` tokens, EOS where it fits, padding.
+    """One document a sequence, as the published baselines do: cut at `length` tokens, EOS where it fits, padding.
 
     Nothing is predicted at the last position and on padding, and tails are never seen.
     """

@@ -34,9 +34,11 @@ PART_END = Block(sys.maxsize, 0, 0)
 
 
 class Position(NamedTuple):
-    """All documents of the reader before this place are done, and of the document at it what the last four fields say.
+    """Where a reader resumes: every earlier document of this reader is finished.
 
-    document: its number within the part, in shuffled order. It need not belong to the reader, nor exist.
+    The last four fields say how much of the current document has been consumed.
+    document: number of the current document within the part, in shuffled order. It need not belong to the reader, and
+        need not exist.
     """
 
     epoch: int = 0
@@ -74,7 +76,7 @@ class Position(NamedTuple):
 
 
 def owner(epoch: int, part: int, document: int, *, parts: int, readers: int) -> int:
-    """The one of ``readers`` that reads this document: whole parts where they go round, else every n-th document.
+    """The one of `readers` that reads this document: whole parts where they go round, else every n-th document.
 
     Turns move on with the epoch, so that readers that outnumber the documents all get some.
     """
@@ -112,8 +114,10 @@ class Layout:
 class Progress:
     """What one rank has consumed.
 
-    positions: of each of its workers.  turn: the worker that the next sequence comes from.
-    earlier: the layouts that still matter, oldest first.
+    positions: the position of each of its workers.
+    world_size: the number of ranks.
+    turn: the worker that the next sequence comes from.
+    earlier: the earlier layouts that still matter, oldest first.
     """
 
     positions: tuple[Position, ...]
@@ -123,11 +127,15 @@ class Progress:
 
     @classmethod
     def at_start(cls, *, world_size: int, workers: int, epoch: int = 0, earlier: tuple[Layout, ...] = ()) -> Progress:
-        """That of a rank that has consumed nothing but what ``earlier`` tells. workers: at least 1."""
+        """The progress of a rank that has consumed nothing but what `earlier` tells.
+
+        workers: number of its workers, at least 1.
+        epoch: the epoch that it begins with.
+        """
         return cls((Position(epoch=epoch),) * workers, world_size=world_size, earlier=earlier)
 
     def advance(self, position: Position) -> Progress:
-        """After one more sequence, which leaves the worker whose turn it was at ``position``."""
+        """After one more sequence, which leaves the worker whose turn it was at `position`."""
         positions = (*self.positions[: self.turn], position, *self.positions[self.turn + 1 :])
         return replace(self, positions=positions, turn=(self.turn + 1) % len(positions))
 
@@ -149,12 +157,12 @@ class Progress:
 
 
 def resume_progress(saved: Sequence[dict[str, Any]], *, rank: int, world_size: int, workers: int) -> Progress:
-    """Where ``rank`` goes on, from the saved positions of all ranks of the run before.
+    """Where `rank` goes on, from the saved positions of all ranks of the run before.
 
     The same ranks and workers go on exactly where they were. Others share out what is left, document by document: the
     documents that were cut in the middle, at most one a reader, are read again from their start, with a warning.
 
-    Raises UserError where ``saved`` is not the position of a whole run.
+    Raises UserError where `saved` is not the position of a whole run.
     """
     try:
         ranks = [Progress.from_json(one) for one in saved]

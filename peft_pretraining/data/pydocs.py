@@ -1,7 +1,7 @@
 """The embedded corpus: the documentation that every machine with torch already has.
 
 English documentation strings of Python's standard library, torch and numpy are read from the installed source files
-with ``ast``; nothing is imported. One class, with its methods, is one document, and so are the functions of one module.
+with `ast`; nothing is imported. One class, with its methods, is one document, and so are the functions of one module.
 Every docstring is kept once, so a text cannot sit in both splits.
 
 Corpus and tokenizer are built at first use, into one folder of the user's cache that appears whole or not at all::

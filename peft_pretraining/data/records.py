@@ -10,15 +10,16 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import time
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from loguru import logger
 
+from peft_pretraining.data.retry import retried
 from peft_pretraining.errors import UserError
 
 JSON_SUFFIXES = (".json.gz", ".jsonl.gz", ".json", ".jsonl")
@@ -62,7 +63,7 @@ class Record(NamedTuple):
 
 
 class _Damaged(Exception):
-    """The file cannot be read beyond ``after`` lines or rows."""
+    """The file cannot be read beyond `after` lines or rows."""
 
     def __init__(self, after: int, error: BaseException) -> None:
         super().__init__(_first_line(error))
@@ -70,31 +71,33 @@ class _Damaged(Exception):
 
 
 def read_records(path: Path, *, line: int = 1) -> Iterator[Record]:
-    """The records of one file, in file order, from the one that begins at ``line`` on.
+    """The records of one file, in file order, from the one that begins at `line` on.
 
     A damaged file ends with a record whose text() raises. A file that cannot be opened or read is tried again after
     each of RETRY_WAITS, where it broke. Raises UserError after the last.
     """
-    given = 0  # records from ``line`` on
-    waits = iter(RETRY_WAITS)
-    while True:
-        try:
-            for record in islice(_records(path, line), given, None):
-                yield record
-                line, given, waits = record.line, 1, iter(RETRY_WAITS)
-            return
-        except _Damaged as damage:
-            problem = f"{path} is damaged after {_unit(path)} {damage.after} ({damage}): the rest of it is skipped"
-            yield Record(b"", path, damage.after + 1, problem)
-            return
-        except OSError as error:
-            wait = next(waits, None)
-            if wait is None:
-                raise UserError(
-                    f"cannot read {path}: {error.strerror or error}. Bring it back and resume, or take it out."
-                ) from error
-            logger.warning(f"cannot read {path}: {error.strerror or error}. Trying again in {wait:g} s.")
-        time.sleep(wait)
+
+    def open_after(given: int, last: Record | None) -> Iterator[Record]:
+        return _records(path, line) if last is None else islice(_records(path, last.line), 1, None)
+
+    try:
+        yield from retried(open_after, wait_after=partial(_wait_for_file, path))
+    except _Damaged as damage:
+        problem = f"{path} is damaged after {_unit(path)} {damage.after} ({damage}): the rest of it is skipped"
+        yield Record(b"", path, damage.after + 1, problem)
+
+
+def _wait_for_file(path: Path, error: Exception, failures: int, given: int) -> float:
+    """Seconds to wait after a failure of the machine; raises any other error, and UserError after the last wait."""
+    if not isinstance(error, OSError):
+        raise error
+    if failures > len(RETRY_WAITS):
+        raise UserError(
+            f"cannot read {path}: {error.strerror or error}. Bring it back and resume, or take it out."
+        ) from error
+    wait = RETRY_WAITS[failures - 1]
+    logger.warning(f"cannot read {path}: {error.strerror or error}. Trying again in {wait:g} s.")
+    return wait
 
 
 def _records(path: Path, start: int) -> Iterator[Record]:
@@ -141,7 +144,7 @@ def _paragraph_records(path: Path, start: int) -> Iterator[Record]:
 
 
 def _parquet_records(path: Path, start: int) -> Iterator[Record]:
-    """Row groups before ``start`` are not read."""
+    """Row groups before `start` are not read."""
     try:
         import pyarrow
         import pyarrow.parquet

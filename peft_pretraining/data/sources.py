@@ -2,7 +2,7 @@
 
 A source hands every document to exactly one of its readers in each epoch. The order of local files is global: it
 depends on the seed and the epoch alone, every reader walks it, and reader k of n decodes each n-th record. So a run on
-another number of GPUs or workers reads the same documents in the same order. How, document_order.py says.
+another number of GPUs or workers reads the same documents in the same order. order.py says how.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from peft_pretraining.errors import UserError
 
 Split = Literal["train", "validation"]
 
-HELD_OUT = 100  # one document in so many is held out for validation where there is no validation split
-MOST_UNREADABLE = 1000  # records in a row from the start: with so many, the data set is not what it should be
+HELD_OUT = 100  # one document in HELD_OUT is held out for validation where there is no validation split
+MAX_UNREADABLE = 1000  # records in a row from the start, after which the data set is not what it should be
 
 
 class DocumentSource(Protocol):
@@ -41,7 +41,7 @@ class DocumentSource(Protocol):
         start: Position | None = None,
         earlier: Sequence[Layout] = (),
     ) -> Iterator[Document | Skipped]:
-        """This reader's documents of this 0-based epoch: over all ``readers``, each document exactly once.
+        """This reader's documents of this 0-based epoch: over all `readers`, each document exactly once.
 
         start: documents before this position are left out, without reading more than the block it is in.
         earlier: what these layouts have read is left out, too.
@@ -57,12 +57,12 @@ class DocumentSource(Protocol):
 
 
 def open_documents(dataset: str, *, split: Split, seed: int, validation: str | None = None) -> DocumentSource:
-    """The documents of one split; call ``check()`` before the slow work.
+    """The documents of one split; call `check()` before the slow work.
 
-    dataset: ``c4`` (streamed from the hub), ``pydocs`` (embedded), or a PATH: a folder in C4's layout (files named
-        ``*train*`` and ``*validation*`` in it or in its ``en/`` folder), a single file, or a glob.
-    split: ``train`` comes in an order drawn from ``seed`` and the epoch, ``validation`` always in file order.
-    validation: documents to validate on, given like ``dataset``. Without it the dataset's own validation split is used;
+    dataset: `c4` (streamed from the hub), `pydocs` (embedded), or a PATH: a folder in C4's layout (files named
+        `*train*` and `*validation*` in it or in its `en/` folder), a single file, or a glob.
+    split: `train` comes in an order drawn from `seed` and the epoch, `validation` always in file order.
+    validation: documents to validate on, given like `dataset`. Without it the dataset's own validation split is used;
         where there is none, about one document in HELD_OUT is, and these are never trained on. Both splits must be
         opened with the same value.
 
@@ -88,7 +88,7 @@ def open_documents(dataset: str, *, split: Split, seed: int, validation: str | N
 
 
 class LocalDocuments(OrderedDocuments[Path]):
-    """Documents of local files, shuffled anew for each epoch or in file order. ``keep`` restricts them to one split.
+    """Documents of local files, reshuffled for each epoch, or in file order. `keep` restricts them to one split.
 
     An epoch is one part: blocks of the shuffle span small files.
     """
@@ -116,14 +116,14 @@ class LocalDocuments(OrderedDocuments[Path]):
         return self.keep == "all" or split_of(text) == self.keep
 
     def check(self) -> None:
-        """Decodes records up to the first document that has text, or up to MOST_UNREADABLE that cannot be read."""
+        """Decodes records up to the first document that has text, or up to MAX_UNREADABLE that cannot be read."""
         problems: list[str] = []
         for record in chain.from_iterable(map(read_records, self.files)):
             try:
                 text = record.text()
             except UserError as error:
                 problems.append(str(error))
-                if len(problems) == MOST_UNREADABLE:
+                if len(problems) == MAX_UNREADABLE:
                     break
             else:
                 if text.strip() and self.keeps(text):
@@ -181,7 +181,7 @@ def _naming_advice(folder: Path | str) -> str:
 
 
 def _open_validation(validation: str, *, seed: int) -> DocumentSource:
-    """``validation`` as the user gave it: its own validation split if it has one, else all of it."""
+    """`validation` as the user gave it: its own validation split if it has one, else all of it."""
     if validation in ("c4", "pydocs"):
         return open_documents(validation, split="validation", seed=seed)
     own = find_files(validation)

@@ -16,22 +16,23 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils.logging import disable_progress_bar
 
-from peft_pretraining.checkpoint.files import find_checkpoint
-from peft_pretraining.checkpoint.files import verify as verify_checkpoint
-from peft_pretraining.checkpoint.weights import EMBEDDING, StoredWeights, load_weights, open_checkpoint
+from peft_pretraining.checkpoint.files import CONFIG, STATE, Checkpoint, find_checkpoint
+from peft_pretraining.checkpoint.weights import StoredWeights, load_weights, open_checkpoint
 from peft_pretraining.data.tokenizer import Tokenizer, check_fits, load_tokenizer
 from peft_pretraining.errors import Parser, UserError
 from peft_pretraining.export.folder import SHARD, appearing, write_weights
 from peft_pretraining.export.tokenizer import save_tokenizer, to_transformers
 from peft_pretraining.model.adapters import Adapters, merging
-from peft_pretraining.model.build import DTYPES, build_model, meta_model, read_config, read_json
+from peft_pretraining.model.build import build_model, meta_model
+from peft_pretraining.model.config import read_config
+from peft_pretraining.model.dtypes import DTYPES
+from peft_pretraining.model.family import family_of
 from qgalore.storage.affine import Simulated
 from qgalore.storage.convert import quantize_module_weight
 
@@ -54,32 +55,35 @@ def export(
 ) -> float | None:
     """Writes the transformers folder `out`, which is complete or absent at any moment.
 
-    checkpoint: a checkpoint, or a run's folder, whose newest is taken.  dtype: of the written weights, by default the
-    one in which they appear in training.  max_shard_size: of one file, such as "500MB".
+    checkpoint: a checkpoint, or a run's folder, whose newest checkpoint is taken.
+    dtype: the dtype of the written weights, by default the one in which they appear in training.
+    max_shard_size: the size of the largest file, such as "500MB".
     verify: loads what was written and compares its logits with those of the trained weights, 8-bit ones in place.
     Returns the largest difference to the logits as trained: 0, or what another `dtype` or the rounding of merged
     weights makes of them; None where not verified. Raises UserError where something cannot be read or written,
     NotTheSameModel where the logits differ from those of the trained weights in the same dtype by anything at all, or
     where merging moves logits in float32 by more than MERGED of the largest.
     """
-    checkpoint = find_checkpoint(checkpoint)
-    verify_checkpoint(checkpoint)
-    config = read_config(checkpoint / "config.json")
-    weights = open_checkpoint(checkpoint)
-    adapters = Adapters.of(_args_of(checkpoint))
+    opened = Checkpoint.open(find_checkpoint(checkpoint)).verify()
+    config = read_config(opened.file(CONFIG))
+    weights = open_checkpoint(opened.folder)
+    adapters = Adapters.of(_args_of(opened))
     structure = meta_model(config, adapters=adapters)
     weights.check({name: parameter.shape for name, parameter in structure.named_parameters()})
-    dtype = dtype or weights.dtype(EMBEDDING)
+    trained = weights.dtype(family_of(config).embedding_weight)
+    dtype = dtype or trained
     config.dtype, config.use_cache = dtype, True
     with appearing(out) as folder:
-        _write_config_and_tokenizer(config, folder, checkpoint=checkpoint)
+        _write_config_and_tokenizer(config, folder, checkpoint=opened)
         like: dict[str, Tensor] = dict(meta_model(config, dtype=dtype).named_parameters())
         read = merging(weights.read, adapters, names=weights.names())
         write_weights(like, folder, read=read, max_shard_size=max_shard_size)
-        return _compare_logits(folder, weights, adapters=adapters, dtype=dtype) if verify else None
+        if not verify:
+            return None
+        return _compare_logits(folder, weights, adapters=adapters, dtype=dtype, trained=trained)
 
 
-def _write_config_and_tokenizer(config: LlamaConfig, folder: Path, *, checkpoint: Path) -> None:
+def _write_config_and_tokenizer(config: PreTrainedConfig, folder: Path, *, checkpoint: Checkpoint) -> None:
     """config.json, generation_config.json and the tokenizer's files; says so where the tokenizer has to be left out."""
     pad = config.pad_token_id
     try:
@@ -95,23 +99,28 @@ def _write_config_and_tokenizer(config: LlamaConfig, folder: Path, *, checkpoint
     GenerationConfig(**ids).save_pretrained(folder)
 
 
-def _tokenizer_of(checkpoint: Path, *, config: LlamaConfig) -> tuple[Tokenizer, PreTrainedTokenizerBase]:
-    """The run's tokenizer, and its counterpart in transformers. Raises UserError where one of them is not to be had."""
+def _tokenizer_of(checkpoint: Checkpoint, *, config: PreTrainedConfig) -> tuple[Tokenizer, PreTrainedTokenizerBase]:
+    """The run's tokenizer, and its counterpart in transformers. Raises UserError where one of them does not exist."""
     spec = _args_of(checkpoint).get("tokenizer")
     if spec is None:
-        raise UserError(f"{checkpoint / 'state.json'} does not name it.")
+        raise UserError(f"{checkpoint.folder / STATE} does not name it.")
     original = load_tokenizer(spec)
     check_fits(original, vocab_size=config.vocab_size)
     return original, to_transformers(original, max_length=config.max_position_embeddings)
 
 
-def _args_of(checkpoint: Path) -> dict[str, Any]:
+def _args_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """The arguments of the run that the checkpoint is of."""
-    return read_json(checkpoint / "state.json").get("args", {})
+    return checkpoint.state.get("args", {})
 
 
-def _compare_logits(folder: Path, weights: StoredWeights, *, adapters: Adapters | None, dtype: torch.dtype) -> float:
+def _compare_logits(
+    folder: Path, weights: StoredWeights, *, adapters: Adapters | None, dtype: torch.dtype, trained: torch.dtype
+) -> float:
     """The largest difference of two logits, of the written model and of the trained one. One model exists at a time.
+
+    dtype: that of the written model.
+    trained: that in which the model was trained.
 
     Raises NotTheSameModel unless the written model and the trained weights, merged where there are adapters, agree to
     the last bit in the same dtype. A tolerance for the rounding to bfloat16 would have to be wide: with random weights,
@@ -126,8 +135,8 @@ def _compare_logits(folder: Path, weights: StoredWeights, *, adapters: Adapters 
         _check_merging(weights, adapters)
     if not torch.equal(written, twin):
         raise NotTheSameModel(f"the exported logits differ from the trained by {(written - twin).abs().max():.3g}.")
-    trained = _logits(_as_trained(weights, dtype=weights.dtype(EMBEDDING), adapters=adapters))
-    return (written - trained).abs().max().item()
+    original = _logits(_as_trained(weights, dtype=trained, adapters=adapters))
+    return (written - original).abs().max().item()
 
 
 def _check_merging(weights: StoredWeights, adapters: Adapters) -> None:
@@ -140,7 +149,7 @@ def _check_merging(weights: StoredWeights, adapters: Adapters) -> None:
 
 
 @torch.no_grad()
-def _merged(weights: StoredWeights, adapters: Adapters, *, dtype: torch.dtype) -> LlamaForCausalLM:
+def _merged(weights: StoredWeights, adapters: Adapters, *, dtype: torch.dtype) -> PreTrainedModel:
     """The model that was trained, as one without adapters."""
     model = build_model(read_config(weights.folder / "config.json"), device="cpu", dtype=dtype, seed=0)
     read = merging(weights.read, adapters, names=weights.names())
@@ -149,7 +158,7 @@ def _merged(weights: StoredWeights, adapters: Adapters, *, dtype: torch.dtype) -
     return model
 
 
-def _as_trained(weights: StoredWeights, *, dtype: torch.dtype, adapters: Adapters | None = None) -> LlamaForCausalLM:
+def _as_trained(weights: StoredWeights, *, dtype: torch.dtype, adapters: Adapters | None = None) -> PreTrainedModel:
     """The model that was trained, its 8-bit weights or adapters in place, computing in `dtype`."""
 
     def finish(name: str, module: nn.Module) -> None:

@@ -14,7 +14,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from peft_pretraining.errors import UserError
 from peft_pretraining.model.adapters import Adapters, merging
@@ -53,8 +53,9 @@ def write_weights(
 ) -> None:
     """Weights as safetensors and, where they are several files, their index.
 
-    like: name to a tensor of the shape and dtype to write, on the meta device if you like.  read: gives the weight of
-    that name, a QuantizedWeight or an ordinary tensor, from wherever it is.  Raises UserError for a size of no sense.
+    like: for each name a tensor of the shape and dtype to write, which may be on the meta device.
+    read: gives the weight of a name, a QuantizedWeight or an ordinary tensor.
+    max_shard_size: the size of the largest file. Raises UserError where it is not a size.
     """
     try:
         split = split_torch_state_dict_into_shards(dict(like), max_shard_size=max_shard_size)
@@ -74,7 +75,7 @@ def _plain(weight: Tensor, *, dtype: torch.dtype) -> Tensor:
     return values.detach().cpu().contiguous()
 
 
-def save_model(model: LlamaForCausalLM, folder: Path, *, adapters: Adapters | None = None) -> None:
+def save_model(model: PreTrainedModel, folder: Path, *, adapters: Adapters | None = None) -> None:
     """The live model in its own dtype, for AutoModelForCausalLM. An older folder of that name is replaced.
 
     adapters: those in the model, which are merged into its weights on the way.

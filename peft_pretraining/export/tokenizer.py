@@ -80,7 +80,7 @@ def save_tokenizer(converted: PreTrainedTokenizerBase, folder: Path, *, original
 
 
 def _parse(tokenizer: SentencePieceTokenizer) -> Any:
-    """The sentencepiece model as a message: its normalizer's table is to be had in no other way."""
+    """The sentencepiece model as a message: nothing else gives its normalizer's table."""
     try:
         from sentencepiece import sentencepiece_model_pb2
     except ImportError as error:

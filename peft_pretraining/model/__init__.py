@@ -1,1 +1,1 @@
-"""The LLaMA: its shape, its weights, adapters, the loss."""
+"""The model: its shape, its architecture, its weights, adapters, the loss."""

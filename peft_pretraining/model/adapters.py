@@ -1,7 +1,7 @@
 """The low-rank baselines of GaLore's tables, in place of the attention and MLP matrices W (m, n) that GaLore projects.
 
     lora       W = W0 + (alpha / r) B A    W0 as drawn without adapters, frozen; A (r, n) and B (m, r) are trained
-    relora     the same; now and then the product is merged into W0, and A, B and their optimizer state begin anew
+    relora     the same; now and then the product is merged into W0, and A, B and their optimizer state restart
     low_rank   W = B A                     no W0; both factors are trained
 
 Embedding, norms, biases and head train in full. Sources: Hu et al. 2021 (arXiv 2106.09685), Lialin et al. 2023 (arXiv
@@ -39,8 +39,13 @@ _DRAW, _MERGE = 2, 3  # tell the seeds of factors and of merged weights from eac
 
 @dataclass(frozen=True)
 class Adapters:
-    """kind: of KINDS.  rank: r, clamped to the shorter side of each matrix.  alpha: LoRA's, over the clamped r.
-    reset_every: updates from one reset of ReLoRA to the next."""
+    """Which adapters a model has.
+
+    kind: one of KINDS.
+    rank: r, clamped to the shorter side of each matrix.
+    alpha: LoRA's scale of the product, divided by the clamped r.
+    reset_every: updates from one reset of ReLoRA to the next; None for the other kinds.
+    """
 
     kind: str
     rank: int
@@ -62,7 +67,11 @@ class Adapters:
         return f"LoRA, rank {self.rank}, alpha {self.alpha}{resets}"
 
     def part(self, module: str, part: str) -> str:
-        """The name of a matrix's A or B. module: the name of the linear layer that it is in."""
+        """The name of A or B in the place of a linear layer's weight.
+
+        module: the layer's name.
+        part: "A" or "B".
+        """
         return f"{module}.lora_{part}.default.weight" if self.kind in LORA_KINDS else f"{module}.{part}.weight"
 
     @torch.no_grad()
@@ -182,7 +191,7 @@ def reset_if_due(
 def reset(
     model: PreTrainedModel, optimizer: torch.optim.Optimizer, adapters: Adapters, *, seed: int, update: int
 ) -> None:
-    """Merges (alpha / r) B A into W0, draws A anew, zeroes B, and lets the optimizer forget both.
+    """Merges (alpha / r) B A into W0, draws a new A, zeroes B, and lets the optimizer forget both.
 
     The sum is float32 and rounded once: in bfloat16 stochastically, by (seed, update, parameter). The merged model
     computes what it did, up to that rounding.

@@ -1,96 +1,25 @@
-"""The LLaMA: read from a JSON file, built without a second copy, in the dtype the device is good at."""
+"""The model, built without a second copy, quantized and compiled as the command line asks for."""
 
 import argparse
 import copy
-import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from peft_pretraining.errors import UserError
 from peft_pretraining.model.adapters import Adapters, draw_factors, insert, is_factor
+from peft_pretraining.model.family import family_of
 from qgalore.param_groups import ParameterGroup, split_parameters
 from qgalore.storage.convert import quantize_module_weight
 
-SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp32": torch.float32, "float32": torch.float32}
-
-
-def read_config(path: str | Path) -> LlamaConfig:
-    """Reads a LLaMA's shape from one of our JSON files, or from those of the GaLore family's repositories.
-
-    There, max_sequence_length stands for max_position_embeddings, and pad_token_id -1 for "none": taken literally it
-    becomes the embedding's padding_idx and freezes the vocabulary's last row. The file's dtype is not read: the
-    command line decides. Raises UserError where the file is missing, broken or no LLaMA that can be built.
-    """
-    path = Path(path)
-    fields = read_json(path)
-    if fields.get("model_type", "llama") != "llama":
-        raise UserError(f"{path}: model_type is {fields['model_type']!r}, but only 'llama' can be trained here.")
-    _check_sizes(path, fields)
-    if "max_sequence_length" in fields:
-        fields.setdefault("max_position_embeddings", fields.pop("max_sequence_length"))
-    if isinstance(pad := fields.get("pad_token_id"), int) and pad < 0:
-        fields["pad_token_id"] = None
-    fields["architectures"] = [LlamaForCausalLM.__name__]
-    for name in ("model_type", "dtype", "torch_dtype", "transformers_version"):
-        fields.pop(name, None)
-    try:
-        return LlamaConfig(**fields)
-    except Exception as error:  # transformers' own checks raise classes of many kinds
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError where there is no file, no valid JSON or no object."""
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise UserError(f"{path} {place}: not valid JSON ({error.msg}).") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a text file in UTF-8.") from error
-    except OSError as error:
-        known = ", ".join(sorted(file.name for file in path.parent.glob("*.json") if file != path))
-        advice = f"There are: {known}." if known else f"There is no JSON file in {path.parent}."
-        raise UserError(f"{path}: cannot be read ({error.strerror}). {advice}") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"{path}: a JSON object is needed, not a {type(fields).__name__}.")
-    return fields
-
-
-def _check_sizes(path: Path, fields: dict[str, Any]) -> None:
-    optional = ("max_sequence_length", "max_position_embeddings", "num_key_value_heads", "head_dim")
-    for name in SIZES + tuple(name for name in optional if fields.get(name) is not None):
-        if name not in fields:
-            raise UserError(f"{path}: {name} is missing. It must be a whole number above 0.")
-        value = fields[name]
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"{path}: {name} must be a whole number above 0, not {json.dumps(value)}.")
-    hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
-    if hidden % heads:
-        raise UserError(f"{path}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}.")
-    if (fields.get("head_dim") or hidden // heads) % 2:
-        raise UserError(
-            f"{path}: hidden_size {hidden} / num_attention_heads {heads} is an odd head size; rotary embeddings turn "
-            "pairs and need an even one."
-        )
-    if heads % (fields.get("num_key_value_heads") or heads):
-        raise UserError(
-            f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads "
-            f"{fields['num_key_value_heads']}."
-        )
-
 
 def meta_model(
-    config: LlamaConfig, *, dtype: torch.dtype = torch.float32, adapters: Adapters | None = None
-) -> LlamaForCausalLM:
+    config: PreTrainedConfig, *, dtype: torch.dtype = torch.float32, adapters: Adapters | None = None
+) -> PreTrainedModel:
     """The model on the meta device: shapes, dtypes and names, but no memory. `config` is left as it is.
 
     adapters: inserted, so that this is the structure that is trained.
@@ -100,14 +29,14 @@ def meta_model(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
     # A padding row gets no gradient. Where the padding token is also the end of a text, that row must learn.
-    model.model.embed_tokens.padding_idx = None
+    family_of(config).part("embedding", model).padding_idx = None
     if adapters is not None:
         insert(model, adapters)
     return model
 
 
 def build_model(
-    config: LlamaConfig,
+    config: PreTrainedConfig,
     *,
     device: torch.device | str,
     dtype: torch.dtype,
@@ -115,7 +44,7 @@ def build_model(
     adapters: Adapters | None = None,
     activation_checkpointing: bool = False,
     finish: Callable[[str, nn.Module], None] | None = None,
-) -> LlamaForCausalLM:
+) -> PreTrainedModel:
     """Builds the model on `device` in `dtype`, in training mode, with weights drawn from `seed`.
 
     Weights of linear layers and of the embedding are normal(0, initializer_range), those of norms are one, biases
@@ -126,21 +55,24 @@ def build_model(
     """
     device = torch.device(device)
     model = meta_model(config, dtype=dtype, adapters=adapters)
+    family = family_of(config)
     # On the meta device there is nothing to draw, and no generator.
     generator = None if device.type == "meta" else torch.Generator(device=device).manual_seed(seed)
-    tied = model.lm_head if model.config.tie_word_embeddings else None
+    std = model.config.initializer_range
+    tied = family.part("head", model) if model.config.tie_word_embeddings else None
     for name, module in model.named_modules():
         if module is not tied:
             module.to_empty(device=device, recurse=False)
             if not is_factor(name):
-                _initialize(module, std=model.config.initializer_range, generator=generator)
+                _initialize(module, std=std, generator=generator, norm=family.norm)
             if finish is not None:
                 finish(name, module)
     model.tie_weights()
     if adapters is not None:
         draw_factors(model, adapters, seed=seed)
     # Its buffers are in no checkpoint and were lost on the meta device; they are float32 whatever the dtype.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
+    rotary = type(family.part("rotary", model))(config=model.config)
+    model.set_submodule(family.rotary, rotary.to(device))
     if activation_checkpointing:
         # transformers renamed the method and warns about the old name.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -149,8 +81,8 @@ def build_model(
 
 
 def prepare_model(
-    args: argparse.Namespace, *, config: LlamaConfig, dtype: torch.dtype, device: torch.device
-) -> LlamaForCausalLM:
+    args: argparse.Namespace, *, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
     """The model on its device, with weights drawn from the seed; with adapters, quantized and compiled as asked for."""
     model = build_model(
         config,
@@ -174,13 +106,13 @@ def check_compiler(device: torch.device) -> None:
         raise UserError("--compile needs a C++ compiler on a CPU, such as g++, and finds none. Leave it out.")
 
 
-def compile_layers(model: LlamaForCausalLM) -> None:
+def compile_layers(model: PreTrainedModel) -> None:
     """Compiles each decoder layer in place: names, parameters, hooks and state_dict stay as they are.
 
     The layers are alike, so whichever runs first is compiled for all of them, once for each shape of a batch and each
     mode: training, evaluation, and the last, smaller batch of an evaluation. Embedding, head and loss stay eager.
     """
-    for layer in model.model.layers:
+    for layer in family_of(model.config).part("layers", model):
         layer.compile(dynamic=False)
 
 
@@ -201,45 +133,17 @@ def weight_quantizer(args: argparse.Namespace, *, groups: Sequence[ParameterGrou
 
 
 @torch.no_grad()
-def _initialize(module: nn.Module, *, std: float, generator: torch.Generator | None) -> None:
-    """Fills the weights that belong to `module` itself, not to its children."""
+def _initialize(module: nn.Module, *, std: float, generator: torch.Generator | None, norm: str) -> None:
+    """Fills the weights that belong to `module` itself, not to its children.
+
+    std: standard deviation of the weights of linear layers and embeddings.
+    norm: the end of the names of the norms' classes, see Family.
+    """
     for name, weight in module.named_parameters(recurse=False):
         if name == "bias":
             weight.zero_()
         elif isinstance(module, nn.Linear | nn.Embedding):
             weight.normal_(0.0, std, generator=generator)
         else:
-            assert type(module).__name__.endswith("RMSNorm"), f"no initialisation for {name} of {type(module)}"
+            assert type(module).__name__.endswith(norm), f"no initialisation for {name} of {type(module)}"
             weight.fill_(1.0)
-
-
-def native_bfloat16(device: torch.device | str) -> bool:
-    """Whether the device multiplies bfloat16 in hardware. Emulation is slower than float32 and does not count."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)  # not is_bf16_supported(): it counts emulation
-    if device.type != "cpu":
-        return False
-    if hasattr(torch.cpu, "get_capabilities"):
-        has = torch.cpu.get_capabilities()
-        return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # torch 2.11
-    return any(getattr(torch.cpu, probe, bool)() for probe in probes)
-
-
-def resolve_dtype(name: str | None, device: torch.device | str) -> torch.dtype:
-    """The dtype of weights and activations: what --dtype names, by default the fastest that `device` has natively.
-
-    Raises UserError for an unknown name, and for bfloat16 where the device would only emulate it.
-    """
-    native = native_bfloat16(device)
-    if name is None:
-        return torch.bfloat16 if native else torch.float32
-    if name not in DTYPES:
-        raise UserError(f"unknown --dtype {name!r}. Known: {', '.join(DTYPES)}.")
-    dtype = DTYPES[name]
-    if dtype == torch.bfloat16 and not native:
-        raise UserError(
-            f"--dtype {name}: this {torch.device(device).type} has no bfloat16 arithmetic. Use --dtype float32."
-        )
-    return dtype

@@ -40,28 +40,33 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
-from peft_pretraining.data.loader import IGNORED
+from peft_pretraining.batch import IGNORED
+from peft_pretraining.model.family import family_of
 
 CHUNK_ELEMENTS = 1 << 24  # logits held at once: 64 MB in float32, 512 rows of a vocabulary of 32000
 
 
-def token_loss_sum(model: LlamaForCausalLM, input_ids: Tensor, targets: Tensor) -> Tensor:
+def token_loss_sum(model: PreTrainedModel, input_ids: Tensor, targets: Tensor) -> Tensor:
     """The SUM of the next-token cross-entropies, in nats, over the targets that are not IGNORED.
 
-    input_ids: (B, L) int64.  targets: (B, L) int64, already shifted: targets[b, t] follows input_ids[b, t].
+    input_ids: (B, L) int64.
+    targets: (B, L) int64, already shifted: targets[b, t] follows input_ids[b, t].
     Returns a float32 scalar. Divide it by the number of targets of the whole update before backward.
     """
     # No attention mask: the sequences are full, and without one SDPA takes its causal kernel.
-    hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, L, hidden)
-    return head_loss_sum(hidden.flatten(0, 1), model.lm_head.weight, targets.flatten())
+    family = family_of(model.config)
+    hidden = family.part("body", model)(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, L, hidden)
+    return head_loss_sum(hidden.flatten(0, 1), family.part("head", model).weight, targets.flatten())
 
 
 def head_loss_sum(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_rows: int | None = None) -> Tensor:
     """The summed cross-entropy of softmax(hidden @ weight.T), chunk by chunk; differentiable once.
 
-    hidden: (rows, hidden).  weight: (vocab, hidden), the same dtype.  targets: (rows,) int64, or IGNORED.
+    hidden: (rows, hidden).
+    weight: (vocab, hidden), in the dtype of `hidden`.
+    targets: (rows,) int64, or IGNORED.
     chunk_rows: rows whose logits exist at once, by default as many as CHUNK_ELEMENTS allows.
     Returns a scalar in float32 (in float64 for float64).
     """
@@ -94,7 +99,7 @@ class _HeadLoss(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("head_loss_sum: backward a second time; its gradients were handed over the first time")
         (d_hidden, d_weight), ctx.gradients = ctx.gradients, None
-        # Whoever sums gradients over the ranks shall know of a loss that is not finite.
+        # Whoever sums gradients over the ranks must learn of a loss that is not finite.
         d_loss = torch.where(ctx.finite, d_loss, math.nan)
         return d_hidden.mul_(d_loss), d_weight.mul_(d_loss).to(d_hidden.dtype), None, None
 
@@ -126,8 +131,11 @@ def _chunk_loss(
     logits: Tensor,
     gradients: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    """_head_loss of one chunk. product, logits: (chunk, vocab) to work in, in the dtypes of the products and the sums;
-    they may be one tensor."""
+    """_head_loss of one chunk.
+
+    product: (chunk, vocab) to work in, in the dtype of the products.
+    logits: the same in the dtype of the sums; where the dtypes are equal, it may be the same tensor.
+    """
     counted = (targets != IGNORED).unsqueeze(1)  # (chunk, 1)
     target = targets.clamp(min=0).unsqueeze(1)  # (chunk, 1)
     # In place, from the logits to their gradient.

@@ -1,1 +1,1 @@
-"""A run: its loop's steps, its record, what follows when something goes wrong."""
+"""A run: its plan, its record, its checkpoints, what follows when something goes wrong."""

@@ -7,13 +7,14 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
+from peft_pretraining.batch import IGNORED
 from peft_pretraining.checkpoint.files import find_checkpoint
 from peft_pretraining.checkpoint.weights import is_transformers_folder, load_weights
-from peft_pretraining.data.loader import IGNORED
 from peft_pretraining.distributed import World
 from peft_pretraining.errors import UserError
+from peft_pretraining.model.family import family_of
 from peft_pretraining.model.loss import token_loss_sum
 
 
@@ -28,7 +29,12 @@ class Tokens(Protocol):
 
 
 class Evaluation(NamedTuple):
-    """loss: nats per target token.  perplexity: exp(loss), inf beyond a float.  tokens: the targets it is made of."""
+    """The result of one evaluation.
+
+    loss: mean over the target tokens, in nats.
+    perplexity: exp(loss), inf where that is beyond a float.
+    tokens: number of target tokens.
+    """
 
     loss: float
     perplexity: float
@@ -37,7 +43,7 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     batches: Iterable[Tokens],
     *,
     reduce_sum: Callable[[Tensor], Tensor] | None = None,
@@ -45,12 +51,13 @@ def evaluate(
 ) -> Evaluation | None:
     """The mean loss over all target tokens of all batches and ranks: not a mean of batch means.
 
+    reduce_sum: returns the sum over the ranks of a float64 tensor; None where this process is alone.
     stop: asked before every batch; where it says yes on any rank, there is no evaluation and None is returned.
-    reduce_sum: returns the sum over the ranks of a float64 tensor; None for a process alone. Ranks may hold different
-    numbers of batches. The model is put back into the mode it was in, also after an error. Raises UserError where
-    there is no target token on any rank.
+
+    Ranks may hold different numbers of batches. The model is put back into the mode it was in, also after an error.
+    Raises UserError where there is no target token on any rank.
     """
-    device = model.lm_head.weight.device
+    device = family_of(model.config).part("head", model).weight.device
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, tokens, ranks that were stopped
     was_training = model.training
     model.eval()
@@ -73,7 +80,7 @@ def evaluate(
     return Evaluation(loss, perplexity(loss), int(tokens))
 
 
-def evaluate_only(folder: str, *, model: LlamaForCausalLM, validation: Iterable[Tokens], world: World) -> None:
+def evaluate_only(folder: str, *, model: PreTrainedModel, validation: Iterable[Tokens], world: World) -> None:
     """Prints loss and perplexity of the weights in a checkpoint, a run's folder or a transformers folder."""
     place = Path(folder) if is_transformers_folder(folder) else find_checkpoint(Path(folder))
     load_weights(model, place)
@@ -87,7 +94,7 @@ def evaluate_only(folder: str, *, model: LlamaForCausalLM, validation: Iterable[
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), or inf where that is beyond a float.  loss: nats per token."""
+    """exp of a loss in nats per token, or inf where that is beyond a float."""
     try:
         return math.exp(loss)
     except OverflowError:

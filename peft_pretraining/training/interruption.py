@@ -14,7 +14,10 @@ SAME_PRESS = 1.0  # seconds: torchrun passes Ctrl-C on to processes that the ter
 
 
 class Interrupted(Exception):
-    """The run has been saved and should end. status: the exit status."""
+    """The run has been saved and should end.
+
+    status: the exit status.
+    """
 
     def __init__(self, status: int) -> None:
         super().__init__(f"exit status {status}")
@@ -22,7 +25,11 @@ class Interrupted(Exception):
 
 
 class Interruption:
-    """Whether a signal has asked this process to stop. status: what to exit with then."""
+    """Whether a signal has asked this process to stop.
+
+    requested: whether one has.
+    status: the exit status for it.
+    """
 
     def __init__(self) -> None:
         self.requested = False

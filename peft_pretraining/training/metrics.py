@@ -1,21 +1,29 @@
-"""Where a run's figures go: metrics.jsonl always, wandb where wanted, a progress bar on a terminal, else log lines.
+"""A run's record: events with names and fields, handed to sinks that write, draw, print or upload them.
 
-metrics.jsonl holds one JSON object a line: `start`, one `update` each, `eval`, `subspaces`, `end`; where asked
-for, `subspace_details`; rarely `resume`, `bad_update`, `bad_documents`, `rollback`. A run in an older folder appends;
-the last line of an update counts.
+    start             what the run is: args, versions, commit, device, parameter counts, groups
+    update            update, loss, lr, grad_norm, tokens_seen, tokens_per_second, memory_bytes
+    eval              update, loss, perplexity, tokens
+    subspaces         update, matrices: what became of each projected matrix's bases so far
+    subspace_details  update, name, and what was measured of one matrix' subspace
+    resume            update (the last one that counts: lines of later ones are of work lost), checkpoint
+    bad_update        update, loss, parameters
+    bad_documents     update, skipped, total
+    rollback          update, loss, to
+    end               updates, tokens_seen, perplexity, seconds, kept_bytes, refreshes
+
+metrics.jsonl holds one JSON object a line, an event each. A run in an older folder appends; the last line of an update
+counts. Another place for figures is another class with `event` and `close`, and a line in open_record.
 """
 
 import argparse
 import io
 import json
 import math
-import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 from loguru import logger
 from tqdm import tqdm
 
@@ -33,149 +41,172 @@ def set_up_log(*, is_main: bool) -> None:
     )
 
 
-def memory_bytes(device: torch.device) -> int:
-    """The most memory this process has held so far: allocated on a GPU, resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+class Sink(Protocol):
+    """A place where events go."""
+
+    def event(self, name: str, fields: dict[str, Any]) -> None:
+        """Takes one event, and passes over a name that it does not know. `fields` stays as it is."""
+
+    def close(self) -> None:
+        """Writes what is left; no event comes after it."""
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: a figure that is not finite becomes null, inside dicts and lists, too."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    return [_finite(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+class Record:
+    """The record of one run. Only the main process has sinks; elsewhere every event is dropped.
 
-
-class Metrics:
-    """The record of one run. Only the main process writes; elsewhere every method does nothing.
-
-    save_dir: the folder of metrics.jsonl.  total: updates of the run.  wandb_mode: online | offline | disabled.
+    wandb_id: the wandb run, which a checkpoint remembers so that a resumed run goes on in it; None without wandb.
     """
 
-    def __init__(
-        self,
-        save_dir: Path,
-        *,
-        enabled: bool,
-        total: int,
-        wandb_mode: str = "disabled",
-        project: str = "qgalore",
-        name: str = "",
-        tags: str | None = None,
-        wandb_id: str | None = None,
-    ) -> None:
-        self.enabled = enabled
+    def __init__(self, *sinks: Sink, wandb_id: str | None = None) -> None:
+        self.sinks = sinks
         self.wandb_id = wandb_id
-        self._last_line = -math.inf
-        if not enabled:
-            return
-        self._file, self._pending = open_record(save_dir / "metrics.jsonl"), b""
-        self._wandb = open_wandb(
-            wandb_mode, save_dir=save_dir, project=project, name=name, tags=tags, wandb_id=wandb_id
-        )
-        self.wandb_id = self._wandb.id if self._wandb else wandb_id
+
+    def event(self, name: str, /, **fields: Any) -> None:
+        """Hands an event to each sink, in their order. A field may be called "name", too."""
+        for sink in self.sinks:
+            sink.event(name, fields)
+
+    def close(self) -> None:
+        """Closes all sinks, the last one first. May be called twice."""
+        sinks, self.sinks = self.sinks, ()
+        for sink in reversed(sinks):
+            sink.close()
+
+
+class JsonlSink:
+    """metrics.jsonl: every event, a line each, on the disk when `event` returns unless the disk is full."""
+
+    def __init__(self, path: Path) -> None:
+        if path.exists():
+            _cut_half_a_line(path)
+        # Unbuffered, so that it is known what has been written when a disk is full.
+        self._file: io.FileIO = open(path, "ab", buffering=0)
+        self._pending = b""
+
+    def event(self, name: str, fields: dict[str, Any]) -> None:
+        """Appends a line. What a full disk does not take comes with the next line."""
+        self._pending += json.dumps(finite({"event": name, **fields}), allow_nan=False).encode() + b"\n"
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
+        except OSError as error:
+            logger.error(f"{self._file.name} could not be written ({error.strerror}): training goes on")
+
+    def close(self) -> None:
+        """See Sink."""
+        self._file.close()
+
+
+class WandbSink:
+    """A wandb run: what the run is as its configuration, updates and evaluations as its curves."""
+
+    def __init__(self, run: Any) -> None:
+        self._run = run
+
+    def event(self, name: str, fields: dict[str, Any]) -> None:
+        """See Sink."""
+        if name == "start":
+            self._run.config.update(finite(fields))
+        elif name in ("update", "eval"):
+            prefix = "" if name == "update" else "eval/"
+            self._run.log({prefix + key: value for key, value in fields.items() if key != "update"}, fields["update"])
+
+    def close(self) -> None:
+        """See Sink."""
+        self._run.finish()
+
+
+class BarSink:
+    """A progress bar on a terminal, nothing elsewhere.
+
+    total: updates of the run.
+    """
+
+    def __init__(self, *, total: int) -> None:
         self._bar = tqdm(total=total, unit="update", dynamic_ncols=True, disable=None)
 
-    def start(self, **fields: Any) -> None:
-        """What the run is: args, versions, commit, device, parameter counts, groups."""
-        self._write("start", fields)
-        if self.enabled and self._wandb:
-            self._wandb.config.update(_finite(fields))
+    @property
+    def visible(self) -> bool:
+        """Whether there is a terminal to draw on."""
+        return not self._bar.disable
 
-    def update(self, **fields: Any) -> None:
-        """One update: update, loss, lr, grad_norm, tokens_seen, tokens_per_second, memory_bytes."""
-        self._write("update", fields)
-        if not self.enabled:
-            return
-        rate = f"{fields['tokens_per_second']:,.0f}"
-        self._bar.update(1)
-        self._bar.set_postfix_str(f"loss {fields['loss']:.3f}, lr {fields['lr']:.2e}, {rate} tokens/s", refresh=False)
-        last = fields["update"] == self._bar.total
-        if self._bar.disable and (last or time.monotonic() - self._last_line > LOG_PERIOD):
-            self._last_line = time.monotonic()
-            logger.info(
-                f"update {fields['update']}/{self._bar.total}  loss {fields['loss']:.4f}  lr {fields['lr']:.2e}  "
-                f"{rate} tokens/s"
-            )
-
-    def resume(self, **fields: Any) -> None:
-        """The run goes on: update (the last one that counts: lines of later ones are of work lost), checkpoint."""
-        self._write("resume", fields)
-        if self.enabled:
+    def event(self, name: str, fields: dict[str, Any]) -> None:
+        """See Sink."""
+        if name == "resume":
             self._bar.n = self._bar.last_print_n = fields["update"]
+        elif name == "update":
+            rate = f"{fields['tokens_per_second']:,.0f}"
+            self._bar.update(1)
+            shown = f"loss {fields['loss']:.3f}, lr {fields['lr']:.2e}, {rate} tokens/s"
+            self._bar.set_postfix_str(shown, refresh=False)
 
-    def note(self, event: str, **fields: Any) -> None:
-        """Something rare: `bad_update`, `bad_documents`, `rollback`."""
-        self._write(event, fields)
+    def close(self) -> None:
+        """See Sink."""
+        self._bar.close()
 
-    def evaluation(self, **fields: Any) -> None:
-        """One evaluation: update, loss, perplexity, tokens."""
-        self._write("eval", fields)
-        if self.enabled:
+
+class LogSink:
+    """Log lines of evaluations and, where no bar is drawn, of an update now and then.
+
+    total: updates of the run.
+    updates: whether to print lines of updates.
+    """
+
+    def __init__(self, *, total: int, updates: bool) -> None:
+        self.total, self.updates = total, updates
+        self._last_line = -math.inf
+
+    def event(self, name: str, fields: dict[str, Any]) -> None:
+        """See Sink."""
+        if name == "eval":
             logger.info(
                 f"update {fields['update']}: validation perplexity {fields['perplexity']:.2f} "
                 f"(loss {fields['loss']:.4f} on {fields['tokens']:,} tokens)"
             )
+        elif name == "update" and self.updates and self._is_due(fields["update"]):
+            self._last_line = time.monotonic()
+            logger.info(
+                f"update {fields['update']}/{self.total}  loss {fields['loss']:.4f}  lr {fields['lr']:.2e}  "
+                f"{fields['tokens_per_second']:,.0f} tokens/s"
+            )
 
-    def subspaces(self, **fields: Any) -> None:
-        """What became of each projected matrix's bases so far: update, matrices (see report.describe_refreshes)."""
-        self._write("subspaces", fields)
-
-    def details(self, **fields: Any) -> None:
-        """What was measured of one matrix' subspace: update, name, and MeasuredProjector.figures."""
-        self._write("subspace_details", fields)
-
-    def end(self, **fields: Any) -> None:
-        """The last line: updates, tokens_seen, perplexity, seconds."""
-        self._write("end", fields)
+    def _is_due(self, update: int) -> bool:
+        return update == self.total or time.monotonic() - self._last_line > LOG_PERIOD
 
     def close(self) -> None:
-        """Flushes and closes all of it. May be called twice."""
-        if self.enabled:
-            self.enabled = False
-            self._bar.close()
-            self._file.close()
-            if self._wandb:
-                self._wandb.finish()
-
-    def _write(self, event: str, fields: dict[str, Any]) -> None:
-        if not self.enabled:
-            return
-        self._pending += json.dumps(_finite({"event": event, **fields}), allow_nan=False).encode() + b"\n"
-        try:
-            while self._pending:
-                self._pending = self._pending[self._file.write(self._pending) :]
-        except OSError as error:  # what is left comes with the next line
-            logger.error(f"{self._file.name} could not be written ({error.strerror}): training goes on")
-        if self._wandb and event in ("update", "eval"):
-            prefix = "" if event == "update" else "eval/"
-            self._wandb.log({prefix + key: value for key, value in fields.items() if key != "update"}, fields["update"])
+        """See Sink."""
 
 
-def open_record(path: Path) -> io.FileIO:
-    """metrics.jsonl, to append to. The half of a line that a killed run may have left is cut off."""
-    if path.exists():
-        with open(path, "rb+") as file:
-            file.truncate(file.read().rfind(b"\n") + 1)
-    return open(path, "ab", buffering=0)  # so that it is known what has been written when a disk is full
+def open_record(args: argparse.Namespace, *, save_dir: Path, wandb_id: str | None = None) -> Record:
+    """The record that the arguments ask for, on the main process.
 
-
-def open_metrics(args: argparse.Namespace, *, save_dir: Path, enabled: bool, wandb_id: str | None = None) -> Metrics:
-    """The record that the arguments ask for. wandb_id: of the wandb run that goes on."""
-    return Metrics(
-        save_dir,
-        enabled=enabled,
-        total=args.num_training_steps,
-        wandb_mode=args.wandb_mode,
-        project=args.project,
-        name=args.name,
-        tags=args.tags,
-        wandb_id=wandb_id,
+    save_dir: the folder of metrics.jsonl.
+    wandb_id: the wandb run that goes on, if there is one.
+    """
+    lines = JsonlSink(save_dir / "metrics.jsonl")
+    wandb = open_wandb(
+        args.wandb_mode, save_dir=save_dir, project=args.project, name=args.name, tags=args.tags, wandb_id=wandb_id
     )
+    bar = BarSink(total=args.num_training_steps)
+    log = LogSink(total=args.num_training_steps, updates=not bar.visible)
+    if wandb is None:
+        return Record(lines, bar, log, wandb_id=wandb_id)
+    return Record(lines, WandbSink(wandb), bar, log, wandb_id=wandb.id)
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN: a figure that is not finite becomes None, inside dicts and lists, too."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    return [finite(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _cut_half_a_line(path: Path) -> None:
+    """Cuts off the half of a line that a killed run may have left."""
+    with open(path, "rb+") as file:
+        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def open_wandb(

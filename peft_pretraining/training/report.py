@@ -1,60 +1,28 @@
-"""What a person reads at the start and at the end of a run, and what the record keeps of its circumstances."""
+"""What a person reads at the start and at the end of a run, as text and as rows of a table."""
 
 import argparse
-import platform
-import subprocess
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 from loguru import logger
 from torch import nn
 
-from peft_pretraining.cli.presets import load_preset
 from peft_pretraining.distributed import World
 from peft_pretraining.model.adapters import Adapters
+from peft_pretraining.training.provenance import device_name
 from qgalore.factory import Recipe, Settings, find_recipe
 from qgalore.optimizer import LowRankOptimizer
 from qgalore.param_groups import ParameterGroup, frozen_parameters, split_parameters
-
-PACKAGES = ("torch", "transformers", "datasets", "sentencepiece", "safetensors", "wandb", "peft")
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that figures depend on; null where one is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
-
-
-def git_commit() -> str | None:
-    """The commit of this code, marked `-dirty` where files differ from it; None outside a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's and its threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def describe_groups(
     model: nn.Module, *, recipe: Recipe, settings: Settings, int8: bool, adapters: Adapters | None = None
 ) -> list[dict[str, Any]]:
-    """One record a parameter group: name, tensors, elements, trained_by; what is frozen is the last of them.
+    """One record for each parameter group: name, tensors, elements, trained_by. What is frozen comes last.
 
-    int8: whether projected weights are INT8.  adapters: those in the model.
+    int8: whether projected weights are INT8.
+    adapters: the adapters that are in the model.
     """
     shape = adapters.describe() if adapters is not None else "full rank"
     rows: list[tuple[ParameterGroup, str]] = []
@@ -70,11 +38,21 @@ def describe_groups(
 
 
 def log_plan(
-    args: argparse.Namespace, *, groups: list[dict[str, Any]], dtype: torch.dtype, world: World, threads: int
+    args: argparse.Namespace,
+    *,
+    groups: list[dict[str, Any]],
+    dtype: torch.dtype,
+    world: World,
+    threads: int,
+    preset: str | None,
 ) -> None:
-    """Says what is about to happen: the size of the model, who is trained how, the length of the run."""
-    if args.preset is not None:
-        logger.info(f"preset {args.preset}: {load_preset(args.preset).describe()}")
+    """Says what is about to happen: the size of the model, who is trained how, the length of the run.
+
+    groups: see describe_groups.
+    preset: what the preset is, in one line; None without one.
+    """
+    if preset is not None:
+        logger.info(f"preset {args.preset}: {preset}")
     total = sum(group["elements"] for group in groups)
     kind = str(dtype).removeprefix("torch.")
     logger.info(f"{args.model_config}: {total:,} parameters in {kind} on {device_name(world.device)}")
@@ -89,25 +67,8 @@ def log_plan(
     )
 
 
-def circumstances(
-    args: argparse.Namespace, *, world: World, threads: int, groups: list[dict[str, Any]], norm: str
-) -> dict[str, Any]:
-    """What the record's first line says: everything that the figures after it depend on."""
-    return {
-        "args": vars(args),
-        "versions": versions(),
-        "commit": git_commit(),
-        "device": device_name(world.device),
-        "processes": world.size,
-        "threads": threads,
-        "parameters": {"total": sum(g["elements"] for g in groups), **{g["name"]: g["elements"] for g in groups}},
-        "groups": groups,
-        "grad_norm": norm,
-    }
-
-
 def describe_refreshes(groups: Sequence[ParameterGroup], optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """One record a projected matrix: its name, and LowRankOptimizer.refreshes. Empty for other optimizers."""
+    """One record for each projected matrix: its name, and LowRankOptimizer.refreshes. Empty for other optimizers."""
     if not isinstance(optimizer, LowRankOptimizer):
         return []
     pairs = [pair for group in groups for pair in zip(group.names, group.parameters, strict=True)]
@@ -116,7 +77,7 @@ def describe_refreshes(groups: Sequence[ParameterGroup], optimizer: torch.optim.
 
 
 def describe_details(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """One record a matrix measured in this update: its name, and LowRankOptimizer.details. Empty for others."""
+    """One record for each matrix measured in this update: its name, and LowRankOptimizer.details. Empty for others."""
     if not isinstance(optimizer, LowRankOptimizer):
         return []
     found = ((name, optimizer.details(p)) for name, p in model.named_parameters())
@@ -139,7 +100,7 @@ def memory_table(kept: dict[str, int], *, adamw: dict[str, int]) -> str:
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of like keys as aligned text, numbers to the right, the keys as heads."""
+    """Rows with the same keys as aligned text: numbers to the right, the keys as column heads."""
     heads = list(rows[0])
     cells = [[f"{row[key]:,}" if isinstance(row[key], int) else str(row[key]) for key in heads] for row in rows]
     widths = [max(len(line[i]) for line in [heads, *cells]) for i in range(len(heads))]

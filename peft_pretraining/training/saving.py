@@ -1,36 +1,23 @@
-"""Saving a run and getting it back: checkpoints, their restoration, and what follows from an update that went wrong."""
+"""Saving a run and getting it back: what a checkpoint says, where a run begins, and how one ends that cannot go on."""
 
-import math
 import time
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from loguru import logger
 from torch import Tensor
 
-from peft_pretraining.checkpoint.files import complete_checkpoints
-from peft_pretraining.checkpoint.snapshot import (
-    read_state,
-    restore_model,
-    restore_optimizer,
-    restore_rng,
-    take_snapshot,
-)
-from peft_pretraining.checkpoint.start import Start, same_folder
+from peft_pretraining.checkpoint.files import Checkpoint, complete_checkpoints
+from peft_pretraining.checkpoint.snapshot import restore_model, restore_optimizer, restore_rng, take_snapshot
+from peft_pretraining.checkpoint.start import StartingPoint, same_folder
 from peft_pretraining.checkpoint.weights import load_initial_weights
 from peft_pretraining.errors import UserError
-from peft_pretraining.training import report
-from peft_pretraining.training.health import is_spike
+from peft_pretraining.training.provenance import git_commit, versions
 from peft_pretraining.training.run import Run, State
-from qgalore.outcome import Outcome
-
-MOST_ROLLBACKS = 5  # to one checkpoint: spikes that come again whatever the data are no accident
 
 
 def save(run: Run) -> None:
-    """A checkpoint of everything, written in the background; none while updates are being skipped."""
+    """Saves a checkpoint of everything, in the background; saves none while updates are being skipped."""
     state = run.state
     if state.saved == state.update:
         return
@@ -54,103 +41,51 @@ def _progress(run: Run, positions: list[dict[str, Any]]) -> dict[str, Any]:
         "positions": positions,
         "fingerprint": run.fingerprint,
         "processes": run.world.size,
-        "wandb_id": run.metrics.wandb_id,
-        "versions": report.versions(),
-        "commit": report.git_commit(),
+        "wandb_id": run.record.wandb_id,
+        "versions": versions(),
+        "commit": git_commit(),
     }
 
 
-def begin(run: Run, start: Start) -> None:
+def begin(run: Run, start: StartingPoint) -> None:
     """Puts weights, optimizer and state where `start` says. Raises UserError where they do not fit."""
     if start.weights is not None:
         load_initial_weights(run.model, start.weights)
         logger.info(f"a new run with the weights of {start.weights}")
     if start.checkpoint is not None:
-        _restore(run, start.checkpoint)
-        restore_rng(start.checkpoint)
-        run.state = State.from_json(start.saved["state"])
-        run.state.position = start.saved["positions"][run.world.rank] if _same_ranks(run, start) else {}
-        if same_folder(start.checkpoint.parent, run.save_dir):
-            _set_aside(run, start.checkpoint)
-        run.metrics.resume(update=run.state.update, checkpoint=str(start.checkpoint))
-        logger.info(f"going on from {start.checkpoint}, after update {run.state.update}")
-        if not _same_ranks(run, start):
-            logger.warning(f"the checkpoint is of {start.saved['processes']} processes, this run of {run.world.size}")
+        _go_on(run, start.checkpoint)
 
 
-def _set_aside(run: Run, checkpoint: Path) -> None:
-    """Later checkpoints in the folder are of a way not taken: --resume auto shall not find them."""
-    later = [other for other in complete_checkpoints(run.save_dir) if other.name > checkpoint.name]
+def _go_on(run: Run, checkpoint: Checkpoint) -> None:
+    """The run goes on where it was when the checkpoint was saved."""
+    restore(run, checkpoint)
+    restore_rng(checkpoint)
+    saved, folder = checkpoint.state, checkpoint.folder
+    run.state = State.from_json(saved["state"])
+    same_ranks = saved["processes"] == run.world.size
+    run.state.position = saved["positions"][run.world.rank] if same_ranks else {}
+    if same_folder(folder.parent, run.save_dir):
+        _set_aside(run, later_than=folder)
+    run.record.event("resume", update=run.state.update, checkpoint=str(folder))
+    logger.info(f"going on from {folder}, after update {run.state.update}")
+    if not same_ranks:
+        logger.warning(f"the checkpoint is of {saved['processes']} processes, this run of {run.world.size}")
+
+
+def _set_aside(run: Run, *, later_than: Path) -> None:
+    """Later checkpoints in the folder are of a way not taken: --resume auto must not find them."""
+    later = [other for other in complete_checkpoints(run.save_dir) if other.name > later_than.name]
     for other in later if run.writer is not None else []:
         aside = other.with_name(f"abandoned-{time.strftime('%Y%m%d-%H%M%S')}-{other.name}")
         other.rename(aside)
         logger.warning(f"{other} is later than the checkpoint that the run goes on from: it is now {aside.name}")
 
 
-def _same_ranks(run: Run, start: Start) -> bool:
-    return start.saved["processes"] == run.world.size
-
-
-def _restore(run: Run, checkpoint: Path) -> None:
+def restore(run: Run, checkpoint: Checkpoint) -> None:
+    """Gives the model and the optimizer what the checkpoint holds of them."""
     restore_model(run.model, checkpoint)
     names: dict[Tensor, str] = {p: name for name, p in run.model.named_parameters()}
     restore_optimizer(run.updates.optimizer, checkpoint, names=names)
-
-
-def react(run: Run, *, loss: float, outcome: Outcome, bad_documents: int) -> None:
-    """What follows from an update that went wrong. Raises UserError where too much has."""
-    args, health = run.args, run.state.health
-    if bad_documents:
-        health.bad_documents += bad_documents
-        run.metrics.note("bad_documents", update=run.state.update, skipped=bad_documents, total=health.bad_documents)
-        if health.bad_documents > args.max_bad_documents:
-            advice = "Mend the data, or raise --max_bad_documents."
-            raise give_up(run, f"{health.bad_documents} documents could not be read (see above)", advice=advice)
-    spike = is_spike(loss, losses=health.losses, factor=args.spike_rollback)
-    bad = bool(outcome.bad) or not math.isfinite(loss)
-    health.note(loss, bad=bad)
-    if bad:
-        names = [name for name, p in run.model.named_parameters() if any(p is other for other in outcome.bad)]
-        report_bad_update(run, loss=loss, names=names)
-    elif spike:
-        roll_back(run, loss=loss)
-
-
-def report_bad_update(run: Run, *, loss: float, names: Sequence[str]) -> None:
-    """Says that an update was skipped, and why. Raises UserError where it is the last of too many."""
-    state, most = run.state, run.args.max_bad_updates
-    run.metrics.note("bad_update", update=state.update, loss=loss, parameters=names)
-    others = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    cause = f"the gradient of {names[0]}{others} is not finite" if names else f"the loss is {loss}"
-    logger.warning(f"update {state.update} skipped: {cause}")
-    if state.health.bad_in_a_row >= most:
-        advice = "A lower --lr or --grad_clipping 1.0 may help."
-        raise give_up(run, f"{most} updates in a row were skipped, the last because {cause}", advice=advice)
-
-
-def roll_back(run: Run, *, loss: float) -> None:
-    """Undoes all updates since the last checkpoint; the data goes on where it is. Raises UserError if it is in vain."""
-    state, checkpoint = run.state, last_checkpoint(run)
-    if checkpoint is None:
-        logger.warning(f"update {state.update}: loss {loss:.4f} is a spike, but there is no checkpoint to go back to")
-        return
-    if state.health.rollbacks_since_save == MOST_ROLLBACKS:
-        raise UserError(
-            f"the loss has spiked {MOST_ROLLBACKS + 1} times after {checkpoint}, on different data. A lower --lr or "
-            "--grad_clipping 1.0 may help; or raise --spike_rollback."
-        )
-    _restore(run, checkpoint)
-    saved = State.from_json(read_state(checkpoint)["state"])
-    health = replace(
-        state.health,
-        losses=saved.health.losses,
-        rollbacks=state.health.rollbacks + 1,
-        rollbacks_since_save=state.health.rollbacks_since_save + 1,
-    )
-    run.state = replace(state, update=saved.update, tokens_seen=saved.tokens_seen, saved=saved.update, health=health)
-    run.state.evaluated, run.state.evaluation = saved.evaluated, saved.evaluation
-    run.metrics.note("rollback", update=state.update, loss=loss, to=saved.update)
-    logger.warning(f"update {state.update}: loss {loss:.4f} is a spike; back to {checkpoint}, on with other data")
 
 
 def last_checkpoint(run: Run) -> Path | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from peft_pretraining.data.loader import Batch
+from peft_pretraining.batch import Batch
 from peft_pretraining.data.sources import LocalDocuments
 
 

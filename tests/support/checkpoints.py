@@ -12,7 +12,7 @@ import torch
 from loguru import logger
 
 from peft_pretraining.checkpoint import files as checkpoint_files
-from peft_pretraining.checkpoint.files import FILES, Snapshot, TensorFile, complete_checkpoints, read_json, verify
+from peft_pretraining.checkpoint.files import FILES, Checkpoint, Snapshot, TensorFile, complete_checkpoints
 
 WATCHED = [
     (os, "mkdir"),
@@ -35,9 +35,7 @@ def snapshot(update: int, *, value: float = 0.0) -> Snapshot:
 
 def saved_updates(save_dir: Path) -> list[int]:
     """The updates of the complete checkpoints, each of which must be sound."""
-    for folder in complete_checkpoints(save_dir):
-        verify(folder)
-    return [read_json(folder / "state.json")["update"] for folder in complete_checkpoints(save_dir)]
+    return [Checkpoint.open(folder).verify().state["update"] for folder in complete_checkpoints(save_dir)]
 
 
 def names(save_dir: Path) -> list[str]:

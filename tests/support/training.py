@@ -5,7 +5,8 @@ import copy
 import torch
 from transformers import LlamaConfig
 
-from peft_pretraining.checkpoint.snapshot import read_state, restore_model, restore_optimizer, take_snapshot
+from peft_pretraining.checkpoint.files import Checkpoint
+from peft_pretraining.checkpoint.snapshot import restore_model, restore_optimizer, take_snapshot
 from peft_pretraining.model.build import build_model
 from qgalore.factory import OPTIMIZERS, Settings, create_optimizer, create_updates
 from qgalore.param_groups import split_parameters
@@ -58,10 +59,11 @@ class Training:
 
     def restore(self, folder) -> "Training":
         """Goes on from a checkpoint with `done` in its progress."""
-        restore_model(self.model, folder)
+        checkpoint = Checkpoint.open(folder)
+        restore_model(self.model, checkpoint)
         names = {p: name for name, p in self.model.named_parameters()}
-        restore_optimizer(self.optimizer, folder, names=names)
-        self.done = read_state(folder)["done"]
+        restore_optimizer(self.optimizer, checkpoint, names=names)
+        self.done = checkpoint.state["done"]
         return self
 
     def everything(self) -> dict[str, object]:
