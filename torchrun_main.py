@@ -17,7 +17,6 @@ from loguru import logger
 
 from peft_pretraining.batch import IGNORED, Batch
 from peft_pretraining.cli.args import parse_args, schedule_of
-from peft_pretraining.cli.presets import load_preset
 from peft_pretraining.distributed import World, make_deterministic, use_threads
 from peft_pretraining.errors import UserError
 from peft_pretraining.export.folder import save_model
@@ -28,37 +27,35 @@ from peft_pretraining.training.evaluate import evaluate_only
 from peft_pretraining.training.incidents import react
 from peft_pretraining.training.interruption import BY_HAND, Interrupted, Interruption
 from peft_pretraining.training.metrics import set_up_log
-from peft_pretraining.training.opening import open_model, open_run, open_validation
-from peft_pretraining.training.plan import make_plan
-from peft_pretraining.training.progress import evaluate_and_log, log_step, report_end
+from peft_pretraining.training.plan import make_plan, open_model, open_run, open_validation
+from peft_pretraining.training.report import evaluate_and_log, log_step, report_end
 from peft_pretraining.training.run import Run, State
 from peft_pretraining.training.saving import begin, give_up, last_checkpoint, save
 from qgalore.factory import set_lr
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The whole run. Raises UserError, before anything slow, for what the user can mend; Interrupted after a signal."""
-    # Where am I, and what was I told?
+    """The whole run. Raises UserError, before anything slow, for what the user can repair; Interrupted after a signal."""
+    # Which process is this, and what was it told?
     world = World.from_environment()
     set_up_log(is_main=world.is_main)
     args = parse_args(argv, world_size=world.size)
-    threads = use_threads(world, num_threads=args.num_threads)
+    use_threads(world, num_threads=args.num_threads)
     make_deterministic(args.seed)
 
-    # What am I going to do?
-    preset = None if args.preset is None else load_preset(args.preset).describe()
-    plan = make_plan(args, world=world, threads=threads, preset=preset)
+    # What is it going to do?
+    plan = make_plan(args, world=world)
     if args.dry_run:
         return
 
     with world.connected(), Interruption().listening() as interruption, contextlib.ExitStack() as cleanup:
-        # Evaluate
+        # Evaluate a checkpoint,
         if args.eval_only:
             validation = open_validation(plan)
             evaluate_only(args.continue_from, model=open_model(plan), validation=validation, world=world)
             return
 
-        # Or train
+        # or train
         run = open_run(plan, interruption=interruption, cleanup=cleanup)
         begin(run, plan.start)
         loop(run)
@@ -66,9 +63,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def loop(run: Run) -> None:
-    """Updates until num_training_steps, with evaluations and checkpoints where they are due and at the end.
+    """Trains until update num_training_steps. Evaluates and saves when it is due, and at the end.
 
-    Raises Interrupted, having saved, where a signal has asked to stop.
+    Raises Interrupted, after saving, if a signal has asked to stop.
     """
     args = run.args
     while True:
@@ -96,7 +93,7 @@ def due(state: State, every: int) -> bool:
 def train_step(run: Run) -> None:
     """One update: the learning rate, micro-batches forward and backward, the optimizer, the record.
 
-    The loss is a sum over target tokens divided by their number over all micro-batches and ranks.
+    The loss is the sum over the target tokens of all micro-batches and ranks, divided by their number.
     """
     args, state = run.args, run.state
     began = time.monotonic()
@@ -112,7 +109,7 @@ def train_step(run: Run) -> None:
     outcome = run.updates.finish()
     reset_if_due(args, run.model, run.updates.optimizer, update=state.update + 1)
     skipped = [line for batch in micro_batches for line in batch.skipped]
-    # One message for all that the ranks must agree on.
+    # One all-reduce for everything that the ranks must agree on.
     told = torch.tensor([float(loss), run.interruption.requested, len(skipped)], dtype=torch.float64)
     total, stops, bad_documents = run.world.sum(told).tolist()
     run.stopping = stops > 0
@@ -121,9 +118,9 @@ def train_step(run: Run) -> None:
 
 
 def read_batches(run: Run) -> list[Batch]:
-    """The micro-batches of the next update. The state is left at the last finished one.
+    """The micro-batches of the next update. The state still describes the last finished one.
 
-    Raises UserError where the data fails; a process that is alone saves the run first.
+    Raises UserError if the data cannot be read; a process that is alone saves the run first.
     """
     state = run.state
     try:
@@ -139,12 +136,12 @@ def read_batches(run: Run) -> list[Batch]:
 
 
 def command_line(argv: list[str] | None = None) -> int:
-    """Runs main; turns what the user can mend into one line and exit status 2, a signal into the status it asks for."""
+    """Runs main and returns the exit status: 2, after one line on stderr, for what the user can repair; or a signal's."""
     warnings.showwarning = lambda message, *_, **__: logger.warning(str(message))
     try:
         main(argv)
     except UserError as error:
-        # What is wrong with the arguments, every rank finds; what is wrong with one rank's documents, only that one.
+        # Every rank finds what is wrong with the arguments; only one rank finds what is wrong with its documents.
         if error.on_one_rank or int(os.environ.get("RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2

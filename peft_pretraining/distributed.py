@@ -1,4 +1,4 @@
-"""Where this process stands among the others: rank, device, process group."""
+"""This process among the others of the run: rank, device, process group."""
 
 import json
 import os
@@ -16,41 +16,29 @@ from peft_pretraining.errors import UserError
 
 @dataclass(frozen=True)
 class World:
-    """This process among the data-parallel ones, as torchrun describes it; alone without torchrun.
+    """This process among the data-parallel ones, as torchrun describes it. Without torchrun it is the only one."""
 
-    rank: 0-based number of this process.
-    size: number of processes.
-    local_rank: 0-based number of this process on its machine.
-    local_size: number of processes on this machine.
-    device: where this process trains.
-    """
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
-    device: torch.device = torch.device("cpu")
+    rank: int = 0  # 0-based number of this process
+    size: int = 1  # number of processes
+    local_rank: int = 0  # 0-based number of this process on its machine
+    local_size: int = 1  # number of processes on this machine
+    device: torch.device = torch.device("cpu")  # the device that this process trains on
 
     @classmethod
     def from_environment(cls) -> "World":
-        """Reads torchrun's variables and picks this process's GPU, or the CPU where there is none.
+        """Reads torchrun's variables and picks this process's GPU, or the CPU if there is none.
 
-        Raises UserError where the machine has fewer GPUs than processes.
+        Raises UserError if the machine has fewer GPUs than processes.
         """
-
-        def read(name: str, default: int) -> int:
-            return int(os.environ.get(name, default))
-
-        local_rank, local_size = read("LOCAL_RANK", 0), read("LOCAL_WORLD_SIZE", 1)
-        device = torch.device("cpu")
-        if torch.cuda.is_available():
-            if local_rank >= torch.cuda.device_count():
-                raise UserError(
-                    f"{local_size} processes on a machine with {torch.cuda.device_count()} GPU: start it with "
-                    f"--nproc_per_node {torch.cuda.device_count()}."
-                )
-            device = torch.device("cuda", local_rank)
-        return cls(read("RANK", 0), read("WORLD_SIZE", 1), local_rank, local_size, device)
+        names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+        rank, size, local_rank, local_size = (int(os.environ.get(name, default)) for name, default in names.items())
+        if not torch.cuda.is_available():
+            return cls(rank, size, local_rank, local_size)
+        if local_rank >= (gpus := torch.cuda.device_count()):
+            raise UserError(
+                f"{local_size} processes on a machine with {gpus} GPU: start them with --nproc_per_node {gpus}."
+            )
+        return cls(rank, size, local_rank, local_size, torch.device("cuda", local_rank))
 
     @property
     def is_main(self) -> bool:
@@ -59,7 +47,7 @@ class World:
 
     @contextmanager
     def connected(self) -> Iterator[None]:
-        """Joins the process group (nccl on GPUs, else gloo; none where this process is alone); leaves it at the end."""
+        """Joins the process group (nccl on GPUs, else gloo) if there are several processes; leaves it at the end."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.size > 1:
@@ -74,7 +62,7 @@ class World:
                 dist.destroy_process_group()
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of a tensor over the ranks, in place; each gets the same bits."""
+        """Sums a tensor over the ranks, in place. Every rank gets the same bits."""
         if self.size > 1:
             on_device = tensor.to(self.device)
             dist.all_reduce(on_device)
@@ -82,7 +70,7 @@ class World:
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
-        """What every rank passed, in their order; plain JSON. It travels as text: nothing is unpickled."""
+        """The values that the ranks pass, in the order of the ranks. A value is plain JSON; nothing is unpickled."""
         if self.size == 1:
             return [json.loads(json.dumps(value))]
         text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
@@ -94,15 +82,18 @@ class World:
 
 
 def use_threads(world: World, *, num_threads: int | None) -> int:
-    """Sets the CPU threads of this process (None: its share of the machine's cores) and returns their number."""
+    """Sets the CPU threads of this process and returns their number.
+
+    num_threads: the number to set; None for this process's share of the machine's cores.
+    """
     threads = num_threads or max(1, len(os.sched_getaffinity(0)) // world.local_size)
     torch.set_num_threads(threads)
     return threads
 
 
 def make_deterministic(seed: int) -> None:
-    """Same seed, same machine: the same losses to the last bit."""
+    """Makes the losses of a seed the same to the last bit in every run on the same machine."""
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # What is read before it is written is a bug for a test to find, not worth a pass over every new tensor.
+    # A read of uninitialized memory is a bug that tests should find; it is not worth a pass over every new tensor.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""`python -m peft_pretraining.hf_export`: the door to peft_pretraining.export."""
+"""Makes `python -m peft_pretraining.hf_export` run peft_pretraining.export."""
 
 import sys
 

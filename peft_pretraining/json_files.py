@@ -1,4 +1,4 @@
-"""Files that hold one JSON object: written by hand, such as a model's shape, or by a program, such as a manifest."""
+"""Files that hold one JSON object: written by people, such as a model's shape, or by a program, such as a manifest."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,10 @@ from peft_pretraining.errors import UserError
 
 
 def read_json(path: Path, *, advice: str | None = None) -> dict[str, Any]:
-    """Reads the object in a JSON file. Raises UserError where there is no file, no valid JSON or no object.
+    """Reads the object in a JSON file. Raises UserError if there is no file, no valid JSON or no object.
 
-    advice: what the user can do about a broken file that a program has written. None for a file that people write: the
-        message then names the place of the mistake, or the files that do exist.
+    advice: what the user can do about a broken file that a program has written. None stands for a file that people
+        write: the message then names the place of the mistake, or the files that do exist.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -21,13 +21,12 @@ def read_json(path: Path, *, advice: str | None = None) -> dict[str, Any]:
         reason = getattr(error, "strerror", None) or "it is not JSON"
         raise UserError(f"{path}: cannot be read ({reason}). {advice}") from None
     if not isinstance(value, dict):
-        message = f"{path}: a JSON object is needed, not a {type(value).__name__}."
-        raise UserError(message if advice is None else f"{message} {advice}")
+        raise UserError(f"{path}: a JSON object is needed, not a {type(value).__name__}. {advice or ''}".rstrip())
     return value
 
 
 def _describe(error: Exception, path: Path) -> str:
-    """One line for whoever has written the file, or has mistyped its name."""
+    """One line for the person who has written the file, or has mistyped its name."""
     if isinstance(error, json.JSONDecodeError):
         return f"{path} line {error.lineno}, column {error.colno}: not valid JSON ({error.msg})."
     if isinstance(error, UnicodeDecodeError):

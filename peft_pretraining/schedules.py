@@ -1,4 +1,4 @@
-"""The learning rate's course, as a pure function of the update: nothing to save, nothing to resume."""
+"""The learning rate as a pure function of the update: nothing to save, nothing to resume."""
 
 import difflib
 import math
@@ -20,40 +20,31 @@ def lr_ratio(
 ) -> float:
     """The learning rate of an update over the peak learning rate, in [0, 1].
 
-    update: 1-based. Warm-up climbs in equal steps from 1 / warmup_steps at update 1 to 1 at update warmup_steps; from
-    there the rate decays (linear or cosine) to exactly min_lr_ratio at update num_training_steps. A warm-up as long as
-    the run ends at 1.
+    update: 1-based number of the update. The warm-up climbs in equal steps from 1 / warmup_steps at update 1 to 1 at
+        update warmup_steps. From there the rate decays (linear or cosine) to exactly min_lr_ratio at update
+        num_training_steps. A warm-up as long as the run ends at 1.
 
-    cosine_restarts (ReLoRA, Lialin et al. 2023, arXiv 2307.05695): the cosine of the whole run is an envelope. Each
-    time cycle_length updates are done, the next restart_warmup_steps climb in equal steps, from one step above 0 to
-    the envelope at the end of the climb. Left out are restarts inside the warm-up and those whose climb would not end
-    before the run does.
+    With cosine_restarts (ReLoRA, Lialin et al. 2023, arXiv 2307.05695), the cosine of the whole run is an envelope.
+    Each time cycle_length updates are done, the next restart_warmup_steps updates climb in equal steps, from one step
+    above 0 to the envelope. No restart begins inside the warm-up, and none whose climb the run would cut off.
     """
     assert update >= 1, f"updates are counted from 1, not {update}"
     if update <= warmup_steps:
         return update / warmup_steps
-    envelope = _linear if scheduler == "linear" else _cosine
     decay_steps = num_training_steps - warmup_steps
 
     def decayed(at: int) -> float:
         progress = min((at - warmup_steps) / decay_steps, 1.0) if decay_steps else 1.0
-        return min_lr_ratio + (1 - min_lr_ratio) * envelope(progress)
+        left = 1 - progress if scheduler == "linear" else (1 + math.cos(math.pi * progress)) / 2
+        return min_lr_ratio + (1 - min_lr_ratio) * left
 
     if scheduler == "cosine_restarts":
-        assert cycle_length is not None, "check_schedule asks for a cycle_length"
+        assert cycle_length is not None, "check_schedule refuses this"
         restart = (update - 1) // cycle_length * cycle_length  # the last update before this cycle
         climbed, top = update - restart, restart + restart_warmup_steps
         if climbed < restart_warmup_steps and warmup_steps <= restart and 0 < restart and top < num_training_steps:
             return climbed / restart_warmup_steps * decayed(top)
     return decayed(update)
-
-
-def _linear(progress: float) -> float:
-    return 1 - progress
-
-
-def _cosine(progress: float) -> float:
-    return (1 + math.cos(math.pi * progress)) / 2
 
 
 def check_schedule(
@@ -65,7 +56,7 @@ def check_schedule(
     cycle_length: int | None = None,
     restart_warmup_steps: int = 0,
 ) -> None:
-    """Raises UserError, naming the flags, where lr_ratio cannot do what these arguments ask for."""
+    """Raises UserError, which names the flags, if lr_ratio cannot do what these arguments ask for."""
     if scheduler not in SCHEDULERS:
         close = difflib.get_close_matches(scheduler, SCHEDULERS, n=1)
         hint = f"Did you mean {close[0]}? " if close else ""
@@ -78,7 +69,9 @@ def check_schedule(
             f"Try {num_training_steps // 10}."
         )
     if not 0 <= min_lr_ratio <= 1:
-        raise UserError(f"--min_lr_ratio {min_lr_ratio} must lie between 0 and 1: it is the last rate over the peak.")
+        raise UserError(
+            f"--min_lr_ratio {min_lr_ratio} must lie between 0 and 1: it is the last rate over the peak rate."
+        )
     if scheduler == "cosine_restarts":
         _check_restarts(cycle_length, restart_warmup_steps)
     elif cycle_length is not None or restart_warmup_steps:
@@ -88,7 +81,7 @@ def check_schedule(
 
 def _check_restarts(cycle_length: int | None, restart_warmup_steps: int) -> None:
     if cycle_length is None:
-        raise UserError("--scheduler cosine_restarts needs --cycle_length, the updates from one restart to the next.")
+        raise UserError("--scheduler cosine_restarts needs --cycle_length, the number of updates between restarts.")
     if cycle_length < 2:
         raise UserError(f"--cycle_length {cycle_length} is too short to restart in: at least 2 updates are needed.")
     if restart_warmup_steps < 1:

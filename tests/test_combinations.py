@@ -193,7 +193,7 @@ def test_as_the_user_starts_it(tiny, tmp_path, capsys):
     flags = tiny.flags(tmp_path, **chosen, rank=8, num_training_steps=30, eval_every=10)
     assert torchrun_main.command_line(flags) == 0
     assert "online PCA by Lion, scale 1, residual recovered" in record(tmp_path, "start")[0]["groups"][0]["trained_by"]
-    assert "from then on they learnt" in capsys.readouterr().err
+    assert "after that, the bases learnt online" in capsys.readouterr().err
     first, *_, last = record(tmp_path, "eval")
     assert last["loss"] < first["loss"]
     assert {matrix["refreshes"] for matrix in record(tmp_path, "subspaces")[-1]["matrices"]} == {1}

@@ -7,7 +7,7 @@ import torch
 from support.runs import losses, record, torchrun
 
 import torchrun_main
-from peft_pretraining.training import opening
+from peft_pretraining.training import plan
 from qgalore.storage.affine import Affine, Simulated
 from qgalore.storage.quantized_weight import QuantizedWeight
 
@@ -45,8 +45,8 @@ def captured_model(monkeypatch) -> list:
         models.append(original(*args, **kwargs))
         return models[-1]
 
-    original = opening.prepare_model
-    monkeypatch.setattr(opening, "prepare_model", build)
+    original = plan.prepare_model
+    monkeypatch.setattr(plan, "prepare_model", build)
     return models
 
 

@@ -66,7 +66,7 @@ def test_readme_commands_run(command, tiny, tmp_path):
     result = shell([*command.split(), *more], VENV=sys.prefix, timeout=240)
     assert result.returncode == 0, result.stderr
     if "--dry_run" in command:
-        assert "who is trained how" in result.stderr
+        assert "how each group of parameters is trained" in result.stderr
     else:
         assert record(tmp_path, "end")[0]["updates"] in (2, 10)
 

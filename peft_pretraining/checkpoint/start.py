@@ -107,27 +107,28 @@ def _shape(config: PreTrainedConfig) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if name not in ignored}
 
 
-def check_data(now: dict[str, str], *, start: StartingPoint, args: argparse.Namespace) -> dict[str, str]:
-    """Returns `now`, the fingerprint of the training data (see DocumentSource).
+def check_data(now: dict[str, str], *, start: StartingPoint, args: argparse.Namespace) -> None:
+    """Raises UserError if the training data is not that of the checkpoint, whose position would then mean nothing.
 
-    Raises UserError where it is not that of the checkpoint, whose position in the data would mean nothing. The same
-    files may be in another place; where there are no fingerprints, --dataset must be the same.
+    The same files may be in another place. If there are no fingerprints, --dataset must be the same.
+
+    now: fingerprint of the training data, see DocumentSource.
     """
     if start.checkpoint is None:
-        return now
+        return
     saved, dataset = start.saved["fingerprint"], start.saved["args"]["dataset"]
     if saved and now:
         change = describe_change(saved, now)
     else:
         change = None if dataset == args.dataset else f"--dataset {dataset} -> {args.dataset}"
-    if change is not None and "dataset" not in (args.allow_changed or "").split(","):
+    if change is None:
+        return
+    if "dataset" not in (args.allow_changed or "").split(","):
         raise UserError(
             f"the training data has changed since {start.folder}: {change}. Bring the files back, or go on "
-            "regardless: --allow_changed dataset"
+            "with the changed data: --allow_changed dataset"
         )
-    if change is not None:
-        logger.warning(f"the training data has changed: {change}. Documents may be read twice or not at all.")
-    return now
+    logger.warning(f"the training data has changed: {change}. Documents may be read twice or not at all.")
 
 
 def inherited_args(path: str) -> dict[str, Any]:

@@ -1,15 +1,15 @@
-"""Loss and perplexity on held-out text."""
+"""Loss and perplexity on validation text."""
 
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from peft_pretraining.batch import IGNORED
+from peft_pretraining.batch import IGNORED, Batch
 from peft_pretraining.checkpoint.files import find_checkpoint
 from peft_pretraining.checkpoint.weights import is_transformers_folder, load_weights
 from peft_pretraining.distributed import World
@@ -18,44 +18,29 @@ from peft_pretraining.model.family import family_of
 from peft_pretraining.model.loss import token_loss_sum
 
 
-class Tokens(Protocol):
-    """What evaluate wants of a batch. input_ids, targets: (B, L) int64, on any device."""
-
-    @property
-    def input_ids(self) -> Tensor: ...
-
-    @property
-    def targets(self) -> Tensor: ...
-
-
 class Evaluation(NamedTuple):
-    """The result of one evaluation.
+    """The result of one evaluation."""
 
-    loss: mean over the target tokens, in nats.
-    perplexity: exp(loss), inf where that is beyond a float.
-    tokens: number of target tokens.
-    """
-
-    loss: float
-    perplexity: float
-    tokens: int
+    loss: float  # mean over the target tokens, in nats
+    perplexity: float  # exp(loss); inf if that is too large for a float
+    tokens: int  # number of target tokens
 
 
 @torch.no_grad()
 def evaluate(
     model: PreTrainedModel,
-    batches: Iterable[Tokens],
+    batches: Iterable[Batch],
     *,
-    reduce_sum: Callable[[Tensor], Tensor] | None = None,
+    reduce_sum: Callable[[Tensor], Tensor] = lambda sums: sums,
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
-    """The mean loss over all target tokens of all batches and ranks: not a mean of batch means.
+    """The mean loss over all target tokens of all batches and ranks. It is not a mean of the batches' means.
 
-    reduce_sum: returns the sum over the ranks of a float64 tensor; None where this process is alone.
-    stop: asked before every batch; where it says yes on any rank, there is no evaluation and None is returned.
+    reduce_sum: sums a float64 tensor over the ranks. The default is for a process that is alone.
+    stop: is asked before every batch. If it says yes on any rank, the evaluation ends and every rank returns None.
 
-    Ranks may hold different numbers of batches. The model is put back into the mode it was in, also after an error.
-    Raises UserError where there is no target token on any rank.
+    Ranks may have different numbers of batches. At the end, also after an error, the model is back in its old mode.
+    Raises UserError if no rank has a target token.
     """
     device = family_of(model.config).part("head", model).weight.device
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, tokens, ranks that were stopped
@@ -71,7 +56,7 @@ def evaluate(
             sums[1] += (targets != IGNORED).sum()
     finally:
         model.train(was_training)
-    loss_sum, tokens, stopped = (sums if reduce_sum is None else reduce_sum(sums)).tolist()
+    loss_sum, tokens, stopped = reduce_sum(sums).tolist()
     if stopped:
         return None
     if not tokens:
@@ -80,21 +65,19 @@ def evaluate(
     return Evaluation(loss, perplexity(loss), int(tokens))
 
 
-def evaluate_only(folder: str, *, model: PreTrainedModel, validation: Iterable[Tokens], world: World) -> None:
+def evaluate_only(folder: str, *, model: PreTrainedModel, validation: Iterable[Batch], world: World) -> None:
     """Prints loss and perplexity of the weights in a checkpoint, a run's folder or a transformers folder."""
     place = Path(folder) if is_transformers_folder(folder) else find_checkpoint(Path(folder))
     load_weights(model, place)
-    evaluation = evaluate(model, validation, reduce_sum=world.sum)
-    assert evaluation is not None
+    result = evaluate(model, validation, reduce_sum=world.sum)
+    assert result is not None
     if world.is_main:
-        print(
-            f"{place}: loss {evaluation.loss:.6f}, perplexity {evaluation.perplexity:.4f} "
-            f"on {evaluation.tokens:,} validation tokens"
-        )
+        figures = f"loss {result.loss:.6f}, perplexity {result.perplexity:.4f} on {result.tokens:,} validation tokens"
+        print(f"{place}: {figures}")
 
 
 def perplexity(loss: float) -> float:
-    """exp of a loss in nats per token, or inf where that is beyond a float."""
+    """exp of a loss in nats per token, or inf if that is too large for a float."""
     try:
         return math.exp(loss)
     except OverflowError:

@@ -4,29 +4,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-WINDOW = 128  # losses that a new one is compared with
-MIN_LOSSES = 32  # losses below which there is no telling
-TO_SIGMA = 1.4826  # standard deviations of a normal distribution to its median absolute deviation
+WINDOW = 128  # number of earlier losses that a new loss is compared with
+MIN_LOSSES = 32  # with fewer earlier losses, no loss counts as a spike
+TO_SIGMA = 1.4826  # standard deviation over median absolute deviation, for a normal distribution
 
 
 @dataclass
 class Health:
-    """What has gone wrong so far.
+    """What has gone wrong so far."""
 
-    bad_updates: number of updates skipped because a gradient or the loss was not finite.
-    bad_in_a_row: how many of them came last, without a good one since.
-    bad_documents: number of documents that could not be read.
-    rollbacks: how often the run went back to a checkpoint.
-    rollbacks_since_save: how often it went back to the last one.
-    losses: the losses of the last WINDOW good updates.
-    """
-
-    bad_updates: int = 0
-    bad_in_a_row: int = 0
-    bad_documents: int = 0
-    rollbacks: int = 0
-    rollbacks_since_save: int = 0
-    losses: list[float] = field(default_factory=list)
+    bad_updates: int = 0  # updates that were skipped because a gradient or the loss was not finite
+    bad_in_a_row: int = 0  # length of the unbroken series of skipped updates that ends with the latest update
+    bad_documents: int = 0  # documents that could not be read
+    rollbacks: int = 0  # times that the run went back to a checkpoint
+    rollbacks_since_save: int = 0  # times that the run went back to the latest checkpoint
+    losses: list[float] = field(default_factory=list)  # losses of the last WINDOW good updates
 
     def note(self, loss: float, *, bad: bool) -> None:
         """Counts one more update. Its loss is kept unless the update was skipped as bad."""
@@ -39,8 +31,8 @@ class Health:
 def is_spike(loss: float, *, losses: Sequence[float], factor: float) -> bool:
     """Whether a loss lies more than `factor` robust standard deviations above the median of the losses before it.
 
-    The deviation is the median absolute one, so that earlier spikes do not hide this one; at least a thousandth of the
-    median, so that a loss which hardly moves has no spikes of nothing. factor 0: never.
+    The deviation is the median absolute one, so that earlier spikes do not hide a new one. It is at least a thousandth
+    of the median, so that noise in a loss which hardly moves is not a spike. With factor 0, nothing is a spike.
     """
     if not factor or len(losses) < MIN_LOSSES:
         return False

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C: the update is finished, the run saved, and the exit status says that it may go on."""
+"""SIGTERM, SIGUSR1 and Ctrl-C: the update is finished and the run saved; the exit status says that it can go on."""
 
 import signal
 import time
@@ -9,15 +9,12 @@ from types import FrameType
 from loguru import logger
 
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
-BY_HAND = 130  # 128 + SIGINT, as shells have it
-SAME_PRESS = 1.0  # seconds: torchrun passes Ctrl-C on to processes that the terminal has already told
+BY_HAND = 130  # 128 + SIGINT, the status that shells use
+SAME_PRESS = 1.0  # seconds: torchrun passes Ctrl-C on to processes that have already received it from the terminal
 
 
 class Interrupted(Exception):
-    """The run has been saved and should end.
-
-    status: the exit status.
-    """
+    """The run has been saved and should end with an exit status."""
 
     def __init__(self, status: int) -> None:
         super().__init__(f"exit status {status}")
@@ -25,11 +22,7 @@ class Interrupted(Exception):
 
 
 class Interruption:
-    """Whether a signal has asked this process to stop.
-
-    requested: whether one has.
-    status: the exit status for it.
-    """
+    """Whether a signal has asked this process to stop, and the exit status that follows."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -38,7 +31,7 @@ class Interruption:
 
     @contextmanager
     def listening(self) -> Iterator["Interruption"]:
-        """From now on signals are requests, until the block ends. A second Ctrl-C leaves at once."""
+        """Takes signals as requests until the block ends. A second Ctrl-C raises KeyboardInterrupt at once."""
         signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
         before = {number: signal.signal(number, self._note) for number in signals}
         try:
@@ -56,5 +49,5 @@ class Interruption:
             self.status = BY_HAND
         if not self.requested:
             self.requested = True
-            again = " Once more to leave at once." if number == signal.SIGINT else ""
+            again = " Press it again to leave at once." if number == signal.SIGINT else ""
             logger.warning(f"{signal.Signals(number).name}: finishing this update, then saving.{again}")

@@ -3,16 +3,16 @@
     start             what the run is: args, versions, commit, device, parameter counts, groups
     update            update, loss, lr, grad_norm, tokens_seen, tokens_per_second, memory_bytes
     eval              update, loss, perplexity, tokens
-    subspaces         update, matrices: what became of each projected matrix's bases so far
-    subspace_details  update, name, and what was measured of one matrix' subspace
-    resume            update (the last one that counts: lines of later ones are of work lost), checkpoint
+    subspaces         update, matrices: for each projected matrix, the history of its bases so far
+    subspace_details  update, name, and the figures that were measured of one matrix's subspace
+    resume            update (the last one that counts: lines of later updates are of lost work), checkpoint
     bad_update        update, loss, parameters
     bad_documents     update, skipped, total
     rollback          update, loss, to
     end               updates, tokens_seen, perplexity, seconds, kept_bytes, refreshes
 
-metrics.jsonl holds one JSON object a line, an event each. A run in an older folder appends; the last line of an update
-counts. Another place for figures is another class with `event` and `close`, and a line in open_record.
+metrics.jsonl holds one JSON object a line, one for each event. A run in an older folder appends; the last line of an
+update counts. To send figures elsewhere, write another subclass of Sink and add it in open_record.
 """
 
 import argparse
@@ -22,16 +22,16 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from loguru import logger
 from tqdm import tqdm
 
-LOG_PERIOD = 10.0  # seconds between log lines of updates, where there is no terminal to draw a bar on
+LOG_PERIOD = 10.0  # seconds between log lines of updates, if there is no terminal for a progress bar
 
 
 def set_up_log(*, is_main: bool) -> None:
-    """Log lines on stderr, above the progress bar; from other ranks only warnings."""
+    """Sends log lines to stderr, above the progress bar. Ranks other than the main one log only warnings."""
     logger.remove()
     logger.add(
         lambda message: tqdm.write(message, file=sys.stderr, end=""),
@@ -41,50 +41,48 @@ def set_up_log(*, is_main: bool) -> None:
     )
 
 
-class Sink(Protocol):
-    """A place where events go."""
+class Sink:
+    """Takes the events of a run. A subclass passes over names that it does not know, and leaves `fields` as it is."""
 
     def event(self, name: str, fields: dict[str, Any]) -> None:
-        """Takes one event, and passes over a name that it does not know. `fields` stays as it is."""
+        """Takes one event."""
 
     def close(self) -> None:
-        """Writes what is left; no event comes after it."""
+        """Writes what is left. No event comes after it."""
 
 
 class Record:
-    """The record of one run. Only the main process has sinks; elsewhere every event is dropped.
-
-    wandb_id: the wandb run, which a checkpoint remembers so that a resumed run goes on in it; None without wandb.
-    """
+    """The record of one run. Only the main process has sinks; on other ranks every event is dropped."""
 
     def __init__(self, *sinks: Sink, wandb_id: str | None = None) -> None:
         self.sinks = sinks
-        self.wandb_id = wandb_id
+        self.wandb_id = wandb_id  # of the wandb run; a checkpoint remembers it, so that a resumed run continues it
 
     def event(self, name: str, /, **fields: Any) -> None:
-        """Hands an event to each sink, in their order. A field may be called "name", too."""
+        """Hands an event to each sink, in their order. A field may also be called "name"."""
         for sink in self.sinks:
             sink.event(name, fields)
 
     def close(self) -> None:
-        """Closes all sinks, the last one first. May be called twice."""
+        """Closes all sinks, the last one first. It may be called twice."""
         sinks, self.sinks = self.sinks, ()
         for sink in reversed(sinks):
             sink.close()
 
 
-class JsonlSink:
-    """metrics.jsonl: every event, a line each, on the disk when `event` returns unless the disk is full."""
+class JsonlSink(Sink):
+    """metrics.jsonl: one line for each event, on the disk when `event` returns unless the disk is full."""
 
     def __init__(self, path: Path) -> None:
-        if path.exists():
-            _cut_half_a_line(path)
+        if path.exists():  # a killed run may have left half a line
+            with open(path, "rb+") as file:
+                file.truncate(file.read().rfind(b"\n") + 1)
         # Unbuffered, so that it is known what has been written when a disk is full.
         self._file: io.FileIO = open(path, "ab", buffering=0)
         self._pending = b""
 
     def event(self, name: str, fields: dict[str, Any]) -> None:
-        """Appends a line. What a full disk does not take comes with the next line."""
+        """Appends a line. What does not fit on a full disk is written with the next line."""
         self._pending += json.dumps(finite({"event": name, **fields}), allow_nan=False).encode() + b"\n"
         try:
             while self._pending:
@@ -93,18 +91,16 @@ class JsonlSink:
             logger.error(f"{self._file.name} could not be written ({error.strerror}): training goes on")
 
     def close(self) -> None:
-        """See Sink."""
         self._file.close()
 
 
-class WandbSink:
-    """A wandb run: what the run is as its configuration, updates and evaluations as its curves."""
+class WandbSink(Sink):
+    """A wandb run: the start event is its configuration, updates and evaluations are its curves."""
 
     def __init__(self, run: Any) -> None:
         self._run = run
 
     def event(self, name: str, fields: dict[str, Any]) -> None:
-        """See Sink."""
         if name == "start":
             self._run.config.update(finite(fields))
         elif name in ("update", "eval"):
@@ -112,26 +108,17 @@ class WandbSink:
             self._run.log({prefix + key: value for key, value in fields.items() if key != "update"}, fields["update"])
 
     def close(self) -> None:
-        """See Sink."""
         self._run.finish()
 
 
-class BarSink:
-    """A progress bar on a terminal, nothing elsewhere.
-
-    total: updates of the run.
-    """
+class BarSink(Sink):
+    """A progress bar over the `total` updates of the run, if there is a terminal to draw it on."""
 
     def __init__(self, *, total: int) -> None:
         self._bar = tqdm(total=total, unit="update", dynamic_ncols=True, disable=None)
-
-    @property
-    def visible(self) -> bool:
-        """Whether there is a terminal to draw on."""
-        return not self._bar.disable
+        self.visible = not self._bar.disable
 
     def event(self, name: str, fields: dict[str, Any]) -> None:
-        """See Sink."""
         if name == "resume":
             self._bar.n = self._bar.last_print_n = fields["update"]
         elif name == "update":
@@ -141,14 +128,13 @@ class BarSink:
             self._bar.set_postfix_str(shown, refresh=False)
 
     def close(self) -> None:
-        """See Sink."""
         self._bar.close()
 
 
-class LogSink:
+class LogSink(Sink):
     """Log lines of evaluations and, where no bar is drawn, of an update now and then.
 
-    total: updates of the run.
+    total: number of updates of the run.
     updates: whether to print lines of updates.
     """
 
@@ -157,36 +143,29 @@ class LogSink:
         self._last_line = -math.inf
 
     def event(self, name: str, fields: dict[str, Any]) -> None:
-        """See Sink."""
         if name == "eval":
             logger.info(
                 f"update {fields['update']}: validation perplexity {fields['perplexity']:.2f} "
                 f"(loss {fields['loss']:.4f} on {fields['tokens']:,} tokens)"
             )
-        elif name == "update" and self.updates and self._is_due(fields["update"]):
-            self._last_line = time.monotonic()
-            logger.info(
-                f"update {fields['update']}/{self.total}  loss {fields['loss']:.4f}  lr {fields['lr']:.2e}  "
-                f"{fields['tokens_per_second']:,.0f} tokens/s"
-            )
-
-    def _is_due(self, update: int) -> bool:
-        return update == self.total or time.monotonic() - self._last_line > LOG_PERIOD
-
-    def close(self) -> None:
-        """See Sink."""
+        elif name == "update" and self.updates:
+            now = time.monotonic()
+            if fields["update"] == self.total or now - self._last_line > LOG_PERIOD:
+                self._last_line = now
+                logger.info(
+                    f"update {fields['update']}/{self.total}  loss {fields['loss']:.4f}  lr {fields['lr']:.2e}  "
+                    f"{fields['tokens_per_second']:,.0f} tokens/s"
+                )
 
 
 def open_record(args: argparse.Namespace, *, save_dir: Path, wandb_id: str | None = None) -> Record:
     """The record that the arguments ask for, on the main process.
 
     save_dir: the folder of metrics.jsonl.
-    wandb_id: the wandb run that goes on, if there is one.
+    wandb_id: the id of the wandb run to continue, if there is one.
     """
     lines = JsonlSink(save_dir / "metrics.jsonl")
-    wandb = open_wandb(
-        args.wandb_mode, save_dir=save_dir, project=args.project, name=args.name, tags=args.tags, wandb_id=wandb_id
-    )
+    wandb = _open_wandb(args, save_dir=save_dir, wandb_id=wandb_id)
     bar = BarSink(total=args.num_training_steps)
     log = LogSink(total=args.num_training_steps, updates=not bar.visible)
     if wandb is None:
@@ -195,7 +174,7 @@ def open_record(args: argparse.Namespace, *, save_dir: Path, wandb_id: str | Non
 
 
 def finite(value: Any) -> Any:
-    """JSON has no NaN: a figure that is not finite becomes None, inside dicts and lists, too."""
+    """The value with None for every float that is not finite, also inside dicts and lists: JSON has no NaN."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -203,37 +182,30 @@ def finite(value: Any) -> Any:
     return [finite(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
-def _cut_half_a_line(path: Path) -> None:
-    """Cuts off the half of a line that a killed run may have left."""
-    with open(path, "rb+") as file:
-        file.truncate(file.read().rfind(b"\n") + 1)
+def _open_wandb(args: argparse.Namespace, *, save_dir: Path, wandb_id: str | None) -> Any:
+    """The wandb run, or None. Training goes on whatever is wrong with wandb or the account.
 
-
-def open_wandb(
-    mode: str, *, save_dir: Path, project: str, name: str, tags: str | None, wandb_id: str | None = None
-) -> Any:
-    """The wandb run, or None. Whatever is wrong with wandb or the account, training goes on.
-
-    mode: online (offline where there is no account) | offline | disabled (wandb is not even imported).
+    --wandb_mode online falls back to offline if there is no account; with `disabled`, wandb is not even imported.
     """
-    if mode == "disabled":
+    if args.wandb_mode == "disabled":
         return None
     try:
         import wandb
 
+        mode = args.wandb_mode
         if mode == "online" and not wandb.api.api_key:
             logger.warning(f"no wandb account found: recording under {save_dir}/wandb. Upload it later: wandb sync DIR")
             mode = "offline"
         return wandb.init(
-            project=project,
-            name=name,
-            tags=tags.split(",") if tags else None,
-            mode=mode,  # type: ignore[arg-type]
+            project=args.project,
+            name=args.name,
+            tags=args.tags.split(",") if args.tags else None,
+            mode=mode,
             dir=save_dir,
             id=wandb_id,
             resume="allow" if wandb_id else None,
             settings=wandb.Settings(init_timeout=60, silent=True),
         )
-    except Exception as error:  # wandb raises its own, requests', and OS errors: none may stop a run
+    except Exception as error:  # wandb raises its own errors, requests' and OSError: none of them may stop a run
         logger.warning(f"wandb is not used: {error}")
         return None

@@ -1,68 +1,62 @@
-"""What a run is going to do, decided and checked before anything slow: model, optimizer, start, data."""
+"""What a run is going to do: decided, checked and logged before anything slow, then built."""
 
 import argparse
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from loguru import logger
-from transformers import PreTrainedConfig
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from peft_pretraining.checkpoint.start import StartingPoint, check_data, choose_start
-from peft_pretraining.checkpoint.writer import choose_save_dir, prepare_save_dir
+from peft_pretraining.checkpoint.writer import CheckpointWriter, choose_save_dir, prepare_save_dir
 from peft_pretraining.cli.args import settings_of
 from peft_pretraining.cli.flags import MAY_CHANGE
+from peft_pretraining.cli.presets import load_preset
+from peft_pretraining.data.loader import train_batches
 from peft_pretraining.data.sources import DocumentSource, open_documents
 from peft_pretraining.data.tokenizer import Tokenizer, check_fits, load_tokenizer
+from peft_pretraining.data.validation import ValidationSet
 from peft_pretraining.distributed import World
 from peft_pretraining.errors import UserError
 from peft_pretraining.model.adapters import Adapters
-from peft_pretraining.model.build import check_compiler, meta_model
+from peft_pretraining.model.build import check_compiler, meta_model, prepare_model
 from peft_pretraining.model.config import read_config
-from peft_pretraining.model.dtypes import resolve_dtype
-from peft_pretraining.training import report
-from qgalore.factory import Recipe, Settings, find_recipe
+from peft_pretraining.model.dtypes import DTYPES, resolve_dtype
+from peft_pretraining.training.interruption import Interruption
+from peft_pretraining.training.metrics import Record, open_record
+from peft_pretraining.training.provenance import circumstances, device_name
+from peft_pretraining.training.report import format_table
+from peft_pretraining.training.run import Run
+from qgalore.factory import create_optimizer, create_updates, find_recipe
+from qgalore.param_groups import frozen_parameters, split_parameters
+from qgalore.per_layer import PerLayerUpdates
+from qgalore.sync import GradSync
+from qgalore.whole_model import WholeModelUpdates
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run is going to do. Nothing of it takes memory or time to speak of.
+    """What a run is going to do. A plan takes hardly any memory or time."""
 
-    args: the completed command line.
-    world: this process among the others.
-    threads: CPU threads of this process.
-    config: the model's shape.
-    dtype: the dtype of its weights.
-    recipe: what the optimizer's name stands for.
-    settings: the optimizer's settings.
-    groups: who is trained how, see report.describe_groups.
-    start: where the run begins.
-    save_dir: its folder, as this rank has chosen it.
-    tokenizer: the tokenizer, which fits the model's vocabulary.
-    source: the training documents.
-    held_out: the validation documents.
-    fingerprint: what the training data is, see DocumentSource.
-    """
-
-    args: argparse.Namespace
-    world: World
-    threads: int
-    config: PreTrainedConfig
-    dtype: torch.dtype
-    recipe: Recipe
-    settings: Settings
-    groups: list[dict[str, Any]]
-    start: StartingPoint
-    save_dir: Path
-    tokenizer: Tokenizer
-    source: DocumentSource
-    held_out: DocumentSource
-    fingerprint: dict[str, str]
+    args: argparse.Namespace  # the completed command line
+    world: World  # this process among the others
+    config: PreTrainedConfig  # the model's shape
+    dtype: torch.dtype  # dtype of the model's weights
+    groups: list[dict[str, Any]]  # how each group of parameters is trained, see describe_groups
+    start: StartingPoint  # where the run begins
+    save_dir: Path  # the run's folder, as this rank has chosen it
+    tokenizer: Tokenizer  # a tokenizer that fits the model's vocabulary
+    source: DocumentSource  # the training documents
+    held_out: DocumentSource  # the validation documents
+    fingerprint: dict[str, str]  # identifies the training data, see DocumentSource
 
     @property
     def reading(self) -> dict[str, Any]:
-        """What training and validation batches have in common."""
+        """The arguments that training batches and validation batches share."""
         return dict(
             batch_size=self.args.batch_size,
             max_length=self.args.max_length,
@@ -73,58 +67,22 @@ class Plan:
         )
 
 
-def make_plan(args: argparse.Namespace, *, world: World, threads: int, preset: str | None = None) -> Plan:
-    """Decides, checks and logs what a run is going to do, and makes its folder. Raises UserError.
-
-    threads: CPU threads of this process.
-    preset: what the preset is, in one line; None without one.
-    """
-    config, dtype = read_shape(args, device=world.device)
-    recipe = find_recipe(args.optimizer)
-    settings = settings_of(args)
-    groups = describe_training(args, config=config, recipe=recipe, settings=settings)
-    report.log_plan(args, groups=groups, dtype=dtype, world=world, threads=threads, preset=preset)
+def make_plan(args: argparse.Namespace, *, world: World) -> Plan:
+    """Decides, checks and logs what a run is going to do, and makes its folder. Raises UserError."""
+    config = read_config(args.model_config)
+    dtype = resolve_dtype(args.dtype, world.device)
+    if args.compile:
+        check_compiler(world.device)
+    if args.max_length > (longest := config.max_position_embeddings):
+        raise UserError(f"--max_length {args.max_length}: {args.model_config} allows at most {longest}.")
+    groups = describe_groups(meta_model(config, adapters=Adapters.of(vars(args))), args)
+    log_plan(args, groups=groups, dtype=dtype, world=world)
     start = choose_start(args, config=config, may_change=MAY_CHANGE)
     save_dir = choose_save_dir(args.save_dir, model_config=args.model_config, checkpoint=start.folder)
     if world.is_main and not (args.dry_run or args.eval_only):
         prepare_save_dir(save_dir)
-    tokenizer, source, held_out = open_data(args, vocab_size=config.vocab_size)
-    fingerprint = check_data(source.fingerprint(), start=start, args=args)
-    return Plan(
-        args=args, world=world, threads=threads, config=config, dtype=dtype, recipe=recipe, settings=settings,
-        groups=groups, start=start, save_dir=save_dir, tokenizer=tokenizer, source=source, held_out=held_out,
-        fingerprint=fingerprint,
-    )  # fmt: skip
-
-
-def read_shape(args: argparse.Namespace, *, device: torch.device) -> tuple[PreTrainedConfig, torch.dtype]:
-    """The model's config and the dtype of its weights. Raises UserError where they cannot be trained here."""
-    config = read_config(args.model_config)
-    dtype = resolve_dtype(args.dtype, device)
-    if args.compile:
-        check_compiler(device)
-    if args.max_length > config.max_position_embeddings:
-        raise UserError(
-            f"--max_length {args.max_length}: {args.model_config} ends at {config.max_position_embeddings}."
-        )
-    return config, dtype
-
-
-def describe_training(
-    args: argparse.Namespace, *, config: PreTrainedConfig, recipe: Recipe, settings: Settings
-) -> list[dict[str, Any]]:
-    """Who is trained how, a record for each group of parameters, before any of them exists."""
-    adapters = Adapters.of(vars(args))
-    blueprint = meta_model(config, adapters=adapters)
-    return report.describe_groups(
-        blueprint, recipe=recipe, settings=settings, int8=args.weight_quant, adapters=adapters
-    )
-
-
-def open_data(args: argparse.Namespace, *, vocab_size: int) -> tuple[Tokenizer, DocumentSource, DocumentSource]:
-    """The tokenizer, the training and the validation documents, all of them checked. Raises UserError."""
     tokenizer = load_tokenizer(args.tokenizer)
-    check_fits(tokenizer, vocab_size=vocab_size)
+    check_fits(tokenizer, vocab_size=config.vocab_size)
     source, held_out = (
         open_documents(args.dataset, split=split, seed=args.seed, validation=args.validation)
         for split in ("train", "validation")
@@ -132,4 +90,96 @@ def open_data(args: argparse.Namespace, *, vocab_size: int) -> tuple[Tokenizer, 
     source.check()
     held_out.check()
     logger.info(f"training on {source.name}, validating on {held_out.name}, tokenizer {tokenizer.name}")
-    return tokenizer, source, held_out
+    fingerprint = source.fingerprint()
+    check_data(fingerprint, start=start, args=args)
+    return Plan(
+        args=args, world=world, config=config, dtype=dtype, groups=groups, start=start, save_dir=save_dir,
+        tokenizer=tokenizer, source=source, held_out=held_out, fingerprint=fingerprint,
+    )  # fmt: skip
+
+
+def describe_groups(model: nn.Module, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One record for each group of parameters: name, tensors, elements, trained_by. Frozen parameters come last.
+
+    model: the model with its adapters, which may be on the meta device.
+    """
+    recipe, settings, adapters = find_recipe(args.optimizer), settings_of(args), Adapters.of(vars(args))
+    matrices = "full rank" if adapters is None else adapters.describe()
+    rows = []
+    for group in split_parameters(model):
+        unprojected = matrices if group.kind == "matrix" else "full rank"
+        weights = "INT8 weights, " if args.weight_quant and group.kind == "matrix" else ""
+        rows.append((group, weights + recipe.describe(group, settings, unprojected=unprojected)))
+    rows += [(group, "nothing: W0 of the adapters") for group in frozen_parameters(model)]
+    return [
+        {"name": group.name, "tensors": len(group.parameters), "elements": group.elements, "trained_by": trained_by}
+        for group, trained_by in rows
+    ]
+
+
+def log_plan(args: argparse.Namespace, *, groups: list[dict[str, Any]], dtype: torch.dtype, world: World) -> None:
+    """Logs the preset, the size of the model, how each group is trained, flags without effect, the length of the run."""
+    if args.preset is not None:
+        logger.info(f"preset {args.preset}: {load_preset(args.preset).describe()}")
+    total, kind = sum(group["elements"] for group in groups), str(dtype).removeprefix("torch.")
+    logger.info(f"{args.model_config}: {total:,} parameters in {kind} on {device_name(world.device)}")
+    logger.info("how each group of parameters is trained:\n" + format_table(groups))
+    for flag, why in args.ignored.items():
+        logger.warning(f"{flag} has no effect {why}")
+    if args.grad_clipping and find_recipe(args.optimizer).per_layer:
+        logger.info(f"clipping: each parameter's own projected gradient, to norm {args.grad_clipping:g}")
+    logger.info(
+        f"{args.num_training_steps} updates of {args.total_batch_size} x {args.max_length} tokens: "
+        f"{args.gradient_accumulation} micro-batches of {args.batch_size} on {world.size} x {torch.get_num_threads()} "
+        "threads"
+    )
+
+
+def open_validation(plan: Plan) -> ValidationSet:
+    """The validation batches of this rank. Raises UserError if there is no document."""
+    return ValidationSet(plan.held_out, plan.tokenizer, tokens=plan.args.eval_tokens, **plan.reading)
+
+
+def open_model(plan: Plan) -> PreTrainedModel:
+    """The model on this rank's device, with weights drawn from the seed."""
+    return prepare_model(plan.args, config=plan.config, dtype=plan.dtype, device=plan.world.device)
+
+
+def open_run(plan: Plan, *, interruption: Interruption, cleanup: ExitStack) -> Run:
+    """The run before its first update. `cleanup` closes in reverse order what the run holds open."""
+    args, world, saved = plan.args, plan.world, plan.start.saved
+    save_dir = Path(world.gather(str(plan.save_dir))[0])  # its name may hold the time, which differs between ranks
+    validation = open_validation(plan)
+    # Before the model exists, because the workers are forks of this process.
+    positions = saved.get("positions")
+    batches = train_batches(plan.source, plan.tokenizer, workers=args.workers, resume=positions, **plan.reading)
+    cleanup.callback(batches.close)
+    model = open_model(plan)
+    updates = open_updates(args, model=model)
+    writer = CheckpointWriter(save_dir, keep_last=args.keep_last, keep_every=args.keep_every)
+    cleanup.callback(writer.wait)
+    record = open_record(args, save_dir=save_dir, wandb_id=saved.get("wandb_id")) if world.is_main else Record()
+    cleanup.callback(record.close)
+    if world.is_main:
+        record.event("start", **circumstances(args, world=world, groups=plan.groups, norm=updates.norm_of))
+    return Run(
+        args=args, world=world, save_dir=save_dir, model=model, updates=updates, batches=batches, validation=validation,
+        record=record, interruption=interruption, writer=writer if world.is_main else None,
+        fingerprint=plan.fingerprint,
+    )  # fmt: skip
+
+
+def open_updates(args: argparse.Namespace, *, model: PreTrainedModel) -> WholeModelUpdates | PerLayerUpdates:
+    """The optimizer that the arguments name over the model's parameters, and the object that applies its updates."""
+    recipe = find_recipe(args.optimizer)
+    sync = GradSync(at_rank_size=recipe.low_rank_engine and (recipe.per_layer or not args.grad_clipping))
+    groups = split_parameters(model)
+    optimizer = create_optimizer(args.optimizer, groups=groups, settings=settings_of(args), sync=sync)
+    return create_updates(
+        args.optimizer,
+        optimizer=optimizer,
+        sync=sync,
+        accumulation=args.gradient_accumulation,
+        clip=args.grad_clipping,
+        accumulation_dtype=DTYPES.get(args.accumulation_dtype),
+    )

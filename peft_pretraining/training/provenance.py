@@ -15,7 +15,7 @@ PACKAGES = ("torch", "transformers", "datasets", "sentencepiece", "safetensors",
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that figures depend on; None where one is not installed."""
+    """Versions of Python and of PACKAGES; None for a package that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -26,7 +26,7 @@ def versions() -> dict[str, str | None]:
 
 
 def git_commit() -> str | None:
-    """The commit of this code, marked `-dirty` where files differ from it; None outside a repository."""
+    """The commit of this code, with `-dirty` if files differ from it; None outside a repository."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
@@ -35,19 +35,17 @@ def git_commit() -> str | None:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's and its threads."""
+    """The GPU's name, or the processor's and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
-def circumstances(
-    args: argparse.Namespace, *, world: World, threads: int, groups: list[dict[str, Any]], norm: str
-) -> dict[str, Any]:
-    """What the record's first line says: everything that the figures after it depend on.
+def circumstances(args: argparse.Namespace, *, world: World, groups: list[dict[str, Any]], norm: str) -> dict[str, Any]:
+    """The first line of the record: everything that the later figures depend on.
 
-    groups: see report.describe_groups.
-    norm: which norm the record's grad_norm is.
+    groups: one record for each parameter group, see plan.describe_groups.
+    norm: which norm the record calls grad_norm.
     """
     return {
         "args": vars(args),
@@ -55,7 +53,7 @@ def circumstances(
         "commit": git_commit(),
         "device": device_name(world.device),
         "processes": world.size,
-        "threads": threads,
+        "threads": torch.get_num_threads(),
         "parameters": {"total": sum(g["elements"] for g in groups), **{g["name"]: g["elements"] for g in groups}},
         "groups": groups,
         "grad_norm": norm,

@@ -1,114 +1,128 @@
-"""What a person reads at the start and at the end of a run, as text and as rows of a table."""
+"""What a run records and logs after an update, after an evaluation and at its end."""
 
-import argparse
-from collections.abc import Sequence
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from loguru import logger
-from torch import nn
+from torch import Tensor
 
-from peft_pretraining.distributed import World
-from peft_pretraining.model.adapters import Adapters
-from peft_pretraining.training.provenance import device_name
-from qgalore.factory import Recipe, Settings, find_recipe
+from peft_pretraining.batch import Batch
+from peft_pretraining.model.build import meta_model
+from peft_pretraining.training.evaluate import evaluate
+from peft_pretraining.training.run import Run
+from qgalore.memory import adamw_bytes, kept_bytes
 from qgalore.optimizer import LowRankOptimizer
-from qgalore.param_groups import ParameterGroup, frozen_parameters, split_parameters
+from qgalore.outcome import Outcome
 
 
-def describe_groups(
-    model: nn.Module, *, recipe: Recipe, settings: Settings, int8: bool, adapters: Adapters | None = None
-) -> list[dict[str, Any]]:
-    """One record for each parameter group: name, tensors, elements, trained_by. What is frozen comes last.
+def log_step(run: Run, *, loss: float, outcome: Outcome, batch: Batch, targets: int, began: float) -> None:
+    """Advances the state by one finished update and records it.
 
-    int8: whether projected weights are INT8.
-    adapters: the adapters that are in the model.
+    loss: loss of the update, over all ranks.
+    outcome: what the optimizer says about the update.
+    batch: the last batch of the update on this rank.
+    targets: number of target tokens of the update, over all ranks.
+    began: start of the update, on the clock of time.monotonic.
     """
-    shape = adapters.describe() if adapters is not None else "full rank"
-    rows: list[tuple[ParameterGroup, str]] = []
-    for group in split_parameters(model):
-        weights = "INT8 weights, " if int8 and group.kind == "matrix" else ""
-        how = recipe.describe(group, settings, unprojected=shape if group.kind == "matrix" else "full rank")
-        rows.append((group, weights + how))
-    rows += [(group, "nothing: W0 of the adapters") for group in frozen_parameters(model)]
-    return [
-        {"name": group.name, "tensors": len(group.parameters), "elements": group.elements, "trained_by": trained_by}
-        for group, trained_by in rows
-    ]
+    state, seconds = run.state, time.monotonic() - began
+    state.update += 1
+    state.tokens_seen += targets
+    state.seconds += seconds
+    state.epoch = max(state.epoch, batch.epoch)
+    state.position = batch.position
+    run.record.event(
+        "update",
+        update=state.update,
+        loss=loss,
+        lr=max(group["lr"] / group["lr_ratio"] for group in run.updates.optimizer.param_groups),
+        grad_norm=outcome.norm,
+        tokens_seen=state.tokens_seen,
+        tokens_per_second=targets / seconds,
+        memory_bytes=memory_bytes(run.world.device),
+    )
+    if run.args.log_details:
+        for details in per_matrix(run, LowRankOptimizer.details):
+            run.record.event("subspace_details", update=state.update, **details)
 
 
-def log_plan(
-    args: argparse.Namespace,
-    *,
-    groups: list[dict[str, Any]],
-    dtype: torch.dtype,
-    world: World,
-    threads: int,
-    preset: str | None,
-) -> None:
-    """Says what is about to happen: the size of the model, who is trained how, the length of the run.
+def memory_bytes(device: torch.device) -> int:
+    """The largest memory of this process so far: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
-    groups: see describe_groups.
-    preset: what the preset is, in one line; None without one.
-    """
-    if preset is not None:
-        logger.info(f"preset {args.preset}: {preset}")
-    total = sum(group["elements"] for group in groups)
-    kind = str(dtype).removeprefix("torch.")
-    logger.info(f"{args.model_config}: {total:,} parameters in {kind} on {device_name(world.device)}")
-    logger.info("who is trained how:\n" + format_table(groups))
-    for flag, why in args.ignored.items():
-        logger.warning(f"{flag} has no effect {why}")
-    if args.grad_clipping and find_recipe(args.optimizer).per_layer:
-        logger.info(f"clipping: each parameter's own projected gradient, to norm {args.grad_clipping:g}")
+
+def per_matrix(run: Run, ask: Callable[[LowRankOptimizer, Tensor], dict[str, Any] | None]) -> list[dict[str, Any]]:
+    """One record for each parameter that `ask` returns figures for, with its name. Empty for other optimizers."""
+    optimizer = run.updates.optimizer
+    if not isinstance(optimizer, LowRankOptimizer):
+        return []
+    found = ((name, ask(optimizer, p)) for name, p in run.model.named_parameters() if p.requires_grad)
+    return [{"name": name, **figures} for name, figures in found if figures is not None]
+
+
+def evaluate_and_log(run: Run) -> None:
+    """Evaluates on the validation set, over all ranks. A signal ends the evaluation without a result."""
+    state, stop = run.state, run.interruption
+    evaluation = evaluate(run.model, run.validation, reduce_sum=run.world.sum, stop=lambda: stop.requested)
+    if evaluation is None:
+        run.stopping = True
+        return
+    state.evaluation, state.evaluated = evaluation, state.update
+    run.record.event("eval", update=state.update, **evaluation._asdict())
+    if matrices := per_matrix(run, LowRankOptimizer.refreshes):
+        run.record.event("subspaces", update=state.update, matrices=matrices)
+
+
+def report_end(run: Run) -> None:
+    """Writes the last line of the record; logs the memory and where the results are."""
+    state = run.state
+    assert state.evaluation is not None
+    perplexity, seconds = state.evaluation.perplexity, time.monotonic() - state.began
+    matrices = per_matrix(run, LowRankOptimizer.refreshes)
+    kept = kept_bytes(run.model, run.updates.optimizer, accumulators=run.updates.sums.values())
+    run.record.event(
+        "end",
+        updates=state.update,
+        tokens_seen=state.tokens_seen,
+        perplexity=perplexity,
+        seconds=round(seconds, 3),
+        kept_bytes=kept,
+        refreshes=sum(matrix["refreshes"] for matrix in matrices),
+    )
+    if matrices:
+        logger.info(_summarize_refreshes(matrices))
+    adamw = adamw_bytes(meta_model(run.model.config, dtype=run.model.dtype))
+    rows = [{"kind": kind, "this_run": kept[kind], "AdamW_would_keep": adamw[kind]} for kind in kept]
+    rows += [{"kind": "total", "this_run": sum(kept.values()), "AdamW_would_keep": sum(adamw.values())}]
+    logger.info("kept between updates, in bytes:\n" + format_table(rows))
     logger.info(
-        f"{args.num_training_steps} updates of {args.total_batch_size} x {args.max_length} tokens: "
-        f"{args.gradient_accumulation} micro-batches of {args.batch_size} on {world.size} x {threads} threads"
+        f"{state.update} updates, {state.tokens_seen:,} tokens in {seconds:.0f} s "
+        f"({state.tokens_seen / state.seconds:,.0f} tokens/s while training)"
+    )
+    logger.info(
+        f"validation perplexity {perplexity:.2f}; record: {run.save_dir}/metrics.jsonl; model: {run.save_dir}/model"
     )
 
 
-def describe_refreshes(groups: Sequence[ParameterGroup], optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """One record for each projected matrix: its name, and LowRankOptimizer.refreshes. Empty for other optimizers."""
-    if not isinstance(optimizer, LowRankOptimizer):
-        return []
-    pairs = [pair for group in groups for pair in zip(group.names, group.parameters, strict=True)]
-    found = ((name, optimizer.refreshes(p)) for name, p in pairs)
-    return [{"name": name, **refreshes} for name, refreshes in found if refreshes is not None]
-
-
-def describe_details(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """One record for each matrix measured in this update: its name, and LowRankOptimizer.details. Empty for others."""
-    if not isinstance(optimizer, LowRankOptimizer):
-        return []
-    found = ((name, optimizer.details(p)) for name, p in model.named_parameters())
-    return [{"name": name, **details} for name, details in found if details is not None]
-
-
-def summarize_refreshes(matrices: Sequence[dict[str, Any]]) -> str:
-    """What describe_refreshes found, in one line."""
+def _summarize_refreshes(matrices: Sequence[dict[str, Any]]) -> str:
     total, seconds = (sum(matrix[key] for matrix in matrices) for key in ("refreshes", "seconds"))
     gaps = [matrix["gap"] for matrix in matrices if matrix["gap"] is not None]
-    then = f"gaps of {min(gaps)} to {max(gaps)} updates at the end" if gaps else "from then on they learnt"
+    then = f"gaps of {min(gaps)} to {max(gaps)} updates at the end" if gaps else "after that, the bases learnt online"
     return f"{total} refreshes of {len(matrices)} matrices' bases took {seconds:.1f} s; {then}"
 
 
-def memory_table(kept: dict[str, int], *, adamw: dict[str, int]) -> str:
-    """Bytes by kind, of this run and of AdamW on the same model, as text."""
-    rows = [{"kind": kind, "this_run": kept[kind], "AdamW_would_keep": adamw[kind]} for kind in kept]
-    total: dict[str, Any] = {"kind": "total", "this_run": sum(kept.values()), "AdamW_would_keep": sum(adamw.values())}
-    return format_table([*rows, total])
-
-
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows with the same keys as aligned text: numbers to the right, the keys as column heads."""
+    """Rows with the same keys as aligned text: numbers on the right, the keys as headings of the columns."""
     heads = list(rows[0])
     cells = [[f"{row[key]:,}" if isinstance(row[key], int) else str(row[key]) for key in heads] for row in rows]
     widths = [max(len(line[i]) for line in [heads, *cells]) for i in range(len(heads))]
-    right = [isinstance(rows[0][key], (int, float)) for key in heads]
-
-    def align(line: list[str]) -> str:
-        padded = [f"{cell:>{w}}" if r else f"{cell:<{w}}" for cell, w, r in zip(line, widths, right, strict=True)]
-        return "  ".join(padded).rstrip()
-
-    names = [head.replace("_", " ") for head in heads]
-    return "\n".join([align(names), *(align(line) for line in cells)])
+    sides = [">" if isinstance(rows[0][key], (int, float)) else "<" for key in heads]
+    lines = [[head.replace("_", " ") for head in heads], *cells]
+    padded = ([f"{cell:{s}{w}}" for cell, s, w in zip(line, sides, widths, strict=True)] for line in lines)
+    return "\n".join("  ".join(line).rstrip() for line in padded)

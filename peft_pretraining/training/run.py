@@ -1,4 +1,4 @@
-"""A run under way: what it consists of, and how far it has come."""
+"""A run under way: its parts, and how far it has come."""
 
 import argparse
 import time
@@ -23,84 +23,44 @@ from qgalore.whole_model import WholeModelUpdates
 
 @dataclass
 class State:
-    """How far the run has come: what holds after the last finished update.
+    """How far the run has come. It describes the moment after the last finished update."""
 
-    update: number of finished updates, skipped ones included.
-    tokens_seen: target tokens of these updates, over all ranks.
-    seconds: time spent in them, without evaluations.
-    epoch: 0-based number of the latest epoch that this rank has read from.
-    evaluated: the update after which the run was last evaluated.
-    saved: the update after which it was last saved.
-    evaluation: the last evaluation; None before the first.
-    health: what has gone wrong so far.
-    position: where this rank is in the data, see Batch.
-    began: when this process began, on the clock of time.monotonic.
-    """
-
-    update: int = 0
-    tokens_seen: int = 0
-    seconds: float = 0.0
-    epoch: int = 0
-    evaluated: int = 0
-    saved: int = 0
-    evaluation: Evaluation | None = None
-    health: Health = field(default_factory=Health)
-    position: dict[str, Any] = field(default_factory=dict)
-    began: float = field(default_factory=time.monotonic)
-
-    def advance(self, batch: Batch, *, targets: int, seconds: float) -> None:
-        """Counts one more finished update.
-
-        batch: the last batch of the update on this rank.
-        targets: its target tokens, over all ranks.
-        seconds: the time it took.
-        """
-        self.update += 1
-        self.tokens_seen += targets
-        self.seconds += seconds
-        self.epoch = max(self.epoch, batch.epoch)
-        self.position = batch.position
+    update: int = 0  # number of finished updates, including skipped ones
+    tokens_seen: int = 0  # target tokens of these updates, over all ranks
+    seconds: float = 0.0  # time spent in these updates, without evaluations
+    epoch: int = 0  # 0-based number of the latest epoch that this rank has read from
+    evaluated: int = 0  # update after which the run was last evaluated
+    saved: int = 0  # update after which the run was last saved
+    evaluation: Evaluation | None = None  # result of the last evaluation; None before the first
+    health: Health = field(default_factory=Health)  # what has gone wrong so far
+    position: dict[str, Any] = field(default_factory=dict)  # position of this rank in the data, see Batch
+    began: float = field(default_factory=time.monotonic)  # start of this process, on the clock of time.monotonic
 
     def to_json(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the state. Beside it are the positions of all ranks."""
+        """The part of the state that a checkpoint keeps. The positions of all ranks are saved beside it."""
         return {key: value for key, value in asdict(self).items() if key not in ("position", "began")}
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> "State":
-        """The inverse of to_json; the position is left empty."""
+        """The inverse of to_json. The position is left empty."""
         evaluation, health = saved["evaluation"], Health(**saved["health"])
         return cls(**saved | {"evaluation": evaluation and Evaluation(*evaluation), "health": health})
 
 
 @dataclass(kw_only=True)
 class Run:
-    """Everything that a training step, an evaluation or a save needs.
+    """Everything that a training step, an evaluation or a save needs."""
 
-    args: the completed command line.
-    world: this process among the others.
-    save_dir: the run's folder, the same on every rank.
-    model: the model in training mode.
-    updates: what turns gradients into an update of the weights.
-    batches: the endless training batches of this rank.
-    validation: the validation batches of this rank.
-    record: where figures go.
-    interruption: whether a signal has asked this process to stop.
-    writer: the writer of checkpoints; None except on the main rank.
-    fingerprint: what the training data is, see DocumentSource.
-    state: how far the run has come.
-    stopping: whether all ranks have agreed to end the run early.
-    """
-
-    args: argparse.Namespace
-    world: World
-    save_dir: Path
-    model: PreTrainedModel
-    updates: WholeModelUpdates | PerLayerUpdates
-    batches: Generator[Batch, None, None]
-    validation: ValidationSet
-    record: Record
-    interruption: Interruption
-    writer: CheckpointWriter | None
-    fingerprint: dict[str, str]
-    state: State = field(default_factory=State)
-    stopping: bool = False
+    args: argparse.Namespace  # the completed command line
+    world: World  # this process among the others
+    save_dir: Path  # the run's folder, the same on every rank
+    model: PreTrainedModel  # the model in training mode
+    updates: WholeModelUpdates | PerLayerUpdates  # turns gradients into an update of the weights
+    batches: Generator[Batch, None, None]  # the endless training batches of this rank
+    validation: ValidationSet  # the validation batches of this rank
+    record: Record  # takes the figures of the run
+    interruption: Interruption  # knows whether a signal has asked this process to stop
+    writer: CheckpointWriter | None  # writes checkpoints; None except on the main rank
+    fingerprint: dict[str, str]  # identifies the training data, see DocumentSource
+    state: State = field(default_factory=State)  # how far the run has come
+    stopping: bool = False  # whether all ranks have agreed to end the run early

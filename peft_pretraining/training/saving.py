@@ -1,8 +1,7 @@
-"""Saving a run and getting it back: what a checkpoint says, where a run begins, and how one ends that cannot go on."""
+"""Saving a run, restoring it, and ending one that cannot go on."""
 
 import time
 from pathlib import Path
-from typing import Any
 
 from loguru import logger
 from torch import Tensor
@@ -17,7 +16,7 @@ from peft_pretraining.training.run import Run, State
 
 
 def save(run: Run) -> None:
-    """Saves a checkpoint of everything, in the background; saves none while updates are being skipped."""
+    """Saves a checkpoint of the whole run in the background. While updates are being skipped, saves none."""
     state = run.state
     if state.saved == state.update:
         return
@@ -27,17 +26,11 @@ def save(run: Run) -> None:
     state.saved = state.update
     state.health.rollbacks_since_save = 0
     positions = run.world.gather(state.position)
-    if run.writer is not None:
-        run.writer.wait()  # so that only one copy of everything exists at a time
-        progress = _progress(run, positions)
-        run.writer.save(take_snapshot(run.model, run.updates.optimizer, update=state.update, progress=progress))
-
-
-def _progress(run: Run, positions: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a checkpoint says besides tensors."""
-    return {
+    if run.writer is None:
+        return
+    progress = {
         "args": vars(run.args),
-        "state": run.state.to_json(),
+        "state": state.to_json(),
         "positions": positions,
         "fingerprint": run.fingerprint,
         "processes": run.world.size,
@@ -45,10 +38,12 @@ def _progress(run: Run, positions: list[dict[str, Any]]) -> dict[str, Any]:
         "versions": versions(),
         "commit": git_commit(),
     }
+    run.writer.wait()  # so that only one copy of model and optimizer exists at a time
+    run.writer.save(take_snapshot(run.model, run.updates.optimizer, update=state.update, progress=progress))
 
 
 def begin(run: Run, start: StartingPoint) -> None:
-    """Puts weights, optimizer and state where `start` says. Raises UserError where they do not fit."""
+    """Gives the run the weights, optimizer state and progress of its start. Raises UserError if they do not fit."""
     if start.weights is not None:
         load_initial_weights(run.model, start.weights)
         logger.info(f"a new run with the weights of {start.weights}")
@@ -57,23 +52,22 @@ def begin(run: Run, start: StartingPoint) -> None:
 
 
 def _go_on(run: Run, checkpoint: Checkpoint) -> None:
-    """The run goes on where it was when the checkpoint was saved."""
     restore(run, checkpoint)
     restore_rng(checkpoint)
     saved, folder = checkpoint.state, checkpoint.folder
     run.state = State.from_json(saved["state"])
-    same_ranks = saved["processes"] == run.world.size
-    run.state.position = saved["positions"][run.world.rank] if same_ranks else {}
     if same_folder(folder.parent, run.save_dir):
         _set_aside(run, later_than=folder)
     run.record.event("resume", update=run.state.update, checkpoint=str(folder))
     logger.info(f"going on from {folder}, after update {run.state.update}")
-    if not same_ranks:
+    if saved["processes"] == run.world.size:
+        run.state.position = saved["positions"][run.world.rank]
+    else:
         logger.warning(f"the checkpoint is of {saved['processes']} processes, this run of {run.world.size}")
 
 
 def _set_aside(run: Run, *, later_than: Path) -> None:
-    """Later checkpoints in the folder are of a way not taken: --resume auto must not find them."""
+    """Renames later checkpoints in the run's folder: `--resume auto` must not find what this run does not build on."""
     later = [other for other in complete_checkpoints(run.save_dir) if other.name > later_than.name]
     for other in later if run.writer is not None else []:
         aside = other.with_name(f"abandoned-{time.strftime('%Y%m%d-%H%M%S')}-{other.name}")
@@ -82,7 +76,7 @@ def _set_aside(run: Run, *, later_than: Path) -> None:
 
 
 def restore(run: Run, checkpoint: Checkpoint) -> None:
-    """Gives the model and the optimizer what the checkpoint holds of them."""
+    """Restores the model and the optimizer from a checkpoint."""
     restore_model(run.model, checkpoint)
     names: dict[Tensor, str] = {p: name for name, p in run.model.named_parameters()}
     restore_optimizer(run.updates.optimizer, checkpoint, names=names)
@@ -92,13 +86,13 @@ def last_checkpoint(run: Run) -> Path | None:
     """The newest complete checkpoint of this run, the same on every rank."""
     if run.writer is not None:
         run.writer.wait()
-    run.world.gather(None)  # until the main rank has waited
+    run.world.gather(None)  # the other ranks wait here for the main rank
     complete = complete_checkpoints(run.save_dir)
     return complete[-1] if complete else None
 
 
 def give_up(run: Run, message: str, *, advice: str) -> UserError:
-    """The error to raise where all ranks have found that the run cannot go on. Saves what can be saved."""
+    """The error to raise when all ranks have found that the run cannot go on. Saves a checkpoint first if it can."""
     save(run)
     checkpoint = last_checkpoint(run)
     kept = f"The last good checkpoint is {checkpoint}." if checkpoint else "There is no checkpoint yet."
