@@ -17,7 +17,9 @@ from qgalore.optimizer import LowRankOptimizer
 from qgalore.options import ProjectionOptions, Settings, declared
 from qgalore.param_groups import ParameterGroup
 from qgalore.per_layer import PerLayerUpdates
+from qgalore.rules.lifts import LIFTS
 from qgalore.rules.rules import RULES
+from qgalore.subspace.bases import METHODS
 from qgalore.subspace.projector import LEARNERS
 from qgalore.sync import GradSync
 from qgalore.whole_model import WholeModelUpdates
@@ -29,7 +31,8 @@ LAZY_THRESHOLD = 0.6  # mean overlap of successive bases from which on a gap gro
 class Recipe:
     """One entry of the table.
 
-    title: what the log calls it.
+    title: what the log calls it, on the matrices.
+    others: what it calls the optimizer of all other parameters, where that is another one.
     torch_class: torch's own optimizer, where it is one; then the rest does not apply but `uses`.
     matrix, embedding, head, norm: options of the groups of that kind (see options.GroupOptions), which no user changes.
     projected: whether the gradients of matrices are projected, as the user's ProjectionOptions say.
@@ -45,6 +48,7 @@ class Recipe:
     embedding: Mapping[str, Any] = field(default_factory=dict)
     head: Mapping[str, Any] = field(default_factory=dict)
     norm: Mapping[str, Any] = field(default_factory=dict)
+    others: str | None = None
     projected: bool = False
     state_bits: int = 32
     lazy: float | None = None
@@ -110,30 +114,29 @@ class Recipe:
         unprojected: what is said of their rank where their gradients are not projected.
         """
         matrix = group.kind == "matrix"
-        bits = self.bits_of(group, settings)
-        title = f"{bits}-bit {self.title}" if bits != 32 else self.title
+        bits, title = self.bits_of(group, settings), self.title if matrix else self.others or self.title
+        title = f"{bits}-bit {title}" if bits != 32 else title
         if matrix and settings.matrix_lr_ratio != 1:
             title += f" at {settings.matrix_lr_ratio:g} x lr"
         if not (self.projected and matrix):
             return f"{title}, {unprojected}"
-        packed = f"INT{settings.proj_bits} " if settings.proj_bits else ""
-        recovered = ", residual recovered" if settings.lift == "fira" else ""
-        whole = ", micro-batches summed at full size" if settings.proj_type in LEARNERS and self.per_layer else ""
+        own = replace(settings, **{name: value for name, value in self.matrix.items() if hasattr(settings, name)})
+        packed = f"INT{own.proj_bits} " if own.proj_bits else ""
+        recovered = ", residual recovered" if own.lift == "fira" else ""
+        whole = self.per_layer and (own.proj_type in LEARNERS or LIFTS[own.lift].needs_whole)
+        summed = ", micro-batches summed at full size" if whole else ""
         return (
-            f"{title}, rank {settings.rank} ({settings.proj_type}), {packed}{_basis(settings)}, "
-            f"scale {settings.scale:g}{recovered}{whole}"
+            f"{title}, rank {own.rank} ({own.proj_type}), {packed}{_basis(own)}, scale {own.scale:g}{recovered}{summed}"
         )
 
 
 def _basis(settings: Settings) -> str:
     """How the bases of projected matrices come about."""
-    if settings.proj_type == "random":
-        return f"random bases every {settings.update_proj_gap} updates"
     if settings.proj_type in LEARNERS:
         return f"online PCA by {LEARNERS[settings.proj_type].title}"
-    method = "orthogonal iteration" if settings.subspace == "iterate" else "exact SVD"
-    lazy = ", lazily" if settings.cos_threshold is not None else ""
-    return f"{method} every {settings.update_proj_gap} updates{lazy}"
+    method = METHODS["random" if settings.proj_type == "random" else settings.subspace]
+    lazy = ", lazily" if settings.cos_threshold is not None and method.sees_gradient else ""
+    return f"{method.title} every {settings.update_proj_gap} updates{lazy}"
 
 
 def _base_group(group: ParameterGroup, settings: Settings) -> dict[str, Any]:

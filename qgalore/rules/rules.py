@@ -28,9 +28,12 @@ ADAFACTOR_EPS = 1e-30  # added to squares, so that rows and columns of zeros div
 class Rule:
     """One entry of the table.
 
-    direction: (gradient, *moments, **keywords) -> direction, see above.  moments: what it keeps for a gradient of a
-    shape, in the order that `direction` takes them.  betas: their usual decay rates.  decay: the second moment's at
-    update t, where it is not beta2.  finish: what becomes of the direction once it is back in the full space.
+    direction: (gradient, *moments, **keywords) -> direction, see above.
+    moments: what it keeps for a gradient of a shape, in the order in which `direction` takes them.
+    betas: their usual decay rates.
+    decay: the second moment's decay rate at update t, where it is not beta2.
+    finish: what becomes of the direction once it is back in the full space.
+    matrices_only: whether it makes no sense for a vector.
     """
 
     direction: Callable[..., Tensor]
@@ -38,6 +41,7 @@ class Rule:
     betas: tuple[float, float] = (0.9, 0.999)
     decay: Callable[[int], float] | None = None
     finish: Callable[[Tensor], Tensor] | None = None
+    matrices_only: bool = False
 
 
 def adam_direction(
@@ -45,8 +49,9 @@ def adam_direction(
 ) -> Tensor:
     """Adam's direction for a (low-rank) gradient.
 
-    R: gradient, any shape, float32 or float64.  M, V: its first and second moment, same shape, updated in place.
-    Returns the direction, R's shape and dtype.  Source: Kingma and Ba 2015, algorithm 1.
+    R: gradient, any shape, float32 or float64.
+    M, V: its first and second moment, same shape, updated in place.
+    Returns the direction, R's shape and dtype. Source: Kingma and Ba 2015, algorithm 1.
     """
     m = M.read().lerp_(R, 1 - beta1)
     v = V.read().mul_(beta2).addcmul_(R, R, value=1 - beta2)

@@ -98,6 +98,7 @@ def gaussian_matrix(rows: int, columns: int, *, seed: int, like: Tensor) -> Tens
 class BasisMethod:
     """One way to compute a basis at a refresh.
 
+    title: what the log calls it.
     compute: (G, old, *, rank, share, seed, draw) -> basis (m, r), where
         G: (m, n), the whole gradient.
         old: (m, r), the basis so far; None at the first refresh.
@@ -106,6 +107,7 @@ class BasisMethod:
     sees_gradient: whether G's values matter; if not, any tensor of G's shape will do.
     """
 
+    title: str
     compute: Callable[..., Tensor]
     sees_gradient: bool = True
 
@@ -132,7 +134,7 @@ def random_orthonormal(G: Tensor, old: Tensor | None, *, rank: int, share: float
 
 
 METHODS = {
-    "iterate": BasisMethod(iterated),
-    "svd": BasisMethod(exact),
-    "random": BasisMethod(random_orthonormal, sees_gradient=False),
+    "iterate": BasisMethod("orthogonal iteration", iterated),
+    "svd": BasisMethod("exact SVD", exact),
+    "random": BasisMethod("random bases", random_orthonormal, sees_gradient=False),
 }
