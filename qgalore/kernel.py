@@ -7,14 +7,14 @@ in compiled code 0-d tensors, on the CPU, from where a kernel on a GPU takes the
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qgalore.clock import Clock
-from qgalore.rules.lifts import Lift
+from qgalore.rules.lifts import Lift, Way
 from qgalore.rules.moments import Moment
 from qgalore.rules.rules import Rule
 from qgalore.storage.rounding import Seed, seed_tensors
@@ -144,14 +144,9 @@ def _write(
         R = R * (step.clip / (norm + 1e-6)).clamp(max=1)
     decays = dict(beta1=beta1, beta2=beta2 if step.beta2 is None else step.beta2)
     D = rule.direction(R, *moments, **decays, eps=eps, mass=step.mass, mass_sq=step.mass_sq)
-    back = dict(
-        projector=projector, bases=bases, last=last
-    )  # clipping scales G and R alike: the lift sees both as given
-    if watch is None:
-        U = lift.function(D, raw, G, **back)  # (m, n)
-    else:
-        with watch:
-            U = lift.function(D, raw, G, **back)
+    with nullcontext() if watch is None else watch:
+        # Clipping scales G and R alike: the lift sees both as they were.
+        U = lift.function(D, raw, G, Way(projector, bases, last))  # (m, n)
     if rule.finish is not None:
         U = rule.finish(U)
     if scale != 1:

@@ -8,6 +8,7 @@ the basis, float32 or float64.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,7 +113,7 @@ class BasisMethod:
     sees_gradient: bool = True
 
 
-def iterated(G: Tensor, old: Tensor | None, *, rank: int, share: float, seed: int, draw: int) -> Tensor:
+def iterated(G: Tensor, old: Tensor | None, *, rank: int, share: float, seed: int, **unused: Any) -> Tensor:
     """A randomized start, then one warm orthogonal iteration a refresh."""
     if old is None:
         return randomized_basis(G, rank=rank, seed=seed)
@@ -120,7 +121,7 @@ def iterated(G: Tensor, old: Tensor | None, *, rank: int, share: float, seed: in
     return turn_towards(basis, basis=old, share=share) if share < 1 else basis
 
 
-def exact(G: Tensor, old: Tensor | None, *, rank: int, share: float, seed: int, draw: int) -> Tensor:
+def exact(G: Tensor, old: Tensor | None, *, rank: int, share: float, **unused: Any) -> Tensor:
     """The leading singular vectors, exactly, at every refresh."""
     basis = exact_basis(G, rank=rank)
     if old is None or share == 1:
@@ -128,7 +129,7 @@ def exact(G: Tensor, old: Tensor | None, *, rank: int, share: float, seed: int, 
     return turn_towards(align(basis, basis=old), basis=old, share=share)
 
 
-def random_orthonormal(G: Tensor, old: Tensor | None, *, rank: int, share: float, seed: int, draw: int) -> Tensor:
+def random_orthonormal(G: Tensor, old: Tensor | None, *, rank: int, draw: int, **unused: Any) -> Tensor:
     """An orthonormal basis drawn anew at each refresh."""
     return orthonormalize(gaussian_matrix(G.shape[0], rank, seed=draw, like=G))
 
