@@ -25,6 +25,7 @@ from qgalore.sync import GradSync
 from qgalore.whole_model import WholeModelUpdates
 
 LAZY_THRESHOLD = 0.6  # mean overlap of successive bases from which on a gap grows, see docs/notebook.md
+SKETCH: dict[str, Any] = dict(proj_type="std", subspace="gaussian", moments_on_refresh="keep", cos_threshold=None)
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,10 @@ def _recipes() -> dict[str, Recipe]:
         "galore_adamw8bit": _everywhere("AdamW", projected=True, state_bits=8),
         "galore_adafactor": _everywhere("Adafactor", "adafactor", projected=True, uses=("beta1",)),
         "galore_lion": _everywhere("Lion", "lion", projected=True),
+        "apollo": Recipe("APOLLO", matrix=SKETCH | {"lift": "apollo"}, projected=True, others="AdamW"),
+        "apollo_mini": Recipe(
+            "APOLLO-Mini", matrix=SKETCH | {"rank": 1, "lift": "apollo_mini"}, projected=True, others="AdamW"
+        ),
         "q_galore_adamw8bit": _everywhere("AdamW", projected=True, state_bits=8, lazy=LAZY_THRESHOLD),
     }
     per_layer = {f"{name}_per_layer": replace(recipe, per_layer=True) for name, recipe in ours.items()}

@@ -11,6 +11,7 @@ and returns U (m, n) in D's dtype.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -78,6 +79,20 @@ def recover_residual(D: Tensor, R: Tensor, G: Tensor, way: Way) -> Tensor:
     return way.back(D - phi * R).addcmul_(phi, G.to(D.dtype))
 
 
+def scale_gradient(D: Tensor, R: Tensor, G: Tensor, way: Way, *, alpha: float | None = None) -> Tensor:
+    """G, each row or column j scaled by ||D_j|| / ||R_j||, as the rule has scaled its sketch. The norm is limited.
+
+    alpha: scales all of G by alpha ||D|| / ||R|| instead, as APOLLO-Mini does, whose sketch has rank 1.
+    Source: Zhu et al. 2024, "APOLLO", arXiv 2412.05270, algorithm 1 and section 4.2.
+    """
+    if alpha is None:
+        phi, _ = scaling(D, R, way)
+    else:
+        phi = alpha * torch.linalg.vector_norm(D) / torch.linalg.vector_norm(R).clamp_min(MIN_NORM)
+    U = phi * G  # (m, n)
+    return U.mul_(limiter(torch.linalg.vector_norm(U), way))
+
+
 def scaling(D: Tensor, R: Tensor, way: Way) -> tuple[Tensor, int]:
     """How much the rule has scaled each row or column of R, ||D_j|| / ||R_j||, (m, 1) or (1, n), and along which
     dimension that was summed: the projected one."""
@@ -97,6 +112,8 @@ def limiter(norm: Tensor, way: Way) -> Tensor:
 
 
 LIFTS = {
+    "apollo": Lift(scale_gradient, needs_whole=True, remembers="update_norm"),
+    "apollo_mini": Lift(partial(scale_gradient, alpha=128**0.5), needs_whole=True, remembers="update_norm"),
     "none": Lift(bring_back),
     "fira": Lift(recover_residual, needs_whole=True, remembers="residual_norm"),
 }

@@ -134,8 +134,14 @@ def random_orthonormal(G: Tensor, old: Tensor | None, *, rank: int, draw: int, *
     return orthonormalize(gaussian_matrix(G.shape[0], rank, seed=draw, like=G))
 
 
+def gaussian(G: Tensor, old: Tensor | None, *, rank: int, draw: int, **unused: Any) -> Tensor:
+    """A sketch with independent entries of variance 1 / r, drawn anew at each refresh: it keeps norms on average."""
+    return gaussian_matrix(G.shape[0], rank, seed=draw, like=G).div_(rank**0.5)
+
+
 METHODS = {
     "iterate": BasisMethod("orthogonal iteration", iterated),
     "svd": BasisMethod("exact SVD", exact),
+    "gaussian": BasisMethod("random sketches", gaussian, sees_gradient=False),
     "random": BasisMethod("random bases", random_orthonormal, sees_gradient=False),
 }

@@ -1,0 +1,118 @@
+"""Other papers' optimizers on the same road: each beside its paper's equations in float64, and all of them at work."""
+
+import math
+
+import pytest
+import torch
+from support.gradients import gradients, largest_difference, parameters
+from support.models import Model, batches, loss_of
+from support.oracles import ORACLES
+from support.runs import losses
+
+import torchrun_main
+from qgalore.factory import Settings, create_optimizer, create_updates, find_recipe
+from qgalore.param_groups import ParameterGroup, split_parameters
+from qgalore.storage.convert import quantize_linear_layers
+from qgalore.sync import GradSync
+
+LR, DECAY, SCALE, UPDATES = 0.02, 0.1, 0.25, 12
+
+
+class Apollo:
+    """Zhu et al. 2024, algorithm 1: moments of a random sketch of G say how each channel of G is scaled."""
+
+    def __init__(self, W, *, rank, mini, sketch):
+        self.W, self.rank, self.mini, self.sketch = W.clone(), rank, mini, sketch
+        self.adam, self.last = ORACLES["adam"](), None
+
+    def update(self, G):
+        m, n = G.shape
+        P = self.sketch()
+        R = P.T @ G if m < n else G @ P
+        N = self.adam.step(R)
+        if self.mini:
+            U = math.sqrt(128) * N.norm() / R.norm() * G
+        else:
+            channel = 0 if m < n else 1
+            U = G * (N.norm(dim=channel, keepdim=True) / R.norm(dim=channel, keepdim=True))
+        if self.last is not None and U.norm() / self.last > 1.01:
+            U = U / U.norm() * 1.01 * self.last
+        self.last = U.norm()
+        self.W = self.W - LR * SCALE * U - LR * DECAY * self.W
+
+
+def sketch_of(optimizer, p):
+    """The one that the optimizer has drawn."""
+    return lambda: next(b.read(torch.float64) for b in optimizer.updates[p].projector.open(optimizer.state[p]).values())
+
+
+def oracle_of(name, optimizer, p):
+    if name.startswith("apollo"):
+        mini = name.startswith("apollo_mini")
+        return Apollo(p.detach(), rank=1 if mini else 3, mini=mini, sketch=sketch_of(optimizer, p))
+    raise AssertionError(name)
+
+
+NAMES = ["apollo", "apollo_mini"]
+
+
+def compare(name, *, kind="matrix", dtype=torch.float64, accumulation=1):
+    """Updates of a wide, a tall and a square parameter. Returns ours and the oracle's weights."""
+    ours = [torch.nn.Parameter(p.detach().to(dtype)) for p in parameters()]
+    group = ParameterGroup(kind, kind, tuple("abc"), tuple(ours))
+    settings = Settings(lr=LR, weight_decay=DECAY, scale=SCALE, rank=3, update_proj_gap=5)
+    optimizer = create_optimizer(name, groups=[group], settings=settings)
+    oracles = [oracle_of(name, optimizer, p) for p in ours]
+    updates = create_updates(name, optimizer=optimizer, sync=GradSync(), accumulation=accumulation)
+    for whole in gradients(UPDATES):
+        for _ in range(accumulation):
+            sum((p * G.to(dtype)).sum() / accumulation for p, G in zip(ours, whole, strict=True)).backward()
+        updates.finish()
+        for oracle, G in zip(oracles, whole, strict=True):
+            oracle.update(G)
+    return ours, [oracle.W for oracle in oracles]
+
+
+@pytest.mark.parametrize("driven", ["", "_per_layer"])
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_the_papers(name, driven):
+    assert largest_difference(*compare(name + driven)) < 1e-10
+    assert largest_difference(*compare(name + driven, dtype=torch.float32)) < 1e-4
+    assert largest_difference(*compare(name + driven, accumulation=4)) < 1e-10
+
+
+@pytest.mark.parametrize("driven", ["", "_per_layer"])
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_parameter_moves_and_the_loss_falls(name, bits, driven):
+    """In float and in quantized weights."""
+    model = Model(width=64)
+    if bits:
+        quantize_linear_layers(model, select=lambda name: "mlp" in name, bits=bits, group_size=16, seed=0)
+    before = {key: p.detach().clone().float() for key, p in model.named_parameters()}
+    optimizer = create_optimizer(
+        name + driven, groups=split_parameters(model), settings=Settings(lr=0.01, rank=8, update_proj_gap=3)
+    )
+    updates = create_updates(name + driven, optimizer=optimizer, sync=GradSync())
+    found, batch = [], batches(1)[0]
+    for _ in range(12):
+        loss = loss_of(model, batch)
+        loss.backward()
+        assert not updates.finish().bad
+        found.append(loss.item())
+    assert found[-1] < found[0]
+    moved = {key: (p.detach().float() - before[key]).abs().max() > 0 for key, p in model.named_parameters()}
+    assert all(moved.values()), moved
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_as_the_user_starts_it(tiny, tmp_path, name):
+    """From flags, in INT8, resumed in the middle to the last bit."""
+    chosen = dict(optimizer=name, rank=8, weight_quant=True, stochastic_round=True, weight_group_size=16, lr=0.005)
+    chosen |= dict(num_training_steps=8, save_every=4, update_proj_gap=3)
+    assert torchrun_main.command_line(tiny.flags(tmp_path / "whole", **chosen)) == 0
+    middle = tmp_path / "whole" / "checkpoint-00000004"
+    assert torchrun_main.command_line(tiny.flags(tmp_path / "half", continue_from=middle, **chosen)) == 0
+    found = losses(tmp_path / "whole")
+    assert losses(tmp_path / "half") == found[4:]
+    assert find_recipe(name).title and found[-1] < found[0]
