@@ -182,6 +182,7 @@ def _recipes() -> dict[str, Recipe]:
         "apollo_mini": Recipe(
             "APOLLO-Mini", matrix=SKETCH | {"rank": 1, "lift": "apollo_mini"}, projected=True, others="AdamW"
         ),
+        "muon": Recipe("Muon", matrix={"rule": "muon"}, others="AdamW"),
         "q_galore_adamw8bit": _everywhere("AdamW", projected=True, state_bits=8, lazy=LAZY_THRESHOLD),
     }
     per_layer = {f"{name}_per_layer": replace(recipe, per_layer=True) for name, recipe in ours.items()}

@@ -41,6 +41,22 @@ class Apollo:
         self.W = self.W - LR * SCALE * U - LR * DECAY * self.W
 
 
+class Muon:
+    """Jordan et al. 2024: the Nesterov momentum's singular values s become p(p(p(p(p(s / ||.||_F))))), by an SVD."""
+
+    def __init__(self, W):
+        self.W, self.m = W.clone(), 0.0
+
+    def update(self, G):
+        self.m = 0.95 * self.m + G
+        U, S, Vh = torch.linalg.svd(G + 0.95 * self.m, full_matrices=False)
+        s = S / (S.norm() + 1e-7)
+        for _ in range(5):
+            s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+        step = 0.2 * math.sqrt(max(G.shape)) * (U * s) @ Vh
+        self.W = self.W - LR * step - LR * DECAY * self.W
+
+
 def sketch_of(optimizer, p):
     """The one that the optimizer has drawn."""
     return lambda: next(b.read(torch.float64) for b in optimizer.updates[p].projector.open(optimizer.state[p]).values())
@@ -50,10 +66,11 @@ def oracle_of(name, optimizer, p):
     if name.startswith("apollo"):
         mini = name.startswith("apollo_mini")
         return Apollo(p.detach(), rank=1 if mini else 3, mini=mini, sketch=sketch_of(optimizer, p))
-    raise AssertionError(name)
+    return ORACLES_HERE[name.removesuffix("_per_layer")](p.detach())
 
 
-NAMES = ["apollo", "apollo_mini"]
+ORACLES_HERE = {"muon": Muon}
+NAMES = ["apollo", "apollo_mini", *ORACLES_HERE]
 
 
 def compare(name, *, kind="matrix", dtype=torch.float64, accumulation=1):

@@ -104,6 +104,29 @@ def sgd_direction(R: Tensor, M: Moment, *, beta1: float, **unused: Any) -> Tenso
     return m.clone()
 
 
+def muon_direction(R: Tensor, M: Moment, *, beta1: float, **unused: Any) -> Tensor:
+    """Muon's direction: the momentum with its singular values made one, as far as five Newton-Schulz steps go.
+
+    R: gradient (m, n). M: its momentum, updated in place; Nesterov's look-ahead goes in.
+    Returns 0.2 sqrt(max(m, n)) O, whose elements have the size that Adam's have.
+    Source: Jordan et al. 2024 (kellerjordan.github.io/posts/muon); the factor of Liu et al. 2025, arXiv 2502.16982.
+    """
+    m = M.read().mul_(beta1).add_(R)
+    M.write(m)
+    return orthogonalize(R + beta1 * m).mul_(0.2 * max(R.shape) ** 0.5)
+
+
+def orthogonalize(X: Tensor, *, steps: int = 5) -> Tensor:
+    """Nearly U V^T of X = U S V^T, by the quintic iteration of Jordan et al. 2024. (m, n) -> (m, n)"""
+    if X.shape[0] > X.shape[1]:
+        return orthogonalize(X.mT, steps=steps).mT
+    X = X / (torch.linalg.matrix_norm(X) + 1e-7)
+    for _ in range(steps):
+        A = X @ X.mT
+        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+    return X
+
+
 def _first(shape: torch.Size) -> tuple[MomentKind, ...]:
     return (MomentKind("exp_avg", True, shape),)
 
@@ -126,5 +149,6 @@ RULES = {
     "adam": Rule(adam_direction, _first_and_second),
     "lion": Rule(lion_direction, _first, betas=(0.9, 0.99), finish=torch.sign),
     "adafactor": Rule(adafactor_direction, _first_and_factors, decay=lambda t: 1 - t**-0.8),
+    "muon": Rule(muon_direction, _first, betas=(0.95, 0.0), matrices_only=True),
     "sgd": Rule(sgd_direction, _first),
 }
