@@ -32,10 +32,10 @@ SKETCH: dict[str, Any] = dict(proj_type="std", subspace="gaussian", moments_on_r
 class Recipe:
     """One entry of the table.
 
-    title: what the log calls it, on the matrices.
-    others: what it calls the optimizer of all other parameters, where that is another one.
+    title: what the log calls it.
     torch_class: torch's own optimizer, where it is one; then the rest does not apply but `uses`.
     matrix, embedding, head, norm: options of the groups of that kind (see options.GroupOptions), which no user changes.
+        A kind without any is trained by AdamW.
     projected: whether the gradients of matrices are projected, as the user's ProjectionOptions say.
     state_bits: of the moments.
     lazy: the threshold of the lazy refresh where the user names none; None: not lazy.
@@ -49,7 +49,6 @@ class Recipe:
     embedding: Mapping[str, Any] = field(default_factory=dict)
     head: Mapping[str, Any] = field(default_factory=dict)
     norm: Mapping[str, Any] = field(default_factory=dict)
-    others: str | None = None
     projected: bool = False
     state_bits: int = 32
     lazy: float | None = None
@@ -115,7 +114,8 @@ class Recipe:
         unprojected: what is said of their rank where their gradients are not projected.
         """
         matrix = group.kind == "matrix"
-        bits, title = self.bits_of(group, settings), self.title if matrix else self.others or self.title
+        bits = self.bits_of(group, settings)
+        title = self.title if getattr(self, group.kind) or self.torch_class else "AdamW"
         title = f"{bits}-bit {title}" if bits != 32 else title
         if matrix and settings.matrix_lr_ratio != 1:
             title += f" at {settings.matrix_lr_ratio:g} x lr"
@@ -178,11 +178,9 @@ def _recipes() -> dict[str, Recipe]:
         "galore_adamw8bit": _everywhere("AdamW", projected=True, state_bits=8),
         "galore_adafactor": _everywhere("Adafactor", "adafactor", projected=True, uses=("beta1",)),
         "galore_lion": _everywhere("Lion", "lion", projected=True),
-        "apollo": Recipe("APOLLO", matrix=SKETCH | {"lift": "apollo"}, projected=True, others="AdamW"),
-        "apollo_mini": Recipe(
-            "APOLLO-Mini", matrix=SKETCH | {"rank": 1, "lift": "apollo_mini"}, projected=True, others="AdamW"
-        ),
-        "muon": Recipe("Muon", matrix={"rule": "muon"}, others="AdamW"),
+        "apollo": Recipe("APOLLO", matrix=SKETCH | {"lift": "apollo"}, projected=True),
+        "apollo_mini": Recipe("APOLLO-Mini", matrix=SKETCH | {"rank": 1, "lift": "apollo_mini"}, projected=True),
+        "muon": Recipe("Muon", matrix={"rule": "muon"}),
         "q_galore_adamw8bit": _everywhere("AdamW", projected=True, state_bits=8, lazy=LAZY_THRESHOLD),
     }
     per_layer = {f"{name}_per_layer": replace(recipe, per_layer=True) for name, recipe in ours.items()}
