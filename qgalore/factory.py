@@ -181,6 +181,9 @@ def _recipes() -> dict[str, Recipe]:
         "apollo": Recipe("APOLLO", matrix=SKETCH | {"lift": "apollo"}, projected=True),
         "apollo_mini": Recipe("APOLLO-Mini", matrix=SKETCH | {"rank": 1, "lift": "apollo_mini"}, projected=True),
         "muon": Recipe("Muon", matrix={"rule": "muon"}),
+        "scale": Recipe(
+            "SCALE", matrix={"rule": "scale"}, embedding={"rule": "scale_embedding"}, head={"rule": "scale_head"}
+        ),
         "q_galore_adamw8bit": _everywhere("AdamW", projected=True, state_bits=8, lazy=LAZY_THRESHOLD),
     }
     per_layer = {f"{name}_per_layer": replace(recipe, per_layer=True) for name, recipe in ours.items()}

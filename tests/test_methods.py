@@ -57,19 +57,34 @@ class Muon:
         self.W = self.W - LR * step - LR * DECAY * self.W
 
 
+class Scale:
+    """Glentis et al. 2025, algorithm 1, for (out, in) matrices; momentum and columns of embeddings by kind."""
+
+    def __init__(self, W, *, kind="matrix"):
+        self.W, self.kind, self.m = W.clone(), kind, torch.zeros_like(W)
+
+    def update(self, G):
+        self.m = 0.9 * self.m + 0.1 * G if self.kind == "head" else G
+        inputs = 0 if self.kind == "embedding" else 1
+        U = self.m / (self.m.norm(dim=inputs, keepdim=True) / math.sqrt(G.shape[inputs]))
+        self.W = self.W - LR * U - LR * DECAY * self.W
+
+
 def sketch_of(optimizer, p):
     """The one that the optimizer has drawn."""
     return lambda: next(b.read(torch.float64) for b in optimizer.updates[p].projector.open(optimizer.state[p]).values())
 
 
-def oracle_of(name, optimizer, p):
+def oracle_of(name, optimizer, p, kind):
+    if kind != "matrix":
+        return Scale(p.detach(), kind=kind)
     if name.startswith("apollo"):
         mini = name.startswith("apollo_mini")
         return Apollo(p.detach(), rank=1 if mini else 3, mini=mini, sketch=sketch_of(optimizer, p))
     return ORACLES_HERE[name.removesuffix("_per_layer")](p.detach())
 
 
-ORACLES_HERE = {"muon": Muon}
+ORACLES_HERE = {"muon": Muon, "scale": Scale}
 NAMES = ["apollo", "apollo_mini", *ORACLES_HERE]
 
 
@@ -79,7 +94,7 @@ def compare(name, *, kind="matrix", dtype=torch.float64, accumulation=1):
     group = ParameterGroup(kind, kind, tuple("abc"), tuple(ours))
     settings = Settings(lr=LR, weight_decay=DECAY, scale=SCALE, rank=3, update_proj_gap=5)
     optimizer = create_optimizer(name, groups=[group], settings=settings)
-    oracles = [oracle_of(name, optimizer, p) for p in ours]
+    oracles = [oracle_of(name, optimizer, p, kind) for p in ours]
     updates = create_updates(name, optimizer=optimizer, sync=GradSync(), accumulation=accumulation)
     for whole in gradients(UPDATES):
         for _ in range(accumulation):
@@ -96,6 +111,20 @@ def test_it_is_the_papers(name, driven):
     assert largest_difference(*compare(name + driven)) < 1e-10
     assert largest_difference(*compare(name + driven, dtype=torch.float32)) < 1e-4
     assert largest_difference(*compare(name + driven, accumulation=4)) < 1e-10
+
+
+@pytest.mark.parametrize("kind", ["embedding", "head"])
+def test_scale_has_momentum_for_the_head_alone_and_normalizes_the_columns_of_an_embedding(kind):
+    assert largest_difference(*compare("scale", kind=kind)) < 1e-10
+    model = Model(width=64)
+    optimizer = create_optimizer("scale", groups=split_parameters(model), settings=Settings(lr=0.01))
+    loss_of(model, batches(1)[0]).backward()
+    optimizer.step()
+    kept = {
+        group["name"]: {key for p in group["params"] for key in optimizer.state[p]} for group in optimizer.param_groups
+    }
+    counted = {"step", "mass", "mass_sq"}
+    assert kept["attention and MLP"] == kept["embedding"] == counted and kept["head"] == counted | {"exp_avg"}
 
 
 @pytest.mark.parametrize("driven", ["", "_per_layer"])

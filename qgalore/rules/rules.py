@@ -12,6 +12,7 @@ Every rule takes the same keywords, so that whoever calls it need not know which
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -127,6 +128,18 @@ def orthogonalize(X: Tensor, *, steps: int = 5) -> Tensor:
     return X
 
 
+def normalized_direction(R: Tensor, *M: Moment, beta1: float, dim: int = 1, **unused: Any) -> Tensor:
+    """The gradient (m, n), or its momentum M where there is one, with the root mean square of each output made one.
+
+    dim: the dimension of the inputs, 0 for an embedding (vocabulary, hidden), 1 for a linear layer (out, in).
+    Source: Glentis et al. 2025, "SCALE", arXiv 2506.16659, algorithm 1, whose matrices are (in, out).
+    """
+    for moment in M:
+        R = moment.read().lerp_(R, 1 - beta1)
+        moment.write(R)
+    return R / R.square().mean(dim, keepdim=True).sqrt_().clamp_min_(1e-8)
+
+
 def _first(shape: torch.Size) -> tuple[MomentKind, ...]:
     return (MomentKind("exp_avg", True, shape),)
 
@@ -150,5 +163,8 @@ RULES = {
     "lion": Rule(lion_direction, _first, betas=(0.9, 0.99), finish=torch.sign),
     "adafactor": Rule(adafactor_direction, _first_and_factors, decay=lambda t: 1 - t**-0.8),
     "muon": Rule(muon_direction, _first, betas=(0.95, 0.0), matrices_only=True),
+    "scale": Rule(normalized_direction, lambda shape: (), matrices_only=True),
+    "scale_embedding": Rule(partial(normalized_direction, dim=0), lambda shape: (), matrices_only=True),
+    "scale_head": Rule(normalized_direction, _first, matrices_only=True),
     "sgd": Rule(sgd_direction, _first),
 }
