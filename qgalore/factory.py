@@ -96,7 +96,8 @@ class Recipe:
         """The options of one group of a LowRankOptimizer."""
         own = getattr(self, group.kind)
         projection = {each.name: getattr(settings, each.name) for each in declared(ProjectionOptions)}
-        chosen = projection if self.projected and group.kind == "matrix" else {}
+        names = projection if self.projected else self.uses
+        chosen = {name: projection[name] for name in names if name in projection} if group.kind == "matrix" else {}
         rule = own.get("rule", "adam")
         state = {"betas": _betas(settings, rule), "state_bits": self.bits_of(group, settings)}
         return _base_group(group, settings) | state | chosen | own
@@ -184,6 +185,7 @@ def _recipes() -> dict[str, Recipe]:
         "scale": Recipe(
             "SCALE", matrix={"rule": "scale"}, embedding={"rule": "scale_embedding"}, head={"rule": "scale_head"}
         ),
+        "foam": Recipe("FOAM", matrix={"rule": "foam"}, uses=("beta1", "beta2", "scale")),
         "q_galore_adamw8bit": _everywhere("AdamW", projected=True, state_bits=8, lazy=LAZY_THRESHOLD),
     }
     per_layer = {f"{name}_per_layer": replace(recipe, per_layer=True) for name, recipe in ours.items()}

@@ -70,6 +70,24 @@ class Scale:
         self.W = self.W - LR * U - LR * DECAY * self.W
 
 
+class Foam:
+    """arXiv 2512.07112, algorithm 1, with its averages and repeats as matrices A and E."""
+
+    def __init__(self, W):
+        n = W.shape[1]
+        self.E = torch.kron(torch.eye(n // 4, dtype=W.dtype), torch.ones(1, 4, dtype=W.dtype))
+        self.W, self.A, self.t, self.m, self.v = W.clone(), self.E.T / 4, 0, 0.0, 0.0
+
+    def update(self, G):
+        self.t += 1
+        g = G @ self.A
+        R = G - g @ self.E
+        self.m = 0.9 * self.m + 0.1 * g
+        self.v = 0.95 * self.v + 0.05 * G**2 @ self.A
+        m, v = self.m / (1 - 0.9**self.t) @ self.E, self.v / (1 - 0.95**self.t) @ self.E
+        self.W = self.W - LR * SCALE * (m + R) / ((v + R**2).sqrt() + 1e-8) - LR * DECAY * self.W
+
+
 def sketch_of(optimizer, p):
     """The one that the optimizer has drawn."""
     return lambda: next(b.read(torch.float64) for b in optimizer.updates[p].projector.open(optimizer.state[p]).values())
@@ -77,14 +95,14 @@ def sketch_of(optimizer, p):
 
 def oracle_of(name, optimizer, p, kind):
     if kind != "matrix":
-        return Scale(p.detach(), kind=kind)
+        return Scale(p.detach().double(), kind=kind)
     if name.startswith("apollo"):
         mini = name.startswith("apollo_mini")
-        return Apollo(p.detach(), rank=1 if mini else 3, mini=mini, sketch=sketch_of(optimizer, p))
-    return ORACLES_HERE[name.removesuffix("_per_layer")](p.detach())
+        return Apollo(p.detach().double(), rank=1 if mini else 3, mini=mini, sketch=sketch_of(optimizer, p))
+    return ORACLES_HERE[name.removesuffix("_per_layer")](p.detach().double())
 
 
-ORACLES_HERE = {"muon": Muon, "scale": Scale}
+ORACLES_HERE = {"muon": Muon, "scale": Scale, "foam": Foam}
 NAMES = ["apollo", "apollo_mini", *ORACLES_HERE]
 
 

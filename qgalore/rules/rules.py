@@ -10,6 +10,7 @@ Every rule takes the same keywords, so that whoever calls it need not know which
                     t, unless a reset has taken them away. Dividing by them is Adam's bias correction.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -140,6 +141,34 @@ def normalized_direction(R: Tensor, *M: Moment, beta1: float, dim: int = 1, **un
     return R / R.square().mean(dim, keepdim=True).sqrt_().clamp_min_(1e-8)
 
 
+def foam_direction(
+    R: Tensor, M: Moment, V: Moment, *, beta1: float, beta2: float, eps: float, mass: Number, mass_sq: Number
+) -> Tensor:
+    """FOAM's direction: Adam's moments of block means, and what the means leave out put back.
+
+        (m^ E + R) / (sqrt(v^ E + R^2) + eps)      R = G - g E, g the block means of G, v of G^2; E repeats
+
+    R: the gradient G above, (m, n), float32 or float64.
+    M, V: moments (m, n / f) of its blocks of f along the rows, updated in place; see _blocks.
+    Source: "FOAM", arXiv 2512.07112, algorithm 1.
+    """
+    f = R.shape[1] // M.stored.shape[1]
+    blocks = R.unflatten(1, (-1, f))  # (m, n / f, f)
+    mean = blocks.mean(-1)
+    m = M.read().lerp_(mean, 1 - beta1)
+    v = V.read().mul_(beta2).add_(blocks.square().mean(-1), alpha=1 - beta2)
+    M.write(m)
+    V.write(v)
+    rest = blocks - mean.unsqueeze(-1)
+    spread = ((v / mass_sq).unsqueeze(-1) + rest.square()).sqrt_().add_(eps)
+    return ((m / mass).unsqueeze(-1) + rest).div_(spread).flatten(1)
+
+
+def _blocks(shape: torch.Size) -> tuple[MomentKind, ...]:
+    """Moments of blocks of four elements, or of two or one where a row has no more factors of two."""
+    return _first_and_second(torch.Size((shape[0], shape[1] // math.gcd(shape[1], 4))))
+
+
 def _first(shape: torch.Size) -> tuple[MomentKind, ...]:
     return (MomentKind("exp_avg", True, shape),)
 
@@ -166,5 +195,6 @@ RULES = {
     "scale": Rule(normalized_direction, lambda shape: (), matrices_only=True),
     "scale_embedding": Rule(partial(normalized_direction, dim=0), lambda shape: (), matrices_only=True),
     "scale_head": Rule(normalized_direction, _first, matrices_only=True),
+    "foam": Rule(foam_direction, _blocks, betas=(0.9, 0.95), matrices_only=True),
     "sgd": Rule(sgd_direction, _first),
 }
