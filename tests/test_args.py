@@ -153,7 +153,7 @@ def test_quantization_is_completed_and_checked():
     assert parse("--optimizer", "q_galore_adamw8bit", "--cos_threshold", 0.4).cos_threshold == 0.4
     plain = parse("--optimizer", "galore_adamw")
     assert plain.proj_bits is None and plain.cos_threshold is None, "plain GaLore is never lazy unasked"
-    assert "must be 8" in flags_refusal("--weight_bits", 4)
+    assert "must be 4 or 8" in flags_refusal("--weight_bits", 6)
     assert "must be 4 or 8" in flags_refusal("--proj_bits", 3)
     assert "above 0, or -1" in flags_refusal("--weight_group_size", 0)
     assert "float32" in flags_refusal("--accumulation_dtype", "float16"), "not silently the model's"

@@ -7,7 +7,7 @@ import torch
 from support.gradients import gradients, largest_difference, parameters
 from support.models import Model, batches, loss_of
 from support.oracles import ORACLES
-from support.runs import losses
+from support.runs import losses, record
 
 import torchrun_main
 from qgalore.factory import Settings, create_optimizer, create_updates, find_recipe
@@ -146,7 +146,7 @@ def test_scale_has_momentum_for_the_head_alone_and_normalizes_the_columns_of_an_
 
 
 @pytest.mark.parametrize("driven", ["", "_per_layer"])
-@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_moves_and_the_loss_falls(name, bits, driven):
     """In float and in quantized weights."""
@@ -173,10 +173,11 @@ def test_every_parameter_moves_and_the_loss_falls(name, bits, driven):
 def test_as_the_user_starts_it(tiny, tmp_path, name):
     """From flags, in INT8, resumed in the middle to the last bit."""
     chosen = dict(optimizer=name, rank=8, weight_quant=True, stochastic_round=True, weight_group_size=16, lr=0.005)
-    chosen |= dict(num_training_steps=8, save_every=4, update_proj_gap=3)
+    chosen |= dict(num_training_steps=8, save_every=4, update_proj_gap=3, weight_bits=4 if name == "foam" else 8)
     assert torchrun_main.command_line(tiny.flags(tmp_path / "whole", **chosen)) == 0
     middle = tmp_path / "whole" / "checkpoint-00000004"
     assert torchrun_main.command_line(tiny.flags(tmp_path / "half", continue_from=middle, **chosen)) == 0
     found = losses(tmp_path / "whole")
     assert losses(tmp_path / "half") == found[4:]
-    assert find_recipe(name).title and found[-1] < found[0]
+    title = record(tmp_path / "whole", "start")[0]["groups"][0]["trained_by"]
+    assert title.startswith(f"INT{chosen['weight_bits']} weights, {find_recipe(name).title}") and found[-1] < found[0]

@@ -111,9 +111,9 @@ class RunOptions:
         range=at_least(1), needs=("peft", "lora"))
     reset_every: int | None = option(None, "between resets; --peft relora needs it. In its paper, 5000 of 20,000",
         unit="UPDATES", section=ADAPTERS, range=at_least(2), shown="none", needs=("peft",))
-    weight_quant: bool = option(False, "keep the attention and MLP weights in INT8, with no other copy",
+    weight_quant: bool = option(False, "keep the attention and MLP weights in --weight_bits, with no other copy",
         section=QUANTIZATION)
-    weight_bits: int = option(8, "of these weights: 8", unit="BITS", section=QUANTIZATION, range=one_of(8),
+    weight_bits: int = option(8, "of these weights: 8 or 4", unit="BITS", section=QUANTIZATION, range=one_of(4, 8),
         needs=("weight_quant",))
     weight_group_size: int = option(256, "of a row that share a scale, at most; -1: the whole row", unit="ELEMENTS",
         section=QUANTIZATION, range=GROUP_SIZE, needs=("weight_quant",))

@@ -117,7 +117,11 @@ def describe_training(
     adapters = Adapters.of(vars(args))
     blueprint = meta_model(config, adapters=adapters)
     return report.describe_groups(
-        blueprint, recipe=recipe, settings=settings, int8=args.weight_quant, adapters=adapters
+        blueprint,
+        recipe=recipe,
+        settings=settings,
+        weight_bits=args.weight_bits if args.weight_quant else None,
+        adapters=adapters,
     )
 
 

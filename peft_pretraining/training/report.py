@@ -17,17 +17,17 @@ from qgalore.param_groups import ParameterGroup, frozen_parameters, split_parame
 
 
 def describe_groups(
-    model: nn.Module, *, recipe: Recipe, settings: Settings, int8: bool, adapters: Adapters | None = None
+    model: nn.Module, *, recipe: Recipe, settings: Settings, weight_bits: int | None, adapters: Adapters | None = None
 ) -> list[dict[str, Any]]:
     """One record for each parameter group: name, tensors, elements, trained_by. What is frozen comes last.
 
-    int8: whether projected weights are INT8.
+    weight_bits: bits of the matrices, where they are quantized.
     adapters: the adapters that are in the model.
     """
     shape = adapters.describe() if adapters is not None else "full rank"
     rows: list[tuple[ParameterGroup, str]] = []
     for group in split_parameters(model):
-        weights = "INT8 weights, " if int8 and group.kind == "matrix" else ""
+        weights = f"INT{weight_bits} weights, " if weight_bits and group.kind == "matrix" else ""
         how = recipe.describe(group, settings, unprojected=shape if group.kind == "matrix" else "full rank")
         rows.append((group, weights + how))
     rows += [(group, "nothing: W0 of the adapters") for group in frozen_parameters(model)]
