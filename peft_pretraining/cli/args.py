@@ -1,6 +1,7 @@
 """The command line, parsed, checked and completed. What needs neither data nor model is checked here."""
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ def parse_args(argv: list[str] | None = None, *, world_size: int = 1) -> argpars
     _complete_length(args)
     if args.tokenizer is None:
         args.tokenizer = "pydocs" if args.dataset == "pydocs" else "t5-base"
+    if args.tensorboard and find_spec("tensorboard") is None:
+        raise UserError("--tensorboard needs a package that is not installed: pip install tensorboard.")
     if args.unset_wandb:
         args.wandb_mode = "disabled"
     if args.name is None:

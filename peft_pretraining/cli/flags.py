@@ -154,6 +154,8 @@ class RunOptions:
         section=RECORD, range=at_least(1), parse=parse_count, may_change=True)
     wandb_mode: str = option("online", "online falls back to offline where there is no account", section=RECORD,
         choices=("online", "offline", "disabled"), may_change=True)
+    tensorboard: bool = option(False, "write curves for TensorBoard, too, into SAVE_DIR/tensorboard", section=RECORD,
+        may_change=True)
     unset_wandb: bool = option(False, "the reference's name for --wandb_mode disabled", section=RECORD,
         may_change=True)
     project: str = option("qgalore", "wandb project", unit="NAME", section=RECORD, may_change=True)
