@@ -2,9 +2,10 @@ import re
 
 import pytest
 from support.command_line import flags_refusal, parse
+from support.runs import ROOT
 
 from peft_pretraining.cli.args import parse_args, schedule_of
-from peft_pretraining.cli.flags import FLAGS, SECTIONS, parse_count
+from peft_pretraining.cli.flags import FLAGS, SECTIONS, parse_count, reference_page
 from peft_pretraining.errors import UserError
 
 # Every flag of the three reference scripts.
@@ -180,3 +181,8 @@ def test_names_follow_from_the_rest():
 def test_resume_auto_needs_a_folder_to_look_into():
     assert "--resume auto needs --save_dir" in flags_refusal("--resume", "auto")
     assert parse("--resume", "auto", "--save_dir", "runs/x").resume == "auto"
+
+
+def test_the_page_of_all_flags_is_fresh():
+    """docs/flags.md is what `python -m peft_pretraining.cli.flags` prints."""
+    assert (ROOT / "docs" / "flags.md").read_text() == reference_page()

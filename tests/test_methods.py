@@ -7,12 +7,14 @@ import torch
 from support.gradients import gradients, largest_difference, parameters
 from support.models import Model, batches, loss_of
 from support.oracles import ORACLES
+from support.ranks import run_distributed
 from support.runs import losses, record
 
 import torchrun_main
 from qgalore.factory import Settings, create_optimizer, create_updates, find_recipe
 from qgalore.param_groups import ParameterGroup, split_parameters
 from qgalore.storage.convert import quantize_linear_layers
+from qgalore.storage.quantized_weight import QuantizedWeight
 from qgalore.sync import GradSync
 
 LR, DECAY, SCALE, UPDATES = 0.02, 0.1, 0.25, 12
@@ -181,3 +183,51 @@ def test_as_the_user_starts_it(tiny, tmp_path, name):
     assert losses(tmp_path / "half") == found[4:]
     title = record(tmp_path / "whole", "start")[0]["groups"][0]["trained_by"]
     assert title.startswith(f"INT{chosen['weight_bits']} weights, {find_recipe(name).title}") and found[-1] < found[0]
+
+
+def two_updates_on_a_rank(name: str) -> list[torch.Tensor]:
+    """Each rank with half of every gradient, or alone with all of it."""
+    alone = not torch.distributed.is_initialized()
+    ours = [torch.nn.Parameter(p.detach()) for p in parameters()]
+    group = ParameterGroup("matrix", "matrix", tuple("abc"), tuple(ours))
+    sync = GradSync()
+    optimizer = create_optimizer(name, groups=[group], settings=Settings(lr=LR, rank=3), sync=sync)
+    updates = create_updates(name, optimizer=optimizer, sync=sync)
+    for whole in gradients(2):
+        sum((p * G).sum() / (1 if alone else 2) for p, G in zip(ours, whole, strict=True)).backward()
+        updates.finish()
+    return [p.detach() for p in ours]
+
+
+def all_methods() -> dict[str, list[torch.Tensor]]:
+    found = {}
+    for name in NAMES:
+        torch.manual_seed(0)
+        found[name] = two_updates_on_a_rank(name)
+    return found
+
+
+def test_two_ranks_are_one():
+    one, two = run_distributed(all_methods)
+    alone = all_methods()
+    for name in NAMES:
+        assert largest_difference(one[name], two[name]) == 0, name
+        assert largest_difference(one[name], alone[name]) < 1e-12, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_it_is_eager(name):
+    found = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        p = torch.nn.Parameter(QuantizedWeight.from_float(torch.randn(48, 32), group_size=16))
+        group = ParameterGroup("matrix", "matrix", ("p",), (p,))
+        settings = Settings(lr=LR, rank=3, compile=compile, update_proj_gap=2)
+        optimizer = create_optimizer(name, groups=[group], settings=settings)
+        for _ in range(3):
+            p.grad = torch.randn(48, 32)
+            optimizer.step()
+        found.append(p.detach().float())
+    assert ((found[0] - found[1]).abs() > 1e-3).sum() <= 5, "codes that a last bit has turned"
