@@ -73,7 +73,11 @@ class StepValues(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What all updates of a weight have in common. betas, eps: of the rule.  scale: on the update."""
+    """What all updates of a weight have in common.
+
+    betas, eps: constants of the rule.
+    scale: factor on the update.
+    """
 
     projector: Projector
     rule: Rule

@@ -60,7 +60,7 @@ class ParameterUpdate:
     """The updates of one parameter; or of its basis, where that learns.
 
     p: the parameter, whose state holds everything that is kept.
-    group: its group of the optimizer: learning rate and other options, read anew in every update.
+    group: its group of the optimizer: learning rate and other options, read in every update.
     states: the optimizer's state, by parameter.
     index: of the parameter in the optimizer; its noise depends on it.
     learner: the update of the basis, where it learns.
@@ -233,7 +233,8 @@ class BasisUpdate(ParameterUpdate):
     def learn(self, G: Tensor, R: Tensor) -> None:
         """One step of online PCA, after the basis has been used. Its step size follows the learning rate's schedule.
 
-        G: (m, n), the whole gradient.  R: from project.
+        G: (m, n), the whole gradient.
+        R: what project made of it.
         """
         options, projector = self.of.group, self.of.projector
         basis, G = projector.open(self.state)[self.side], G.to(self.p.dtype)

@@ -18,10 +18,12 @@ from qgalore.subspace.projector import LEARNERS, SIDE_TYPES
 
 
 def parse_args(argv: list[str] | None = None, *, world_size: int = 1) -> argparse.Namespace:
-    """The arguments, checked and completed: gradient_accumulation, total_batch_size, num_training_steps, the schedule,
-    tokenizer and name are filled in; `ignored` has the given flags that have no effect, and why.
+    """The arguments, checked and completed.
 
-    argv: the command line without the program, None for sys.argv.  world_size: processes of this run.
+    Filled in are gradient_accumulation, total_batch_size, num_training_steps, the schedule, tokenizer and name;
+    `ignored` holds the given flags that have no effect, and why.
+    argv: the command line without the program; None for sys.argv.
+    world_size: processes of this run.
     Raises UserError for anything that cannot be meant.
     """
     parser = Parser(

@@ -65,7 +65,8 @@ def adam_direction(
 def lion_direction(R: Tensor, M: Moment, *, beta1: float, beta2: float, **unused: Any) -> Tensor:
     """Lion's direction before its sign, which is taken in the full space: see RULES.
 
-    R: gradient, any shape.  M: its momentum, same shape, updated in place: interpolated with beta1, kept with beta2.
+    R: gradient, any shape.
+    M: its momentum, same shape, updated in place: interpolated with beta1, kept with beta2.
     Source: Chen et al. 2023, arXiv 2302.06675, algorithm 2; the sign as in Liang et al. 2024, arXiv 2408.12857.
     """
     m = M.read()
@@ -78,8 +79,10 @@ def adafactor_direction(R: Tensor, M: Moment, *V: Moment, beta1: float, beta2: N
                         **unused: Any) -> Tensor:  # fmt: skip
     """Adafactor's direction, without its relative step size: the learning rate is given.
 
-    R: gradient.  V: the mean squares of its rows (m,) and of its columns (n,), where it is a matrix (m, n), else one
-    second moment of its shape.  M: the average of the directions, clipped to a root mean square of 1; same shape as R.
+    R: gradient.
+    M: the average of the directions, clipped to a root mean square of 1; same shape as R.
+    V: the mean squares of its rows (m,) and of its columns (n,), where it is a matrix (m, n); else one second moment of
+        its shape.
     Source: Shazeer and Stern 2018, arXiv 1804.04235, algorithms 4 and 5. The paper has no first moment; GaLore averages
     the clipped directions with beta1, and so does this, corrected for its bias as Adam's is.
     """

@@ -48,7 +48,8 @@ def randomized_basis(G: Tensor, *, rank: int, seed: int, oversampling: int = 8, 
     """Nearly the `rank` leading left singular vectors of G, without a starting point. (m, n) -> (m, rank).
 
     A randomized range finder with power iterations, then Rayleigh-Ritz, which orders the columns by strength.
-    Source: Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.3.  seed: 64 bits, decides the random start.
+    seed: 64 bits, decides the random start.
+    Source: Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.3.
     """
     dtype = torch.promote_types(G.dtype, torch.float32)
     width = min(rank + oversampling, *G.shape)
@@ -104,7 +105,8 @@ class BasisMethod:
         G: (m, n), the whole gradient.
         old: (m, r), the basis so far; None at the first refresh.
         share: how far to turn from the old basis, in (0, 1]; see RefreshSchedule.share.
-        seed: 64 bits, the same at every refresh of this parameter.  draw: 64 bits, new at each refresh.
+        seed: 64 bits, the same at every refresh of this parameter.
+        draw: 64 bits, new at each refresh.
     sees_gradient: whether G's values matter; if not, any tensor of G's shape will do.
     """
 
@@ -130,12 +132,12 @@ def exact(G: Tensor, old: Tensor | None, *, rank: int, share: float, **unused: A
 
 
 def random_orthonormal(G: Tensor, old: Tensor | None, *, rank: int, draw: int, **unused: Any) -> Tensor:
-    """An orthonormal basis drawn anew at each refresh."""
+    """An orthonormal basis, drawn at each refresh."""
     return orthonormalize(gaussian_matrix(G.shape[0], rank, seed=draw, like=G))
 
 
 def gaussian(G: Tensor, old: Tensor | None, *, rank: int, draw: int, **unused: Any) -> Tensor:
-    """A sketch with independent entries of variance 1 / r, drawn anew at each refresh: it keeps norms on average."""
+    """A sketch with independent entries of variance 1 / r, drawn at each refresh: it keeps norms on average."""
     return gaussian_matrix(G.shape[0], rank, seed=draw, like=G).div_(rank**0.5)
 
 

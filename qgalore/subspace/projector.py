@@ -50,8 +50,10 @@ PROJ_TYPES = (*SIDE_TYPES, *LEARNERS, "random")
 def projection_sides(shape: torch.Size | tuple[int, ...], *, proj_type: str) -> tuple[str, ...]:
     """Which sides of an (m, n) gradient are projected, as the reference names them.
 
-    std: the shorter side (the right one where m >= n), so that R keeps the longer.  reverse_std: the longer side.
-    left: P^T G.  right: G Q.  full: P^T G Q.  Any other type of projection: as std.
+    std: the shorter side (the right one where m >= n), so that R keeps the longer one.
+    reverse_std: the longer side.
+    left, right, full: P^T G, G Q, P^T G Q.
+    Any other type of projection: as std.
     """
     wide = shape[0] < shape[1]
     sides = {
