@@ -38,7 +38,7 @@ class Recipe:
         A kind without any is trained by AdamW.
     projected: whether the gradients of matrices are projected, as the user's ProjectionOptions say.
     state_bits: of the moments.
-    lazy: the threshold of the lazy refresh where the user names none; None: not lazy.
+    lazy_threshold: that of the lazy refresh where the user names none; None: not lazy.
     uses: the options of Settings that it listens to besides those of projection: beta1, beta2, scale.
     per_layer: whether parameters are updated inside backward.
     """
@@ -51,7 +51,7 @@ class Recipe:
     norm: Mapping[str, Any] = field(default_factory=dict)
     projected: bool = False
     state_bits: int = 32
-    lazy: float | None = None
+    lazy_threshold: float | None = None
     uses: tuple[str, ...] = ("beta1", "beta2")
     per_layer: bool = False
 
@@ -186,7 +186,7 @@ def _recipes() -> dict[str, Recipe]:
             "SCALE", matrix={"rule": "scale"}, embedding={"rule": "scale_embedding"}, head={"rule": "scale_head"}
         ),
         "foam": Recipe("FOAM", matrix={"rule": "foam"}, uses=("beta1", "beta2", "scale")),
-        "q_galore_adamw8bit": _everywhere("AdamW", projected=True, state_bits=8, lazy=LAZY_THRESHOLD),
+        "q_galore_adamw8bit": _everywhere("AdamW", projected=True, state_bits=8, lazy_threshold=LAZY_THRESHOLD),
     }
     per_layer = {f"{name}_per_layer": replace(recipe, per_layer=True) for name, recipe in ours.items()}
     adam8bit = _everywhere("Adam", state_bits=8, decoupled=False)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from qgalore.clock import Clock
-from qgalore.kernel import Plan, StepValues, compiled_update, update_weight
+from qgalore.kernel import StepValues, UpdateConstants, compiled_update, write_update
 from qgalore.rules.lifts import LIFTS, Lift
 from qgalore.rules.moments import create_moments, follow_basis, open_moments
 from qgalore.rules.rules import RULES, Rule
@@ -42,7 +42,7 @@ class Engine:
 
     seed: of the stochastic rounding.
     sync: sums gradients over data-parallel ranks.
-    kernel: update_weight, as it is or compiled.
+    kernel: write_update, as it is or compiled.
     norms: of the gradients of this update, as projected, by parameter in the order of their updates.
     """
 
@@ -53,7 +53,7 @@ class Engine:
     norms: dict[Tensor, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.kernel = compiled_update() if self.compiled else update_weight
+        self.kernel = compiled_update() if self.compiled else write_update
 
 
 class ParameterUpdate:
@@ -197,7 +197,9 @@ class ParameterUpdate:
             open_moments(state, self.kinds, dtype=R.dtype, seed=seed, compiled=compiled, prefix=self.prefix),
             bases=self.projector.open(state),
             step=step.as_tensors(R.dtype) if compiled else step,
-            plan=Plan(self.projector, self.rule, self.lift, group["betas"], group["eps"], group["scale"]),
+            constants=UpdateConstants(
+                self.projector, self.rule, self.lift, group["betas"], group["eps"], group["scale"]
+            ),
             G=G.to(self.p.dtype) if G is not None and needs_whole else None,
             last=state.setdefault(name, R.new_zeros(())) if name else None,
             watch=None if compiled else self.observer.lifting(),

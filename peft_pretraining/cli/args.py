@@ -99,7 +99,7 @@ def _complete_optimizer(args: argparse.Namespace, given: argparse.Namespace) -> 
     args.ignored = {f"--{name}": why for name, why in without_effect.items() if hasattr(given, name)}
     args.proj_bits = (args.proj_bits or 4) if args.proj_quant else None
     if args.cos_threshold is None:
-        args.cos_threshold = recipe.lazy
+        args.cos_threshold = recipe.lazy_threshold
 
 
 def _check_residual(args: argparse.Namespace) -> None:
@@ -186,7 +186,7 @@ def _conditions(args: argparse.Namespace, recipe: Recipe) -> dict[str, tuple[boo
         "refreshed": (not learns, proj_type),
         "computed": (args.proj_type != "random", proj_type),
         "packed": (args.proj_quant, "without --proj_quant"),
-        "lazy": (args.cos_threshold is not None or recipe.lazy is not None, "without --cos_threshold"),
+        "lazy": (args.cos_threshold is not None or recipe.lazy_threshold is not None, "without --cos_threshold"),
         "weight_quant": (args.weight_quant, "without --weight_quant"),
         "peft": (args.peft is not None, "without --peft"),
         "lora": (args.peft is None or lora, f"with --peft {args.peft}"),
