@@ -157,9 +157,8 @@ class ParameterUpdate:
     def _follow(self, turn: Turn) -> None:
         policy, state = self.group["moments_on_refresh"], self.state
         seed = mix_seed(self.seed, self.steps, self.index, True)  # another one than in the update
-        follow_basis(
-            open_moments(state, self.kinds, dtype=self.projector.wide, seed=seed), self.kinds, turn, policy=policy
-        )
+        moments = open_moments(state, self.kinds, dtype=self.projector.wide, seed=seed)
+        follow_basis(moments, self.kinds, turn, policy=policy)
         if policy == "reset":
             self.clock.reset_mass(state)
 
@@ -182,6 +181,7 @@ class ParameterUpdate:
     def _run(self, R: Tensor, weight: Stored, *, G: Tensor | None = None) -> Tensor:
         """Counts the update and calls the kernel on the stored tensors. Returns the norm of R. ()"""
         state, group, clock, compiled = self.state, self.group, self.clock, self.engine.compiled
+        options = group["betas"], group["eps"], group["scale"]
         clock.begin(state)
         if not clock.counts_moments(state):
             bits = group["state_bits"]
@@ -197,9 +197,7 @@ class ParameterUpdate:
             open_moments(state, self.kinds, dtype=R.dtype, seed=seed, compiled=compiled, prefix=self.prefix),
             bases=self.projector.open(state),
             step=step.as_tensors(R.dtype) if compiled else step,
-            constants=UpdateConstants(
-                self.projector, self.rule, self.lift, group["betas"], group["eps"], group["scale"]
-            ),
+            constants=UpdateConstants(self.projector, self.rule, self.lift, *options),
             G=G.to(self.p.dtype) if G is not None and needs_whole else None,
             last=state.setdefault(name, R.new_zeros(())) if name else None,
             watch=None if compiled else self.observer.lifting(),
