@@ -37,11 +37,11 @@ def count(config_path: str, *, optimizer: str, int8: bool, int4: bool, rank: int
     """Bytes by kind of one optimizer on a bfloat16 model. Raises UserError for a config that cannot be read."""
     config = read_config(config_path)
     groups = split_parameters(meta_model(config))
-    quantization = argparse.Namespace(weight_group_size=256, stochastic_round=True, simulation=False)
+    quantization = argparse.Namespace(weight_bits=8, weight_group_size=256, stochastic_round=True, simulation=False)
     finish = weight_quantizer(quantization, groups=groups) if int8 else None
     model = build_model(config, device=device, dtype=torch.bfloat16, seed=0, finish=finish)
     recipe = find_recipe(optimizer)
-    settings = Settings(rank=rank, proj_bits=4 if int4 else None, cos_threshold=recipe.lazy)
+    settings = Settings(rank=rank, proj_bits=4 if int4 else None, cos_threshold=recipe.lazy_threshold)
     built = create_optimizer(optimizer, groups=split_parameters(model), settings=settings)
     assert isinstance(built, LowRankOptimizer)
     built.allocate()

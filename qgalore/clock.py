@@ -42,7 +42,11 @@ class Clock:
     def tick(
         self, state: dict[str, Any], *, betas: tuple[float, float], decay: Callable[[int], float] | None = None
     ) -> None:
-        """One more update. betas: decay rates of the moments.  decay: the second one's at update t, if it changes."""
+        """Counts one more update.
+
+        betas: decay rates of the moments.
+        decay: gives the second moment's decay rate at update t, where it changes.
+        """
         step = state[self._step] = self.steps(state) + 1
         beta1, beta2 = betas[0], decay(step) if decay else betas[1]
         state[self._mass] = beta1 * state.get(self._mass, 0.0) + 1 - beta1

@@ -17,12 +17,15 @@ from qgalore.optimizer import LowRankOptimizer
 from qgalore.options import ProjectionOptions, Settings, declared
 from qgalore.param_groups import ParameterGroup
 from qgalore.per_layer import PerLayerUpdates
+from qgalore.rules.lifts import LIFTS
 from qgalore.rules.rules import RULES
+from qgalore.subspace.bases import METHODS
 from qgalore.subspace.projector import LEARNERS
 from qgalore.sync import GradSync
 from qgalore.whole_model import WholeModelUpdates
 
 LAZY_THRESHOLD = 0.6  # mean overlap of successive bases from which on a gap grows, see docs/notebook.md
+SKETCH: dict[str, Any] = dict(proj_type="std", subspace="gaussian", moments_on_refresh="keep", cos_threshold=None)
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,10 @@ class Recipe:
     title: what the log calls it.
     torch_class: torch's own optimizer, where it is one; then the rest does not apply but `uses`.
     matrix, embedding, head, norm: options of the groups of that kind (see options.GroupOptions), which no user changes.
+        A kind without any is trained by AdamW.
     projected: whether the gradients of matrices are projected, as the user's ProjectionOptions say.
     state_bits: of the moments.
-    lazy: the threshold of the lazy refresh where the user names none; None: not lazy.
+    lazy_threshold: that of the lazy refresh where the user names none; None: not lazy.
     uses: the options of Settings that it listens to besides those of projection: beta1, beta2, scale.
     per_layer: whether parameters are updated inside backward.
     """
@@ -47,7 +51,7 @@ class Recipe:
     norm: Mapping[str, Any] = field(default_factory=dict)
     projected: bool = False
     state_bits: int = 32
-    lazy: float | None = None
+    lazy_threshold: float | None = None
     uses: tuple[str, ...] = ("beta1", "beta2")
     per_layer: bool = False
 
@@ -92,7 +96,8 @@ class Recipe:
         """The options of one group of a LowRankOptimizer."""
         own = getattr(self, group.kind)
         projection = {each.name: getattr(settings, each.name) for each in declared(ProjectionOptions)}
-        chosen = projection if self.projected and group.kind == "matrix" else {}
+        names = projection if self.projected else self.uses
+        chosen = {name: projection[name] for name in names if name in projection} if group.kind == "matrix" else {}
         rule = own.get("rule", "adam")
         state = {"betas": _betas(settings, rule), "state_bits": self.bits_of(group, settings)}
         return _base_group(group, settings) | state | chosen | own
@@ -111,29 +116,29 @@ class Recipe:
         """
         matrix = group.kind == "matrix"
         bits = self.bits_of(group, settings)
-        title = f"{bits}-bit {self.title}" if bits != 32 else self.title
+        title = self.title if getattr(self, group.kind) or self.torch_class else "AdamW"
+        title = f"{bits}-bit {title}" if bits != 32 else title
         if matrix and settings.matrix_lr_ratio != 1:
             title += f" at {settings.matrix_lr_ratio:g} x lr"
         if not (self.projected and matrix):
             return f"{title}, {unprojected}"
-        packed = f"INT{settings.proj_bits} " if settings.proj_bits else ""
-        recovered = ", residual recovered" if settings.lift == "fira" else ""
-        whole = ", micro-batches summed at full size" if settings.proj_type in LEARNERS and self.per_layer else ""
+        own = replace(settings, **{name: value for name, value in self.matrix.items() if hasattr(settings, name)})
+        packed = f"INT{own.proj_bits} " if own.proj_bits else ""
+        recovered = ", residual recovered" if own.lift == "fira" else ""
+        whole = self.per_layer and (own.proj_type in LEARNERS or LIFTS[own.lift].needs_whole)
+        summed = ", micro-batches summed at full size" if whole else ""
         return (
-            f"{title}, rank {settings.rank} ({settings.proj_type}), {packed}{_basis(settings)}, "
-            f"scale {settings.scale:g}{recovered}{whole}"
+            f"{title}, rank {own.rank} ({own.proj_type}), {packed}{_basis(own)}, scale {own.scale:g}{recovered}{summed}"
         )
 
 
 def _basis(settings: Settings) -> str:
     """How the bases of projected matrices come about."""
-    if settings.proj_type == "random":
-        return f"random bases every {settings.update_proj_gap} updates"
     if settings.proj_type in LEARNERS:
         return f"online PCA by {LEARNERS[settings.proj_type].title}"
-    method = "orthogonal iteration" if settings.subspace == "iterate" else "exact SVD"
-    lazy = ", lazily" if settings.cos_threshold is not None else ""
-    return f"{method} every {settings.update_proj_gap} updates{lazy}"
+    method = METHODS["random" if settings.proj_type == "random" else settings.subspace]
+    lazy = ", lazily" if settings.cos_threshold is not None and method.sees_gradient else ""
+    return f"{method.title} every {settings.update_proj_gap} updates{lazy}"
 
 
 def _base_group(group: ParameterGroup, settings: Settings) -> dict[str, Any]:
@@ -174,7 +179,14 @@ def _recipes() -> dict[str, Recipe]:
         "galore_adamw8bit": _everywhere("AdamW", projected=True, state_bits=8),
         "galore_adafactor": _everywhere("Adafactor", "adafactor", projected=True, uses=("beta1",)),
         "galore_lion": _everywhere("Lion", "lion", projected=True),
-        "q_galore_adamw8bit": _everywhere("AdamW", projected=True, state_bits=8, lazy=LAZY_THRESHOLD),
+        "apollo": Recipe("APOLLO", matrix=SKETCH | {"lift": "apollo"}, projected=True),
+        "apollo_mini": Recipe("APOLLO-Mini", matrix=SKETCH | {"rank": 1, "lift": "apollo_mini"}, projected=True),
+        "muon": Recipe("Muon", matrix={"rule": "muon"}),
+        "scale": Recipe(
+            "SCALE", matrix={"rule": "scale"}, embedding={"rule": "scale_embedding"}, head={"rule": "scale_head"}
+        ),
+        "foam": Recipe("FOAM", matrix={"rule": "foam"}, uses=("beta1", "beta2", "scale")),
+        "q_galore_adamw8bit": _everywhere("AdamW", projected=True, state_bits=8, lazy_threshold=LAZY_THRESHOLD),
     }
     per_layer = {f"{name}_per_layer": replace(recipe, per_layer=True) for name, recipe in ours.items()}
     adam8bit = _everywhere("Adam", state_bits=8, decoupled=False)

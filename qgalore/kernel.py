@@ -3,25 +3,25 @@
 It runs as it is or compiled, the same code. A number that compiled code meets becomes a constant of it, and another
 value means compiling again. So the numbers that change from update to update are `StepValues`: Python's in eager code;
 in compiled code 0-d tensors, on the CPU, from where a kernel on a GPU takes them as arguments. What stays the same is a
-`Plan`, meant to be compiled in: one compile for each distinct shape and plan.
+`Plan`, meant to be compiled in: one compile for each distinct shape and set of constants.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qgalore.clock import Clock
-from qgalore.rules.lifts import Lift
+from qgalore.rules.lifts import Lift, Way
 from qgalore.rules.moments import Moment
 from qgalore.rules.rules import Rule
 from qgalore.storage.rounding import Seed, seed_tensors
 from qgalore.storage.stored import Stored
 from qgalore.subspace.projector import Projector
 
-MAX_COMPILES = 256  # shapes times plans. torch stops at 8, where it suspects a number that changes
+MAX_COMPILES = 256  # shapes times constants. torch stops at 8, where it suspects a number that changes
 
 
 class StepValues(NamedTuple):
@@ -72,8 +72,12 @@ class StepValues(NamedTuple):
         return self._replace(seed=seed_tensors(self.seed), **tensors)
 
 
-class Plan(NamedTuple):
-    """What all updates of a weight have in common. betas, eps: of the rule.  scale: on the update."""
+class UpdateConstants(NamedTuple):
+    """What all updates of a weight have in common.
+
+    betas, eps: constants of the rule.
+    scale: factor on the update.
+    """
 
     projector: Projector
     rule: Rule
@@ -83,14 +87,14 @@ class Plan(NamedTuple):
     scale: float
 
 
-def update_weight(
+def write_update(
     R: Tensor,
     weight: Stored,
     moments: Sequence[Moment],
     *,
     bases: Mapping[str, Stored],
     step: StepValues,
-    plan: Plan,
+    constants: UpdateConstants,
     G: Tensor | None = None,
     last: Tensor | None = None,
     watch: AbstractContextManager | None = None,
@@ -107,22 +111,22 @@ def update_weight(
     """
     norm = torch.linalg.vector_norm(R)
     finite = norm.isfinite()
-    extra: dict[str, Any] = dict(norm=norm, bases=bases, step=step, plan=plan, G=G, last=last, watch=watch)
+    extra: dict[str, Any] = dict(norm=norm, bases=bases, step=step, constants=constants, G=G, last=last, watch=watch)
     if norm.device.type == "cpu" and not torch.compiler.is_compiling():
         if finite:
-            _write(R, weight, moments, **extra)
+            _write_finite(R, weight, moments, **extra)
         return norm
     # Asking a GPU would mean waiting for it. Compiled, the copies exist in name only.
     written = [tensor for kept in [*(m.stored for m in moments), weight] for tensor in kept.parts.values()]
     written += [last] if last is not None else []
     before = [tensor.clone() for tensor in written]
-    _write(R, weight, moments, **extra)
+    _write_finite(R, weight, moments, **extra)
     for tensor, old in zip(written, before, strict=True):
         tensor.copy_(torch.where(finite, tensor, old))
     return norm
 
 
-def _write(
+def _write_finite(
     R: Tensor,
     weight: Stored,
     moments: Sequence[Moment],
@@ -130,13 +134,13 @@ def _write(
     norm: Tensor,
     bases: Mapping[str, Stored],
     step: StepValues,
-    plan: Plan,
+    constants: UpdateConstants,
     G: Tensor | None,
     last: Tensor | None,
     watch: AbstractContextManager | None,
 ) -> None:
-    """update_weight of a gradient taken to be finite. norm: of R."""
-    projector, rule, lift, (beta1, beta2), eps, scale = plan
+    """write_update of a gradient taken to be finite. norm: of R."""
+    projector, rule, lift, (beta1, beta2), eps, scale = constants
     w, raw = weight.read(R.dtype), R
     if step.coupled_decay is not None:
         R = _add_(R.clone(), w, factor=step.coupled_decay)
@@ -144,14 +148,9 @@ def _write(
         R = R * (step.clip / (norm + 1e-6)).clamp(max=1)
     decays = dict(beta1=beta1, beta2=beta2 if step.beta2 is None else step.beta2)
     D = rule.direction(R, *moments, **decays, eps=eps, mass=step.mass, mass_sq=step.mass_sq)
-    back = dict(
-        projector=projector, bases=bases, last=last
-    )  # clipping scales G and R alike: the lift sees both as given
-    if watch is None:
-        U = lift.function(D, raw, G, **back)  # (m, n)
-    else:
-        with watch:
-            U = lift.function(D, raw, G, **back)
+    with nullcontext() if watch is None else watch:
+        # Clipping scales G and R alike: the lift sees both as they were.
+        U = lift.function(D, raw, G, Way(projector, bases, last))  # (m, n)
     if rule.finish is not None:
         U = rule.finish(U)
     if scale != 1:
@@ -166,6 +165,6 @@ def _add_(x: Tensor, y: Tensor, *, factor: float | Tensor) -> Tensor:
 
 
 def compiled_update() -> Callable[..., Tensor]:
-    """update_weight, compiled for each shape and plan when it first meets them."""
-    compiled = torch.compile(update_weight, dynamic=False, fullgraph=True)
+    """write_update, compiled for each shape and set of constants when it first meets them."""
+    compiled = torch.compile(write_update, dynamic=False, fullgraph=True)
     return torch._dynamo.config.patch(recompile_limit=MAX_COMPILES)(compiled)

@@ -14,7 +14,9 @@ from torch import Tensor
 class MasterWeights(torch.optim.Optimizer):
     """Steps `optimizer` on float32 copies of the parameters and copies the result back.
 
-    optimizer: a torch.optim class.  groups: its parameter groups, of lower-precision parameters.  options: its own.
+    optimizer: a torch.optim class.
+    groups: its parameter groups, of lower-precision parameters.
+    options: its keyword arguments.
     Learning rates and other settings are those of this object's param_groups.
     Memory: 4 bytes a parameter beside the moments, and the gradients of one update once more in float32.
     """

@@ -23,7 +23,11 @@ RESIDUALS = ("none", "fira")  # the lifts that a user chooses between
 
 
 class Range(NamedTuple):
-    """The values that an option may have. fits: whether a value is one.  words: how an error says it."""
+    """The values that an option may have.
+
+    fits: whether a value is one of them.
+    words: how an error says it.
+    """
 
     fits: Callable[[Any], bool]
     words: str
@@ -50,7 +54,7 @@ def one_of(*values: Any) -> Range:
 class Option:
     """What is known of an option besides its name, type and default.
 
-    help: its meaning, to be read after its unit.
+    help: its meaning.
     unit: what its value counts, or what it is.
     section: the heading that it stands under in a list of options.
     choices: the values of a word.
@@ -123,39 +127,42 @@ QUANTIZATION = "quantization"
 class ProjectionOptions:
     """How the gradients of a group of matrices are projected. In a group, `rank` decides whether they are at all."""
 
-    rank: int = option(128, "of each basis, or with --peft of each adapter; clamped to the shorter side of a matrix",
-        unit="COLUMNS", section=PROJECTION, range=at_least(1), needs=("rank",))
-    update_proj_gap: int = option(50, "between refreshes of a basis", unit="UPDATES", section=PROJECTION,
-        range=at_least(1), needs=("projected",))
-    scale: float = option(1.0, "on the update of the projected matrices", unit="FACTOR", section=PROJECTION,
+    rank: int = option(128, "columns of each basis, or rank of each adapter with --peft; at most the shorter side of "
+        "a matrix", unit="COLUMNS", section=PROJECTION, range=at_least(1), needs=("rank",))
+    update_proj_gap: int = option(50, "updates from one refresh of a basis to the next", unit="UPDATES",
+        section=PROJECTION, range=at_least(1), needs=("projected",))
+    scale: float = option(1.0, "factor on the update of the projected matrices", unit="FACTOR", section=PROJECTION,
         range=ABOVE_0, flag="galore_scale", needs=("scaled",))
-    proj_type: str = option("std", "side that is projected: the shorter (std), the longer, a fixed one or both; or, "
-        "of the shorter side, bases that learn by online PCA (continuous: by AdamW, else by the optimizer in the "
-        "name) or are drawn at random", section=PROJECTION, choices=PROJ_TYPES, needs=("projected",))
+    proj_type: str = option("std", "what is projected. std: the shorter side of a matrix; reverse_std: the longer; "
+        "left, right: that side; full: both. The shorter side also with continuous (the basis learns by online PCA "
+        "with AdamW, or with the optimizer in the name) and random (the basis is drawn)", section=PROJECTION,
+        choices=PROJ_TYPES, needs=("projected",))
     subspace: str = option("iterate", "how a basis is computed. iterate: warm orthogonal iteration; svd: exact "
-        "singular vectors, every time", section=PROJECTION, choices=tuple(METHODS), flag_choices=SUBSPACE_METHODS,
+        "singular vectors at every refresh", section=PROJECTION, choices=tuple(METHODS), flag_choices=SUBSPACE_METHODS,
         needs=("projected", "computed"))
-    moments_on_refresh: str = option("project", "the first moment is carried into the new basis, kept as it is (the "
-        "reference), or both are reset", section=PROJECTION, choices=MOMENT_POLICIES, needs=("projected", "refreshed"))
-    lift: str = option("none", "fira: what the projection leaves out of a gradient comes back into the update, "
-        "scaled as the rest of it; for AdamW", section=PROJECTION, choices=tuple(LIFTS), flag="residual",
-        flag_choices=RESIDUALS, needs=("projected",))
-    proj_lr: float | None = option(None, "step size of online PCA; follows the schedule of the learning rate",
+    moments_on_refresh: str = option("project", "what happens to the moments at a refresh. project: the first moment "
+        "is carried into the new basis; keep: both stay as they are (the reference); reset: both become zero",
+        section=PROJECTION, choices=MOMENT_POLICIES, needs=("projected", "refreshed"))
+    lift: str = option("none", "fira: add what the projection leaves out of the gradient to the update, scaled like "
+        "the rest; only for AdamW", section=PROJECTION, choices=tuple(LIFTS), flag="residual", flag_choices=RESIDUALS,
+        needs=("projected",))
+    proj_lr: float | None = option(None, "step size of online PCA; it follows the schedule of the learning rate",
         unit="RATE", section=PROJECTION, range=at_least(0), shown="1 / --update_proj_gap",
         needs=("projected", "learns"))
-    proj_reg: float = option(0.1, "on the distance of such bases from orthonormal ones, as in Online Subspace "
-        "Descent; its code has 0", unit="FACTOR", section=PROJECTION, range=at_least(0), needs=("projected", "learns"))
-    cos_threshold: float | None = option(None, "of successive bases, 0 to 1, from which on a basis counts as still "
-        "and its gap grows", unit="OVERLAP", section=PROJECTION, range=SHARE,
+    proj_reg: float = option(0.1, "weight of the distance of a learning basis from an orthonormal one; Online "
+        "Subspace Descent's paper has 0.1, its code 0", unit="FACTOR", section=PROJECTION, range=at_least(0),
+        needs=("projected", "learns"))
+    cos_threshold: float | None = option(None, "overlap of successive bases, from 0 to 1, at which a basis counts as "
+        "still and its gap grows", unit="OVERLAP", section=PROJECTION, range=SHARE,
         shown="0.6 for q_galore, else no gap ever grows", needs=("projected", "sided"))
-    gamma_proj: float = option(2.0, "by which the gap of a still basis grows", unit="FACTOR", section=PROJECTION,
-        range=at_least(1), needs=("projected", "sided", "lazy"))
-    queue_size: int = option(5, "whose mean overlap decides", unit="REFRESHES", section=PROJECTION, range=at_least(1),
-        needs=("projected", "sided", "lazy"))
-    proj_bits: int | None = option(None, "of the bases: 4 or 8", unit="BITS", section=QUANTIZATION, range=one_of(4, 8),
-        shown="4", needs=("projected", "packed"))
-    proj_group_size: int = option(256, "of a basis' row that share a scale, at most; -1: the whole row",
-        unit="ELEMENTS", section=QUANTIZATION, range=GROUP_SIZE, needs=("projected", "packed"))
+    gamma_proj: float = option(2.0, "factor by which the gap of a still basis grows", unit="FACTOR",
+        section=PROJECTION, range=at_least(1), needs=("projected", "sided", "lazy"))
+    queue_size: int = option(5, "refreshes whose mean overlap is compared with --cos_threshold", unit="REFRESHES",
+        section=PROJECTION, range=at_least(1), needs=("projected", "sided", "lazy"))
+    proj_bits: int | None = option(None, "bits of an element of a basis, 8 or 4", unit="BITS", section=QUANTIZATION,
+        range=one_of(4, 8), shown="4", needs=("projected", "packed"))
+    proj_group_size: int = option(256, "largest number of elements in a row of a basis that share a scale; -1: the "
+        "whole row", unit="ELEMENTS", section=QUANTIZATION, range=GROUP_SIZE, needs=("projected", "packed"))
 
 
 @dataclass(frozen=True)
@@ -163,13 +170,13 @@ class GroupOptions:
     """What a group of parameters of a LowRankOptimizer may set besides ProjectionOptions."""
 
     rule: str = option("adam", "how gradients become directions", choices=tuple(RULES))
-    state_bits: int = option(32, "of the moments: 8 or 32", range=one_of(8, 32))
-    decoupled: bool = option(True, "whether weight decay is; else it is added to the gradient")
-    clip: float = option(0.0, "maximum norm of each parameter's gradient, as projected; 0: no limit",
+    state_bits: int = option(32, "bits of the moments, 8 or 32", range=one_of(8, 32))
+    decoupled: bool = option(True, "whether weight decay is decoupled; if not, it is added to the gradient")
+    clip: float = option(0.0, "maximum norm of the gradient of each parameter, as projected; 0: no limit",
         range=at_least(0))
     lr: float = option(1e-3, "step size", range=at_least(0))
-    weight_decay: float = option(0.0, "see `decoupled`", range=at_least(0))
-    eps: float = option(1e-08, "added to Adam's divisor", range=at_least(0))
+    weight_decay: float = option(0.0, "weight decay, see `decoupled`", range=at_least(0))
+    eps: float = option(1e-8, "added to Adam's divisor", range=at_least(0))
 
 
 @dataclass(frozen=True)
@@ -177,20 +184,20 @@ class Settings(ProjectionOptions):
     """What a user chooses of an optimizer that `create_optimizer` builds by its name."""
 
     lr: float = option(1e-4, "peak learning rate", unit="RATE", section=OPTIMIZER, range=ABOVE_0)
-    matrix_lr_ratio: float = option(1.0, "that of the attention and MLP matrices over --lr; times --galore_scale "
-        "where they are projected", unit="RATIO", section=OPTIMIZER, range=ABOVE_0)
-    weight_decay: float = option(0.0, "decoupled; with adam and sgd added to the gradient", unit="RATE",
-        section=OPTIMIZER, range=at_least(0))
-    beta1: float | None = option(None, "decay of the first moment; sgd's momentum", unit="RATE", section=OPTIMIZER,
-        range=DECAY_RATE, shown="0.9; 0 for sgd", needs=("beta1",))
-    beta2: float | None = option(None, "decay of Adam's second moment, of Lion's momentum", unit="RATE",
+    matrix_lr_ratio: float = option(1.0, "learning rate of the attention and MLP matrices, divided by --lr; where "
+        "they are projected, --galore_scale multiplies it", unit="RATIO", section=OPTIMIZER, range=ABOVE_0)
+    weight_decay: float = option(0.0, "weight decay, decoupled from the gradient; adam, adam8bit and sgd add it to "
+        "the gradient", unit="RATE", section=OPTIMIZER, range=at_least(0))
+    beta1: float | None = option(None, "decay rate of the first moment; the momentum of sgd", unit="RATE",
+        section=OPTIMIZER, range=DECAY_RATE, shown="0.9; 0 for sgd", needs=("beta1",))
+    beta2: float | None = option(None, "decay rate of Adam's second moment and of Lion's momentum", unit="RATE",
         section=OPTIMIZER, range=DECAY_RATE, shown="0.999; 0.99 for lion", needs=("beta2",))
-    embedding_state_bits: int = option(8, "of the moments of embedding and head where the others have 8: 8 or 32",
-        unit="BITS", section=QUANTIZATION, range=one_of(8, 32), needs=("moments8",))
+    embedding_state_bits: int = option(8, "bits of the moments of embedding and head, 8 or 32, where all other "
+        "moments have 8", unit="BITS", section=QUANTIZATION, range=one_of(8, 32), needs=("moments8",))
     seed: int = 0
     compile: bool = False
-    log_details: bool = option(False, "record how much of a gradient a subspace misses, how far its basis has turned "
-        "and what it costs: of one matrix in an update, all in their turn", section=PROJECTION, needs=("projected",),
+    log_details: bool = option(False, "record how much of the gradient a subspace misses, how far its basis has "
+        "turned and what it costs, for one matrix per update in turn", section=PROJECTION, needs=("projected",),
         may_change=True)
 
 
@@ -234,6 +241,8 @@ def complete_group(group: Mapping[str, Any]) -> dict[str, Any]:
     if any(DECAY_RATE.fits(beta) is False for beta in group["betas"]):
         raise ValueError(f"betas = {group['betas']} is out of range: each {DECAY_RATE.words}")
     group.setdefault("peak_lr", group["lr"])  # what a schedule lowers is measured against it
+    if RULES[group["rule"]].matrices_only and any(p.ndim != 2 for p in group["params"]):
+        raise ValueError(f"a group with the rule {group['rule']} may hold matrices only")
     _check_projection(group)
     return group
 

@@ -10,7 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Outcome:
-    """norm: of all gradients, before clipping.  bad: the parameters whose gradients were not finite.
+    """What an update found.
+
+    norm: norm of all gradients together, before clipping.
+    bad: the parameters whose gradients were not finite.
 
     A whole-model update with a bad gradient is not done at all; in an update per layer, bad parameters stay as they
     were and the others have moved.

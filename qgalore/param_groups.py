@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -58,6 +59,27 @@ def split_parameters(
     if not groups:
         raise ValueError("the model has no trainable parameter")
     return groups
+
+
+def make_groups(model: nn.Module, *, rank: int, **options: Any) -> list[dict[str, Any]]:
+    """Groups of any module's trainable parameters for a LowRankOptimizer: matrices projected, then all the others.
+
+    Projected are the weights of linear layers whose sides are both larger than `rank`. The output layer is not: it is
+    what `model.get_output_embeddings()` names where there is such a method, else the last linear layer. Nor are weights
+    that an embedding shares.
+    rank: columns of each basis.
+    options: of the projected group, see options.ProjectionOptions.
+    """
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    named = getattr(model, "get_output_embeddings", lambda: None)()
+    kept = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    kept |= {id(layer.weight) for layer in ([named] if named is not None else linears[-1:])}
+    fits = {id(layer.weight) for layer in linears if min(layer.weight.shape) > rank} - kept
+    trained = [p for p in model.parameters() if p.requires_grad]
+    projected = [p for p in trained if id(p) in fits]
+    others = [p for p in trained if id(p) not in fits]
+    groups = [{"params": projected, "rank": rank, **options}, {"params": others}]
+    return [group for group in groups if group["params"]]
 
 
 def frozen_parameters(model: nn.Module) -> tuple[ParameterGroup, ...]:

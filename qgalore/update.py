@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from qgalore.clock import Clock
-from qgalore.kernel import Plan, StepValues, compiled_update, update_weight
+from qgalore.kernel import StepValues, UpdateConstants, compiled_update, write_update
 from qgalore.rules.lifts import LIFTS, Lift
 from qgalore.rules.moments import create_moments, follow_basis, open_moments
 from qgalore.rules.rules import RULES, Rule
@@ -42,7 +42,7 @@ class Engine:
 
     seed: of the stochastic rounding.
     sync: sums gradients over data-parallel ranks.
-    kernel: update_weight, as it is or compiled.
+    kernel: write_update, as it is or compiled.
     norms: of the gradients of this update, as projected, by parameter in the order of their updates.
     """
 
@@ -53,14 +53,14 @@ class Engine:
     norms: dict[Tensor, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.kernel = compiled_update() if self.compiled else update_weight
+        self.kernel = compiled_update() if self.compiled else write_update
 
 
 class ParameterUpdate:
     """The updates of one parameter; or of its basis, where that learns.
 
     p: the parameter, whose state holds everything that is kept.
-    group: its group of the optimizer: learning rate and other options, read anew in every update.
+    group: its group of the optimizer: learning rate and other options, read in every update.
     states: the optimizer's state, by parameter.
     index: of the parameter in the optimizer; its noise depends on it.
     learner: the update of the basis, where it learns.
@@ -157,9 +157,8 @@ class ParameterUpdate:
     def _follow(self, turn: Turn) -> None:
         policy, state = self.group["moments_on_refresh"], self.state
         seed = mix_seed(self.seed, self.steps, self.index, True)  # another one than in the update
-        follow_basis(
-            open_moments(state, self.kinds, dtype=self.projector.wide, seed=seed), self.kinds, turn, policy=policy
-        )
+        moments = open_moments(state, self.kinds, dtype=self.projector.wide, seed=seed)
+        follow_basis(moments, self.kinds, turn, policy=policy)
         if policy == "reset":
             self.clock.reset_mass(state)
 
@@ -182,6 +181,7 @@ class ParameterUpdate:
     def _run(self, R: Tensor, weight: Stored, *, G: Tensor | None = None) -> Tensor:
         """Counts the update and calls the kernel on the stored tensors. Returns the norm of R. ()"""
         state, group, clock, compiled = self.state, self.group, self.clock, self.engine.compiled
+        options = group["betas"], group["eps"], group["scale"]
         clock.begin(state)
         if not clock.counts_moments(state):
             bits = group["state_bits"]
@@ -197,7 +197,7 @@ class ParameterUpdate:
             open_moments(state, self.kinds, dtype=R.dtype, seed=seed, compiled=compiled, prefix=self.prefix),
             bases=self.projector.open(state),
             step=step.as_tensors(R.dtype) if compiled else step,
-            plan=Plan(self.projector, self.rule, self.lift, group["betas"], group["eps"], group["scale"]),
+            constants=UpdateConstants(self.projector, self.rule, self.lift, *options),
             G=G.to(self.p.dtype) if G is not None and needs_whole else None,
             last=state.setdefault(name, R.new_zeros(())) if name else None,
             watch=None if compiled else self.observer.lifting(),
@@ -233,7 +233,8 @@ class BasisUpdate(ParameterUpdate):
     def learn(self, G: Tensor, R: Tensor) -> None:
         """One step of online PCA, after the basis has been used. Its step size follows the learning rate's schedule.
 
-        G: (m, n), the whole gradient.  R: from project.
+        G: (m, n), the whole gradient.
+        R: what project made of it.
         """
         options, projector = self.of.group, self.of.projector
         basis, G = projector.open(self.state)[self.side], G.to(self.p.dtype)

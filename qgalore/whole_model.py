@@ -39,7 +39,10 @@ class WholeModelUpdates:
         """Does the update and frees the gradients; where one of them is not finite, on any rank, only the latter."""
         gradients = {p: p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None}
         self.sync.reduce_whole(gradients.values())
-        norms = {p: torch.linalg.vector_norm(G, dtype=torch.float32) for p, G in gradients.items()}
+        norms = {
+            p: torch.linalg.vector_norm(G, dtype=torch.promote_types(G.dtype, torch.float32))
+            for p, G in gradients.items()
+        }
         if self.sync.at_rank_size:  # whole gradients differ from rank to rank: only the optimizer sees the sums
             outcome = self._step_at_rank_size(norms)
         else:

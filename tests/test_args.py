@@ -2,9 +2,10 @@ import re
 
 import pytest
 from support.command_line import flags_refusal, parse
+from support.runs import ROOT
 
 from peft_pretraining.cli.args import parse_args, schedule_of
-from peft_pretraining.cli.flags import FLAGS, SECTIONS, parse_count
+from peft_pretraining.cli.flags import FLAGS, SECTIONS, parse_count, reference_page
 from peft_pretraining.errors import UserError
 
 # Every flag of the three reference scripts.
@@ -153,7 +154,7 @@ def test_quantization_is_completed_and_checked():
     assert parse("--optimizer", "q_galore_adamw8bit", "--cos_threshold", 0.4).cos_threshold == 0.4
     plain = parse("--optimizer", "galore_adamw")
     assert plain.proj_bits is None and plain.cos_threshold is None, "plain GaLore is never lazy unasked"
-    assert "must be 8" in flags_refusal("--weight_bits", 4)
+    assert "must be 4 or 8" in flags_refusal("--weight_bits", 6)
     assert "must be 4 or 8" in flags_refusal("--proj_bits", 3)
     assert "above 0, or -1" in flags_refusal("--weight_group_size", 0)
     assert "float32" in flags_refusal("--accumulation_dtype", "float16"), "not silently the model's"
@@ -180,3 +181,8 @@ def test_names_follow_from_the_rest():
 def test_resume_auto_needs_a_folder_to_look_into():
     assert "--resume auto needs --save_dir" in flags_refusal("--resume", "auto")
     assert parse("--resume", "auto", "--save_dir", "runs/x").resume == "auto"
+
+
+def test_the_page_of_all_flags_is_fresh():
+    """docs/flags.md is what `python -m peft_pretraining.cli.flags` prints."""
+    assert (ROOT / "docs" / "flags.md").read_text() == reference_page()

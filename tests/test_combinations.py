@@ -95,10 +95,12 @@ def test_four_micro_batches_are_one_update(rule, proj_type):
     assert largest_difference(ours, theirs) < 1e-8
 
 
-LOW_RANK = [name for name, recipe in OPTIMIZERS.items() if recipe.projected]
+LOW_RANK = [name for name, recipe in OPTIMIZERS.items() if recipe.projected and "proj_type" not in recipe.matrix]
+OTHERS = [name for name, recipe in OPTIMIZERS.items() if recipe.low_rank_engine and name not in LOW_RANK]
+COMBINATIONS = [*itertools.product(LOW_RANK, PROJ_TYPES), *((name, "std") for name in OTHERS)]
 
 
-@pytest.mark.parametrize("name, proj_type", list(itertools.product(LOW_RANK, PROJ_TYPES)))
+@pytest.mark.parametrize("name, proj_type", COMBINATIONS)
 def test_every_combination_moves_every_parameter(name, proj_type):
     """Five updates, INT4 bases where the name says so, wide enough for moments in 8 bits."""
     model = Model(width=64)
@@ -173,7 +175,10 @@ def test_a_rank_beyond_the_matrix_is_clamped_for_bases_that_learn_or_are_drawn()
         assert optimizer.state[p]["left"].shape == (6, 6) and p.abs().min() > 0
 
 
-@pytest.mark.parametrize("name, proj_type, residual", list(itertools.product(LOW_RANK, PROJ_TYPES, RESIDUALS)))
+@pytest.mark.parametrize(
+    "name, proj_type, residual",
+    [(*pair, residual) for pair in COMBINATIONS for residual in RESIDUALS if residual == "none" or pair[0] in LOW_RANK],
+)
 def test_every_combination_resumed_is_one_never_stopped(name, proj_type, residual, tmp_path):
     """To the last bit: bases packed, drawn or learning with their moments and their clock, and the limiter."""
     if residual != "none" and (OPTIMIZERS[name].rule != "adam" or proj_type == "full"):

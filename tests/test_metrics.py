@@ -5,7 +5,10 @@ import math
 
 import pytest
 from support.checkpoints import logged
+from support.command_line import flags_refusal
+from support.runs import losses
 
+import torchrun_main
 from peft_pretraining.training.metrics import BarSink, JsonlSink, LogSink, Record, WandbSink
 
 UPDATE = dict(loss=2.0, lr=0.01, grad_norm=1.0, tokens_seen=10, tokens_per_second=5.0, memory_bytes=7)
@@ -105,3 +108,14 @@ def test_a_bar_goes_on_where_the_run_does():
     sink.event("update", UPDATE | {"update": 7})
     assert sink._bar.n == (7 if sink.visible else 6)
     sink.close()
+
+
+def test_tensorboard_reads_the_curves(tiny, tmp_path, monkeypatch):
+    """As the user starts it; without the package, one line says so."""
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert torchrun_main.command_line(tiny.flags(tmp_path, tensorboard=True)) == 0
+    events = accumulators.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [point.value for point in events.Scalars("update/loss")] == pytest.approx(losses(tmp_path))
+    assert events.Scalars("eval/perplexity")[-1].step == 6
+    monkeypatch.setattr("peft_pretraining.cli.args.find_spec", lambda name: None)
+    assert "pip install tensorboard" in flags_refusal("--tensorboard")

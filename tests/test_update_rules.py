@@ -14,7 +14,7 @@ SHAPES = [(12, 20), (20, 12), (16,), (2, 3, 4)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ORACLES)  # tests/test_methods.py has the others
 def test_at_full_rank_it_is_the_papers(rule, shape):
     """Twenty updates, saved and loaded in the middle."""
     grads = [torch.randn(shape, dtype=torch.float64) for _ in range(20)]
@@ -68,13 +68,13 @@ def test_adafactor_survives_rows_and_columns_without_gradient():
     assert -p[1, 2].item() <= 3 * 0.1 * math.sqrt(24) * 1.001, "clipped: the root mean square of all is at most lr"
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [name for name, rule in RULES.items() if rule.moments(torch.Size((128, 160)))])
 def test_moments_in_8_bits_give_nearly_the_same_weights(rule):
     """Momentum rounds to 8 bits, factored second moments stay float32; directions agree but for rounding."""
-    grads = [torch.randn(64, 80) + 0.5 for _ in range(10)]
+    grads = [torch.randn(128, 160) + 0.5 for _ in range(10)]
     found = []
     for bits in (32, 8):
-        p = torch.nn.Parameter(torch.zeros(64, 80))
+        p = torch.nn.Parameter(torch.zeros(128, 160))
         optimizer = LowRankOptimizer([{"params": [p], "rule": rule, "state_bits": bits}], lr=0.01)
         for g in grads:
             p.grad = g.clone()

@@ -1,6 +1,7 @@
 """The command line, parsed, checked and completed. What needs neither data nor model is checked here."""
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from qgalore.subspace.projector import LEARNERS, SIDE_TYPES
 
 
 def parse_args(argv: list[str] | None = None, *, world_size: int = 1) -> argparse.Namespace:
-    """The arguments, checked and completed: gradient_accumulation, total_batch_size, num_training_steps, the schedule,
-    tokenizer and name are filled in; `ignored` has the given flags that have no effect, and why.
+    """The arguments, checked and completed.
 
-    argv: the command line without the program, None for sys.argv.  world_size: processes of this run.
+    Filled in are gradient_accumulation, total_batch_size, num_training_steps, the schedule, tokenizer and name;
+    `ignored` holds the given flags that have no effect, and why.
+    argv: the command line without the program; None for sys.argv.
+    world_size: processes of this run.
     Raises UserError for anything that cannot be meant.
     """
     parser = Parser(
@@ -45,6 +48,8 @@ def parse_args(argv: list[str] | None = None, *, world_size: int = 1) -> argpars
     _complete_length(args)
     if args.tokenizer is None:
         args.tokenizer = "pydocs" if args.dataset == "pydocs" else "t5-base"
+    if args.tensorboard and find_spec("tensorboard") is None:
+        raise UserError("--tensorboard needs a package that is not installed: pip install tensorboard.")
     if args.unset_wandb:
         args.wandb_mode = "disabled"
     if args.name is None:
@@ -94,7 +99,7 @@ def _complete_optimizer(args: argparse.Namespace, given: argparse.Namespace) -> 
     args.ignored = {f"--{name}": why for name, why in without_effect.items() if hasattr(given, name)}
     args.proj_bits = (args.proj_bits or 4) if args.proj_quant else None
     if args.cos_threshold is None:
-        args.cos_threshold = recipe.lazy
+        args.cos_threshold = recipe.lazy_threshold
 
 
 def _check_residual(args: argparse.Namespace) -> None:
@@ -181,7 +186,7 @@ def _conditions(args: argparse.Namespace, recipe: Recipe) -> dict[str, tuple[boo
         "refreshed": (not learns, proj_type),
         "computed": (args.proj_type != "random", proj_type),
         "packed": (args.proj_quant, "without --proj_quant"),
-        "lazy": (args.cos_threshold is not None or recipe.lazy is not None, "without --cos_threshold"),
+        "lazy": (args.cos_threshold is not None or recipe.lazy_threshold is not None, "without --cos_threshold"),
         "weight_quant": (args.weight_quant, "without --weight_quant"),
         "peft": (args.peft is not None, "without --peft"),
         "lora": (args.peft is None or lora, f"with --peft {args.peft}"),

@@ -53,114 +53,123 @@ SECTIONS = (MODEL, DATA, TRAINING, OPTIMIZER, PROJECTION, ADAPTERS, QUANTIZATION
 class RunOptions:
     """What a run may be told besides the Settings of its optimizer."""
 
-    preset: str | None = option(None, "a recipe of configs/presets, such as galore_60m: flags for everything that "
-        "the command line does not give", unit="NAME", section=MODEL, shown="none", may_change=True)
-    model_config: str | None = option(None, "shape of the model, such as configs/llama_60m.json", unit="JSON",
-        section=MODEL, may_change=True, required=True)
-    dtype: str | None = option(None, "of weights and activations: bfloat16 or float32", unit="TYPE", section=MODEL,
-        shown="bfloat16 where the device multiplies it natively")
-    activation_checkpointing: bool = option(False, "recompute activations in backward: less memory, more time",
-        section=MODEL, may_change=True)
-    use_hf_model: bool = option(False, "no effect: the model always is transformers' LLaMA", section=MODEL)
-    dataset: str = option("c4", "c4: streamed from the hub; pydocs: documentation of the installed Python packages, "
-        "nothing is downloaded; else a folder in C4's layout, a file or a quoted glob of .json.gz, .jsonl, .parquet "
-        "or .txt", unit="NAME|PATH", section=DATA, may_change=True)
-    validation: str | None = option(None, "validation data of its own", unit="PATH", section=DATA,
+    preset: str | None = option(None, "name of a recipe in configs/presets, such as galore_60m; it sets every flag "
+        "that the command line does not give", unit="NAME", section=MODEL, shown="none", may_change=True)
+    model_config: str | None = option(None, "file with the shape of the model, such as configs/llama_60m.json",
+        unit="JSON", section=MODEL, may_change=True, required=True)
+    dtype: str | None = option(None, "data type of weights and activations, bfloat16 or float32", unit="TYPE",
+        section=MODEL, shown="bfloat16 where the device multiplies it natively")
+    activation_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more "
+        "time", section=MODEL, may_change=True)
+    use_hf_model: bool = option(False, "accepted for the reference's scripts; it has no effect, because the model "
+        "always comes from transformers", section=MODEL)
+    dataset: str = option("c4", "training text. c4: streamed from the Hugging Face hub; pydocs: documentation of the "
+        "installed Python packages, without a download; a path: a folder in C4's layout, a file, or a quoted glob of "
+        ".json.gz, .jsonl, .parquet or .txt files", unit="NAME|PATH", section=DATA, may_change=True)
+    validation: str | None = option(None, "validation text, given like --dataset", unit="PATH", section=DATA,
         shown="the dataset's validation files, else one document in a hundred")
-    tokenizer: str | None = option(None, "a sentencepiece .model, a transformers tokenizer folder or a hub name",
-        unit="NAME|PATH", section=DATA, shown="t5-base; for pydocs its own")
-    max_length: int = option(256, "length of a sequence", unit="TOKENS", section=DATA, range=at_least(1))
-    packing: str = option("concat", "concat: documents joined by EOS, no padding, nothing thrown away; truncate: a "
-        "document a sequence, cut or padded, as in the reference", section=DATA, choices=("concat", "truncate"))
-    workers: int = option(1, "that read and tokenize, per rank; 0: the training process itself", unit="PROCESSES",
-        section=DATA, range=at_least(0), may_change=True)
-    batch_size: int | None = option(None, "per process and micro-batch", unit="SEQUENCES", section=TRAINING,
-        range=at_least(1), may_change=True, required=True)
-    gradient_accumulation: int | None = option(None, "per update and process", unit="MICRO-BATCHES", section=TRAINING,
-        range=at_least(1), shown="as --total_batch_size implies, else 1", may_change=True)
-    total_batch_size: int | None = option(None, "per update, over all processes", unit="SEQUENCES", section=TRAINING,
-        range=at_least(1), shown="batch_size x gradient_accumulation x processes")
-    num_training_steps: int = option(10_000, "to train for", unit="UPDATES", section=TRAINING, range=at_least(1))
-    max_train_tokens: int | None = option(None, "to train for, with K, M or B", unit="TOKENS", section=TRAINING,
-        range=at_least(1), parse=parse_count, shown="as many as --num_training_steps take", may_change=True)
-    grad_clipping: float = option(0.0, "largest global norm of the gradients; 0: no clipping", unit="NORM",
-        section=TRAINING, range=at_least(0))
-    seed: int = option(0, "of initial weights, order of the data, random bases and rounding", unit="INTEGER",
-        section=TRAINING, range=at_least(0))
-    num_threads: int | None = option(None, "per process on a CPU", unit="THREADS", section=TRAINING, range=at_least(1),
-        shown="cores / processes of this machine", may_change=True)
-    compile: bool = option(False, "compile the decoder layers and, with optimizers that are not torch's, the "
-        "updates: a minute or so at the start, faster from then on", section=TRAINING, may_change=True)
-    single_gpu: bool = option(False, "one process and no more: an error under several", section=TRAINING,
-        may_change=True)
+    tokenizer: str | None = option(None, "tokenizer: a sentencepiece .model file, a transformers folder, or a name "
+        "on the hub", unit="NAME|PATH", section=DATA, shown="t5-base; for pydocs its own")
+    max_length: int = option(256, "tokens in a sequence", unit="TOKENS", section=DATA, range=at_least(1))
+    packing: str = option("concat", "how documents become sequences. concat: joined by EOS tokens and cut, without "
+        "padding or loss; truncate: one document per sequence, cut or padded, as the reference does", section=DATA,
+        choices=("concat", "truncate"))
+    workers: int = option(1, "processes per rank that read and tokenize; 0: the training process does it",
+        unit="PROCESSES", section=DATA, range=at_least(0), may_change=True)
+    batch_size: int | None = option(None, "sequences in a micro-batch of one process", unit="SEQUENCES",
+        section=TRAINING, range=at_least(1), may_change=True, required=True)
+    gradient_accumulation: int | None = option(None, "micro-batches per update and process", unit="MICRO-BATCHES",
+        section=TRAINING, range=at_least(1), shown="as --total_batch_size implies, else 1", may_change=True)
+    total_batch_size: int | None = option(None, "sequences per update, over all processes", unit="SEQUENCES",
+        section=TRAINING, range=at_least(1), shown="batch_size x gradient_accumulation x processes")
+    num_training_steps: int = option(10_000, "updates in the whole run", unit="UPDATES", section=TRAINING,
+        range=at_least(1))
+    max_train_tokens: int | None = option(None, "tokens to train on, instead of --num_training_steps; K, M and B are "
+        "understood", unit="TOKENS", section=TRAINING, range=at_least(1), parse=parse_count,
+        shown="as many as --num_training_steps take", may_change=True)
+    grad_clipping: float = option(0.0, "maximum norm of the gradients: global, or per parameter with a per-layer "
+        "optimizer; 0: no clipping", unit="NORM", section=TRAINING, range=at_least(0))
+    seed: int = option(0, "decides the initial weights, the order of the data, random bases and stochastic rounding",
+        unit="INTEGER", section=TRAINING, range=at_least(0))
+    num_threads: int | None = option(None, "CPU threads per process", unit="THREADS", section=TRAINING,
+        range=at_least(1), shown="cores / processes of this machine", may_change=True)
+    compile: bool = option(False, "compile the decoder layers and the updates of our own optimizers: a minute or so "
+        "at the start, faster afterwards", section=TRAINING, may_change=True)
+    single_gpu: bool = option(False, "refuse to run as more than one process", section=TRAINING, may_change=True)
     optimizer: str = option("adamw", ", ".join(OPTIMIZERS), unit="NAME", section=OPTIMIZER)
-    scheduler: str | None = option(None, "of the learning rate, after the warm-up", section=OPTIMIZER,
-        choices=("linear", "cosine", "cosine_restarts"), shown="cosine; for --peft relora cosine_restarts")
-    warmup_steps: int | None = option(None, "of linear warm-up", unit="UPDATES", section=OPTIMIZER, range=at_least(0),
-        shown="a tenth of the run, at most 1000")
-    min_lr_ratio: float = option(0.1, "last learning rate over the peak", unit="RATIO", section=OPTIMIZER)
-    cycle_length: int | None = option(None, "between restarts; cosine_restarts needs it", unit="UPDATES",
-        section=OPTIMIZER, range=at_least(1), shown="none; for --peft relora --reset_every")
-    restart_warmup_steps: int | None = option(None, "of warm-up after each restart", unit="UPDATES", section=OPTIMIZER,
-        range=at_least(0), shown="0; for --peft relora a tenth of a cycle, at most 100")
+    scheduler: str | None = option(None, "shape of the learning rate after the warm-up", section=OPTIMIZER,
+        choices=("linear", "cosine", "cosine_restarts"), shown="cosine; cosine_restarts for --peft relora")
+    warmup_steps: int | None = option(None, "updates over which the learning rate climbs to its peak", unit="UPDATES",
+        section=OPTIMIZER, range=at_least(0), shown="a tenth of the run, at most 1000")
+    min_lr_ratio: float = option(0.1, "last learning rate, divided by the peak", unit="RATIO", section=OPTIMIZER)
+    cycle_length: int | None = option(None, "updates from one restart of the learning rate to the next; --scheduler "
+        "cosine_restarts needs it", unit="UPDATES", section=OPTIMIZER, range=at_least(1),
+        shown="none; --reset_every for --peft relora")
+    restart_warmup_steps: int | None = option(None, "updates over which the learning rate climbs after a restart",
+        unit="UPDATES", section=OPTIMIZER, range=at_least(0),
+        shown="0; for --peft relora a tenth of a cycle, at most 100")
 
-    peft: str | None = option(None, "what takes the place of the attention and MLP matrices; embeddings, norms and "
-        "head train in full. lora: frozen initial weights plus a product of --rank; relora: the same, merged and "
-        "restarted every --reset_every; low_rank: the product alone", section=ADAPTERS, choices=KINDS, shown="none")
-    peft_alpha: int = option(32, "over the rank, on the product of lora and relora", unit="FACTOR", section=ADAPTERS,
-        range=at_least(1), needs=("peft", "lora"))
-    reset_every: int | None = option(None, "between resets; --peft relora needs it. In its paper, 5000 of 20,000",
-        unit="UPDATES", section=ADAPTERS, range=at_least(2), shown="none", needs=("peft",))
-    weight_quant: bool = option(False, "keep the attention and MLP weights in INT8, with no other copy",
+    peft: str | None = option(None, "what replaces the attention and MLP matrices; embeddings, norms and head train "
+        "in full. lora: frozen initial weights plus a product of rank --rank; relora: the same, merged and restarted "
+        "every --reset_every; low_rank: the product alone", section=ADAPTERS, choices=KINDS, shown="none")
+    peft_alpha: int = option(32, "factor on the product of lora and relora, divided by --rank", unit="FACTOR",
+        section=ADAPTERS, range=at_least(1), needs=("peft", "lora"))
+    reset_every: int | None = option(None, "updates from one reset of relora to the next; its paper has 5000 in a "
+        "run of 20,000", unit="UPDATES", section=ADAPTERS, range=at_least(2), shown="none", needs=("peft",))
+    weight_quant: bool = option(False, "keep the attention and MLP weights in --weight_bits, without another copy",
         section=QUANTIZATION)
-    weight_bits: int = option(8, "of these weights: 8", unit="BITS", section=QUANTIZATION, range=one_of(8),
-        needs=("weight_quant",))
-    weight_group_size: int = option(256, "of a row that share a scale, at most; -1: the whole row", unit="ELEMENTS",
-        section=QUANTIZATION, range=GROUP_SIZE, needs=("weight_quant",))
-    stochastic_round: bool = option(False, "round them stochastically, so that small updates count on average",
-        section=QUANTIZATION, needs=("weight_quant",))
-    simulation: bool = option(False, "keep float32 weights of just the values that INT8 would have",
+    weight_bits: int = option(8, "bits of a quantized weight, 8 or 4", unit="BITS", section=QUANTIZATION,
+        range=one_of(4, 8), needs=("weight_quant",))
+    weight_group_size: int = option(256, "largest number of elements in a row of a weight that share a scale; -1: "
+        "the whole row", unit="ELEMENTS", section=QUANTIZATION, range=GROUP_SIZE, needs=("weight_quant",))
+    stochastic_round: bool = option(False, "round quantized weights stochastically, so that small updates count on "
+        "average", section=QUANTIZATION, needs=("weight_quant",))
+    simulation: bool = option(False, "keep, as float32, exactly the values that quantized weights would have",
         section=QUANTIZATION, needs=("weight_quant",))
     proj_quant: bool = option(False, "keep the bases in --proj_bits", section=QUANTIZATION, needs=("projected",))
-    accumulation_dtype: str | None = option(None, "of the sums over micro-batches", unit="TYPE", section=QUANTIZATION,
-        choices=("bfloat16", "float32"), shown="the model's")
-    save_every: int = option(10_000, "between checkpoints; one always ends the run", unit="UPDATES",
-        section=CHECKPOINTS, range=at_least(1), may_change=True)
-    keep_last: int = option(3, "older ones are deleted; 0: none is", unit="CHECKPOINTS", section=CHECKPOINTS,
-        range=at_least(0), may_change=True)
-    keep_every: int = option(0, "whose multiples' checkpoints are never deleted; 0: none", unit="UPDATES",
+    accumulation_dtype: str | None = option(None, "data type of the sums over micro-batches", unit="TYPE",
+        section=QUANTIZATION, choices=("bfloat16", "float32"), shown="the model's")
+    save_every: int = option(10_000, "updates from one checkpoint to the next; every run ends with one",
+        unit="UPDATES", section=CHECKPOINTS, range=at_least(1), may_change=True)
+    keep_last: int = option(3, "checkpoints that stay; older ones are deleted; 0: all stay", unit="CHECKPOINTS",
         section=CHECKPOINTS, range=at_least(0), may_change=True)
-    continue_from: str | None = option(None, "a checkpoint, a run's folder (its newest complete checkpoint), or a "
-        "transformers folder, whose weights a new run begins with", unit="DIR", section=CHECKPOINTS, shown="a new run",
-        may_change=True)
+    keep_every: int = option(0, "checkpoints after a multiple of this many updates are never deleted; 0: no exception",
+        unit="UPDATES", section=CHECKPOINTS, range=at_least(0), may_change=True)
+    continue_from: str | None = option(None, "go on from a checkpoint, or from the newest complete one in the folder "
+        "of a run; or begin a new run with the weights in a transformers folder", unit="DIR", section=CHECKPOINTS,
+        shown="a new run", may_change=True)
     resume: str | None = option(None, "auto: go on from the newest sound checkpoint in --save_dir, if there is one",
-        section=CHECKPOINTS, choices=("auto",), shown="begin anew", may_change=True)
-    allow_changed: str | None = option(None, "flags that may differ from those of the run that goes on", unit="A,B",
-        section=CHECKPOINTS, shown="none that alters training", may_change=True)
-    eval_only: bool = option(False, "evaluate what --continue_from names, say so, and stop; other flags are taken "
-        "from its run", section=CHECKPOINTS, may_change=True)
-    max_bad_updates: int = option(10, "in a row with a loss or gradient that is not finite: each is skipped, and "
-        "after so many the run stops", unit="UPDATES", section=CHECKPOINTS, range=at_least(1), may_change=True)
-    max_bad_documents: int = option(100, "that cannot be read and are skipped, with K, M or B: at one more the run "
-        "stops", unit="DOCUMENTS", section=CHECKPOINTS, range=at_least(0), parse=parse_count, may_change=True)
-    spike_rollback: float = option(0.0, "above the median of recent losses from which on an update is undone: the "
-        "run goes back to its last checkpoint and on with other data; 0: never", unit="DEVIATIONS",
-        section=CHECKPOINTS, range=at_least(0), may_change=True)
-    save_dir: str | None = option(None, "for metrics.jsonl and models", unit="DIR", section=RECORD,
-        shown="checkpoints/CONFIG-DATE", may_change=True)
-    eval_every: int = option(5000, "between evaluations; one always ends the run", unit="UPDATES", section=RECORD,
-        range=at_least(1), may_change=True)
-    eval_tokens: int = option(10_000_000, "of validation, with K, M or B; always the same ones", unit="TOKENS",
-        section=RECORD, range=at_least(1), parse=parse_count, may_change=True)
-    wandb_mode: str = option("online", "online falls back to offline where there is no account", section=RECORD,
-        choices=("online", "offline", "disabled"), may_change=True)
+        section=CHECKPOINTS, choices=("auto",), shown="a new run", may_change=True)
+    allow_changed: str | None = option(None, "flags, separated by commas, that may differ from those of the run that "
+        "goes on", unit="A,B", section=CHECKPOINTS, shown="none that alters training", may_change=True)
+    eval_only: bool = option(False, "evaluate what --continue_from names, print the result, and stop; other flags "
+        "are taken from its run", section=CHECKPOINTS, may_change=True)
+    max_bad_updates: int = option(10, "updates in a row whose loss or gradient may be not finite: each is skipped, "
+        "and at this many the run stops", unit="UPDATES", section=CHECKPOINTS, range=at_least(1), may_change=True)
+    max_bad_documents: int = option(100, "documents that may be unreadable: each is skipped, and at one more the run "
+        "stops; K, M and B are understood", unit="DOCUMENTS", section=CHECKPOINTS, range=at_least(0),
+        parse=parse_count, may_change=True)
+    spike_rollback: float = option(0.0, "robust standard deviations above the median of recent losses at which a "
+        "loss counts as a spike: the run goes back to its last checkpoint and on with other data; 0: never",
+        unit="DEVIATIONS", section=CHECKPOINTS, range=at_least(0), may_change=True)
+    save_dir: str | None = option(None, "folder for the record, the checkpoints and the model", unit="DIR",
+        section=RECORD, shown="checkpoints/CONFIG-DATE", may_change=True)
+    eval_every: int = option(5000, "updates from one evaluation to the next; every run ends with one", unit="UPDATES",
+        section=RECORD, range=at_least(1), may_change=True)
+    eval_tokens: int = option(10_000_000, "validation tokens to evaluate on, the same ones every time; K, M and B "
+        "are understood", unit="TOKENS", section=RECORD, range=at_least(1), parse=parse_count, may_change=True)
+    wandb_mode: str = option("online", "whether wandb records the run; online becomes offline where there is no "
+        "account", section=RECORD, choices=("online", "offline", "disabled"), may_change=True)
+    tensorboard: bool = option(False, "also write curves for TensorBoard, to SAVE_DIR/tensorboard", section=RECORD,
+        may_change=True)
     unset_wandb: bool = option(False, "the reference's name for --wandb_mode disabled", section=RECORD,
         may_change=True)
-    project: str = option("qgalore", "wandb project", unit="NAME", section=RECORD, may_change=True)
-    name: str | None = option(None, "of the run in wandb", unit="NAME", section=RECORD,
+    project: str = option("qgalore", "project of the run in wandb", unit="NAME", section=RECORD, may_change=True)
+    name: str | None = option(None, "name of the run in wandb", unit="NAME", section=RECORD,
         shown="CONFIG-OPTIMIZER, and -PEFT with --peft", may_change=True)
-    tags: str | None = option(None, "for wandb", unit="A,B", section=RECORD, shown="none", may_change=True)
-    dry_run: bool = option(False, "check the arguments, say who is trained how, and stop", section=RECORD,
+    tags: str | None = option(None, "tags of the run in wandb, separated by commas", unit="A,B", section=RECORD,
+        shown="none", may_change=True)
+    dry_run: bool = option(False, "check every argument and file, print who is trained how, and stop", section=RECORD,
         may_change=True)
 
 # fmt: on

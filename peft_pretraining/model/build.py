@@ -124,6 +124,7 @@ def weight_quantizer(args: argparse.Namespace, *, groups: Sequence[ParameterGrou
         if f"{name}.weight" in chosen:
             quantize_module_weight(
                 module,
+                bits=args.weight_bits,
                 group_size=args.weight_group_size,
                 stochastic=args.stochastic_round,
                 simulation=args.simulation,

@@ -9,7 +9,14 @@ from operator import attrgetter
 from typing import Any
 
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,11 @@ SHAPE = tuple(
 # By model_type, as transformers and config.json name it.
 FAMILIES: dict[str, Family] = {
     "llama": Family(config=LlamaConfig, model=LlamaForCausalLM, own_shape=("mlp_bias",)),
+    "qwen3": Family(
+        config=Qwen3Config,
+        model=Qwen3ForCausalLM,
+        own_shape=("use_sliding_window", "sliding_window", "max_window_layers"),
+    ),
 }
 DEFAULT = "llama"  # the model_type of a file that names none
 

@@ -111,6 +111,21 @@ class WandbSink(Sink):
         self._run.finish()
 
 
+class TensorBoardSink(Sink):
+    """Curves of updates and evaluations, for `tensorboard --logdir FOLDER`."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder))
+        self.close = self._writer.close
+
+    def event(self, name: str, fields: dict[str, Any]) -> None:
+        """See Sink."""
+        for key, value in fields.items() if name in ("update", "eval") else ():
+            self._writer.add_scalar(f"{name}/{key}", value, fields["update"])
+
+
 class BarSink(Sink):
     """A progress bar over the `total` updates of the run, if there is a terminal to draw it on."""
 
@@ -168,9 +183,10 @@ def open_record(args: argparse.Namespace, *, save_dir: Path, wandb_id: str | Non
     wandb = _open_wandb(args, save_dir=save_dir, wandb_id=wandb_id)
     bar = BarSink(total=args.num_training_steps)
     log = LogSink(total=args.num_training_steps, updates=not bar.visible)
+    boards = [TensorBoardSink(save_dir / "tensorboard")] if args.tensorboard else []
     if wandb is None:
-        return Record(lines, bar, log, wandb_id=wandb_id)
-    return Record(lines, WandbSink(wandb), bar, log, wandb_id=wandb.id)
+        return Record(lines, *boards, bar, log, wandb_id=wandb_id)
+    return Record(lines, *boards, WandbSink(wandb), bar, log, wandb_id=wandb.id)
 
 
 def finite(value: Any) -> Any:

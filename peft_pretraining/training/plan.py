@@ -108,7 +108,7 @@ def describe_groups(model: nn.Module, args: argparse.Namespace) -> list[dict[str
     rows = []
     for group in split_parameters(model):
         unprojected = matrices if group.kind == "matrix" else "full rank"
-        weights = "INT8 weights, " if args.weight_quant and group.kind == "matrix" else ""
+        weights = f"INT{args.weight_bits} weights, " if args.weight_quant and group.kind == "matrix" else ""
         rows.append((group, weights + recipe.describe(group, settings, unprojected=unprojected)))
     rows += [(group, "nothing: W0 of the adapters") for group in frozen_parameters(model)]
     return [

@@ -10,8 +10,10 @@ Every rule takes the same keywords, so that whoever calls it need not know which
                     t, unless a reset has taken them away. Dividing by them is Adam's bias correction.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,9 +30,12 @@ ADAFACTOR_EPS = 1e-30  # added to squares, so that rows and columns of zeros div
 class Rule:
     """One entry of the table.
 
-    direction: (gradient, *moments, **keywords) -> direction, see above.  moments: what it keeps for a gradient of a
-    shape, in the order that `direction` takes them.  betas: their usual decay rates.  decay: the second moment's at
-    update t, where it is not beta2.  finish: what becomes of the direction once it is back in the full space.
+    direction: (gradient, *moments, **keywords) -> direction, see above.
+    moments: what it keeps for a gradient of a shape, in the order in which `direction` takes them.
+    betas: their usual decay rates.
+    decay: the second moment's decay rate at update t, where it is not beta2.
+    finish: what becomes of the direction once it is back in the full space.
+    matrices_only: whether it makes no sense for a vector.
     """
 
     direction: Callable[..., Tensor]
@@ -38,6 +43,7 @@ class Rule:
     betas: tuple[float, float] = (0.9, 0.999)
     decay: Callable[[int], float] | None = None
     finish: Callable[[Tensor], Tensor] | None = None
+    matrices_only: bool = False
 
 
 def adam_direction(
@@ -45,8 +51,9 @@ def adam_direction(
 ) -> Tensor:
     """Adam's direction for a (low-rank) gradient.
 
-    R: gradient, any shape, float32 or float64.  M, V: its first and second moment, same shape, updated in place.
-    Returns the direction, R's shape and dtype.  Source: Kingma and Ba 2015, algorithm 1.
+    R: gradient, any shape, float32 or float64.
+    M, V: its first and second moment, same shape, updated in place.
+    Returns the direction, R's shape and dtype. Source: Kingma and Ba 2015, algorithm 1.
     """
     m = M.read().lerp_(R, 1 - beta1)
     v = V.read().mul_(beta2).addcmul_(R, R, value=1 - beta2)
@@ -58,7 +65,8 @@ def adam_direction(
 def lion_direction(R: Tensor, M: Moment, *, beta1: float, beta2: float, **unused: Any) -> Tensor:
     """Lion's direction before its sign, which is taken in the full space: see RULES.
 
-    R: gradient, any shape.  M: its momentum, same shape, updated in place: interpolated with beta1, kept with beta2.
+    R: gradient, any shape.
+    M: its momentum, same shape, updated in place: interpolated with beta1, kept with beta2.
     Source: Chen et al. 2023, arXiv 2302.06675, algorithm 2; the sign as in Liang et al. 2024, arXiv 2408.12857.
     """
     m = M.read()
@@ -71,8 +79,10 @@ def adafactor_direction(R: Tensor, M: Moment, *V: Moment, beta1: float, beta2: N
                         **unused: Any) -> Tensor:  # fmt: skip
     """Adafactor's direction, without its relative step size: the learning rate is given.
 
-    R: gradient.  V: the mean squares of its rows (m,) and of its columns (n,), where it is a matrix (m, n), else one
-    second moment of its shape.  M: the average of the directions, clipped to a root mean square of 1; same shape as R.
+    R: gradient.
+    M: the average of the directions, clipped to a root mean square of 1; same shape as R.
+    V: the mean squares of its rows (m,) and of its columns (n,), where it is a matrix (m, n); else one second moment of
+        its shape.
     Source: Shazeer and Stern 2018, arXiv 1804.04235, algorithms 4 and 5. The paper has no first moment; GaLore averages
     the clipped directions with beta1, and so does this, corrected for its bias as Adam's is.
     """
@@ -99,6 +109,69 @@ def sgd_direction(R: Tensor, M: Moment, *, beta1: float, **unused: Any) -> Tenso
     return m.clone()
 
 
+def muon_direction(R: Tensor, M: Moment, *, beta1: float, **unused: Any) -> Tensor:
+    """Muon's direction: the momentum with its singular values made one, as far as five Newton-Schulz steps go.
+
+    R: gradient (m, n). M: its momentum, updated in place; Nesterov's look-ahead goes in.
+    Returns 0.2 sqrt(max(m, n)) O, whose elements have the size that Adam's have.
+    Source: Jordan et al. 2024 (kellerjordan.github.io/posts/muon); the factor of Liu et al. 2025, arXiv 2502.16982.
+    """
+    m = M.read().mul_(beta1).add_(R)
+    M.write(m)
+    return orthogonalize(R + beta1 * m).mul_(0.2 * max(R.shape) ** 0.5)
+
+
+def orthogonalize(X: Tensor, *, steps: int = 5) -> Tensor:
+    """Nearly U V^T of X = U S V^T, by the quintic iteration of Jordan et al. 2024. (m, n) -> (m, n)"""
+    if X.shape[0] > X.shape[1]:
+        return orthogonalize(X.mT, steps=steps).mT
+    X = X / (torch.linalg.matrix_norm(X) + 1e-7)
+    for _ in range(steps):
+        A = X @ X.mT
+        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+    return X
+
+
+def normalized_direction(R: Tensor, *M: Moment, beta1: float, dim: int = 1, **unused: Any) -> Tensor:
+    """The gradient (m, n), or its momentum M where there is one, with the root mean square of each output made one.
+
+    dim: the dimension of the inputs, 0 for an embedding (vocabulary, hidden), 1 for a linear layer (out, in).
+    Source: Glentis et al. 2025, "SCALE", arXiv 2506.16659, algorithm 1, whose matrices are (in, out).
+    """
+    for moment in M:
+        R = moment.read().lerp_(R, 1 - beta1)
+        moment.write(R)
+    return R / R.square().mean(dim, keepdim=True).sqrt_().clamp_min_(1e-8)
+
+
+def foam_direction(
+    R: Tensor, M: Moment, V: Moment, *, beta1: float, beta2: float, eps: float, mass: Number, mass_sq: Number
+) -> Tensor:
+    """FOAM's direction: Adam's moments of block means, and what the means leave out put back.
+
+        (m^ E + R) / (sqrt(v^ E + R^2) + eps)      R = G - g E, g the block means of G, v of G^2; E repeats
+
+    R: the gradient G above, (m, n), float32 or float64.
+    M, V: moments (m, n / f) of its blocks of f along the rows, updated in place; see _blocks.
+    Source: "FOAM", arXiv 2512.07112, algorithm 1.
+    """
+    f = R.shape[1] // M.stored.shape[1]
+    blocks = R.unflatten(1, (-1, f))  # (m, n / f, f)
+    mean = blocks.mean(-1)
+    m = M.read().lerp_(mean, 1 - beta1)
+    v = V.read().mul_(beta2).add_(blocks.square().mean(-1), alpha=1 - beta2)
+    M.write(m)
+    V.write(v)
+    rest = blocks - mean.unsqueeze(-1)
+    spread = ((v / mass_sq).unsqueeze(-1) + rest.square()).sqrt_().add_(eps)
+    return ((m / mass).unsqueeze(-1) + rest).div_(spread).flatten(1)
+
+
+def _blocks(shape: torch.Size) -> tuple[MomentKind, ...]:
+    """Moments of blocks of four elements, or of two or one where a row has no more factors of two."""
+    return _first_and_second(torch.Size((shape[0], shape[1] // math.gcd(shape[1], 4))))
+
+
 def _first(shape: torch.Size) -> tuple[MomentKind, ...]:
     return (MomentKind("exp_avg", True, shape),)
 
@@ -121,5 +194,10 @@ RULES = {
     "adam": Rule(adam_direction, _first_and_second),
     "lion": Rule(lion_direction, _first, betas=(0.9, 0.99), finish=torch.sign),
     "adafactor": Rule(adafactor_direction, _first_and_factors, decay=lambda t: 1 - t**-0.8),
+    "muon": Rule(muon_direction, _first, betas=(0.95, 0.0), matrices_only=True),
+    "scale": Rule(normalized_direction, lambda shape: (), matrices_only=True),
+    "scale_embedding": Rule(partial(normalized_direction, dim=0), lambda shape: (), matrices_only=True),
+    "scale_head": Rule(normalized_direction, _first, matrices_only=True),
+    "foam": Rule(foam_direction, _blocks, betas=(0.9, 0.95), matrices_only=True),
     "sgd": Rule(sgd_direction, _first),
 }

@@ -8,6 +8,7 @@ the basis, float32 or float64.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,8 @@ def randomized_basis(G: Tensor, *, rank: int, seed: int, oversampling: int = 8, 
     """Nearly the `rank` leading left singular vectors of G, without a starting point. (m, n) -> (m, rank).
 
     A randomized range finder with power iterations, then Rayleigh-Ritz, which orders the columns by strength.
-    Source: Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.3.  seed: 64 bits, decides the random start.
+    seed: 64 bits, decides the random start.
+    Source: Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.3.
     """
     dtype = torch.promote_types(G.dtype, torch.float32)
     width = min(rank + oversampling, *G.shape)
@@ -98,19 +100,22 @@ def gaussian_matrix(rows: int, columns: int, *, seed: int, like: Tensor) -> Tens
 class BasisMethod:
     """One way to compute a basis at a refresh.
 
+    title: what the log calls it.
     compute: (G, old, *, rank, share, seed, draw) -> basis (m, r), where
         G: (m, n), the whole gradient.
         old: (m, r), the basis so far; None at the first refresh.
         share: how far to turn from the old basis, in (0, 1]; see RefreshSchedule.share.
-        seed: 64 bits, the same at every refresh of this parameter.  draw: 64 bits, new at each refresh.
+        seed: 64 bits, the same at every refresh of this parameter.
+        draw: 64 bits, new at each refresh.
     sees_gradient: whether G's values matter; if not, any tensor of G's shape will do.
     """
 
+    title: str
     compute: Callable[..., Tensor]
     sees_gradient: bool = True
 
 
-def iterated(G: Tensor, old: Tensor | None, *, rank: int, share: float, seed: int, draw: int) -> Tensor:
+def iterated(G: Tensor, old: Tensor | None, *, rank: int, share: float, seed: int, **unused: Any) -> Tensor:
     """A randomized start, then one warm orthogonal iteration a refresh."""
     if old is None:
         return randomized_basis(G, rank=rank, seed=seed)
@@ -118,7 +123,7 @@ def iterated(G: Tensor, old: Tensor | None, *, rank: int, share: float, seed: in
     return turn_towards(basis, basis=old, share=share) if share < 1 else basis
 
 
-def exact(G: Tensor, old: Tensor | None, *, rank: int, share: float, seed: int, draw: int) -> Tensor:
+def exact(G: Tensor, old: Tensor | None, *, rank: int, share: float, **unused: Any) -> Tensor:
     """The leading singular vectors, exactly, at every refresh."""
     basis = exact_basis(G, rank=rank)
     if old is None or share == 1:
@@ -126,13 +131,19 @@ def exact(G: Tensor, old: Tensor | None, *, rank: int, share: float, seed: int, 
     return turn_towards(align(basis, basis=old), basis=old, share=share)
 
 
-def random_orthonormal(G: Tensor, old: Tensor | None, *, rank: int, share: float, seed: int, draw: int) -> Tensor:
-    """An orthonormal basis drawn anew at each refresh."""
+def random_orthonormal(G: Tensor, old: Tensor | None, *, rank: int, draw: int, **unused: Any) -> Tensor:
+    """An orthonormal basis, drawn at each refresh."""
     return orthonormalize(gaussian_matrix(G.shape[0], rank, seed=draw, like=G))
 
 
+def gaussian(G: Tensor, old: Tensor | None, *, rank: int, draw: int, **unused: Any) -> Tensor:
+    """A sketch with independent entries of variance 1 / r, drawn at each refresh: it keeps norms on average."""
+    return gaussian_matrix(G.shape[0], rank, seed=draw, like=G).div_(rank**0.5)
+
+
 METHODS = {
-    "iterate": BasisMethod(iterated),
-    "svd": BasisMethod(exact),
-    "random": BasisMethod(random_orthonormal, sees_gradient=False),
+    "iterate": BasisMethod("orthogonal iteration", iterated),
+    "svd": BasisMethod("exact SVD", exact),
+    "gaussian": BasisMethod("random sketches", gaussian, sees_gradient=False),
+    "random": BasisMethod("random bases", random_orthonormal, sees_gradient=False),
 }

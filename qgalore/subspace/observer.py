@@ -32,7 +32,7 @@ class Observer:
         return nullcontext()
 
     def projected(self, G: Tensor, R: Tensor, bases: Mapping[str, Stored], *, projector: Projector) -> None:
-        """After a projection. G: (m, n).  R: P^T G Q."""
+        """After a projection of G (m, n) to R = P^T G Q."""
 
     def lifting(self) -> AbstractContextManager | None:
         """To be put around the way back, in eager code; None where nobody wants to know."""

@@ -15,8 +15,10 @@ SMALLEST_NORM = 1e-18  # of G: below, its square is no float32; such a gradient 
 def pca_gradient(G: Tensor, R: Tensor, P: Tensor, *, reg: float) -> Tensor:
     """The gradient of the loss above with respect to P, in P's dtype. (n, r)
 
-    G: (m, n), any floating dtype.  R: G @ P, (m, r), float32 or wider.  P: (n, r), R's dtype.  For a basis of the left
-    side pass G.mT and R.mT.  Not finite where the norm of G is not.
+    G: (m, n), any floating dtype.
+    R: G @ P, (m, r), float32 or wider.
+    P: (n, r), R's dtype.
+    For a basis of the left side pass G.mT and R.mT. The result is not finite where the norm of G is not.
 
     With R^ = G^ P and S = G^^T R^ it is -2 [2 S - S (P^T P) - P (R^^T R^)] + 4 reg P (P^T P - I): one product with G,
     two of (n, r) by (r, r), and nothing of G's size, where autograd would build the (n, n) projector and the (m, n)

@@ -30,9 +30,10 @@ from qgalore.subspace.projector import Projector
 def reconstruction_error(G: Tensor, R: Tensor, *, left: Tensor | None = None, right: Tensor | None = None) -> Tensor:
     """||G - P R Q^T||_F / ||G||_F. () float64; NaN where G is zero or not finite.
 
-    G: (m, n), any floating dtype.  R: P^T G Q, float32 or wider.  left, right: P^T P and Q^T Q, (r, r), R's dtype; None
-    where that side is not projected.  From float32 the square is right to 1e-6: so is the error itself where it is not
-    small, and one below 1e-3 means 0.
+    G: (m, n), any floating dtype.
+    R: P^T G Q, float32 or wider.
+    left, right: P^T P and Q^T Q, (r, r), R's dtype; None where that side is not projected.
+    From float32 the square is right to 1e-6: so is the error itself where it is not small; one below 1e-3 means 0.
     """
     rows = torch.linalg.vector_norm(G, dim=1, dtype=R.dtype)  # a float32 sum over the whole of G would lose digits
     norm = torch.linalg.vector_norm(rows, dtype=torch.float64)
@@ -126,7 +127,7 @@ class Probe(Observer):
         self.turn, self.period = turn, period
         self._sample: Sample | None = None  # of this update, if it is the matrix' turn, until it is read
         self._overlap: Tensor | None = None  # of the last two bases,
-        self._refreshes = 0  # as of so many refreshes: a resume or a rollback may have undone them
+        self._refreshes = 0  # the count of refreshes at that time: a resume or a rollback may have undone them
 
     @contextmanager
     def refreshing(self, projector: Projector, state: Mapping[str, Any]) -> Iterator[None]:

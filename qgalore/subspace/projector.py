@@ -50,8 +50,10 @@ PROJ_TYPES = (*SIDE_TYPES, *LEARNERS, "random")
 def projection_sides(shape: torch.Size | tuple[int, ...], *, proj_type: str) -> tuple[str, ...]:
     """Which sides of an (m, n) gradient are projected, as the reference names them.
 
-    std: the shorter side (the right one where m >= n), so that R keeps the longer.  reverse_std: the longer side.
-    left: P^T G.  right: G Q.  full: P^T G Q.  Any other type of projection: as std.
+    std: the shorter side (the right one where m >= n), so that R keeps the longer one.
+    reverse_std: the longer side.
+    left, right, full: P^T G, G Q, P^T G Q.
+    Any other type of projection: as std.
     """
     wide = shape[0] < shape[1]
     sides = {
@@ -147,13 +149,11 @@ class Projector:
 
     def open(self, state: Mapping[str, Any]) -> dict[str, Stored]:
         """The bases that a state holds, by side."""
-        codec = self.codec if self.sides else None
-        first = codec.PARTS[0] if codec is not None else ""
-        return {
-            side: find(state, side, codec=codec, shape=self.basis_shape(side))
-            for side in self.sides
-            if codec is not None and part_key(side, first) in state
-        }
+        if not self.sides:
+            return {}
+        codec = self.codec
+        held = [side for side in self.sides if part_key(side, codec.PARTS[0]) in state]
+        return {side: find(state, side, codec=codec, shape=self.basis_shape(side)) for side in held}
 
     def allocate(self, state: dict[str, Any], *, device: torch.device | str) -> None:
         """Puts bases of zeros into a state, to be counted."""
@@ -237,11 +237,6 @@ class Projector:
         except torch.linalg.LinAlgError:
             return None
         return basis if basis.isfinite().all() else None
-
-
-def has_basis(state: Mapping[str, Any], side: str) -> bool:
-    """Whether a parameter's state holds a basis for that side, packed or not."""
-    return side in state or part_key(side, "codes") in state
 
 
 def is_basis(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""When a basis is computed anew."""
+"""When a basis is refreshed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,8 +13,9 @@ MAX_GROWTH = 32  # times the first gap: a subspace that starts to move again is 
 class RefreshSchedule:
     """A refresh at the first update and then every `gap` updates, each matrix at its own time within the gap.
 
-    gap: updates between refreshes.  offset: updates from the first refresh to the second, 1 to gap; spread over the
-    matrices so that no single update refreshes them all.
+    gap: updates between refreshes.
+    offset: updates from the first refresh to the second, from 1 to gap; spread over the matrices, so that no single
+        update refreshes them all.
 
     Lazy where a `threshold` is given (Zhang et al. 2024, Q-GaLore, section 3.2): once the mean overlap of the last
     `queue_size` pairs of successive bases reaches it, the gap is multiplied by `growth` and the queue cleared, up to

@@ -37,7 +37,7 @@ class Training:
         if int8:
             simulation = int8 == "simulated"
             quantize_linear_layers(self.model, select=lambda n: "layers" in n, group_size=16, simulation=simulation)
-        lazy = dict(proj_bits=4, cos_threshold=0.4, queue_size=2) if OPTIMIZERS[optimizer].lazy else {}
+        lazy = dict(proj_bits=4, cos_threshold=0.4, queue_size=2) if OPTIMIZERS[optimizer].lazy_threshold else {}
         chosen = Settings(**dict(lr=0.01, beta1=0.9, rank=32, update_proj_gap=3) | lazy | settings)
         self.optimizer = create_optimizer(optimizer, groups=split_parameters(self.model), settings=chosen)
         self.updates = create_updates(optimizer, optimizer=self.optimizer, sync=GradSync())
