@@ -35,7 +35,7 @@ from qgalore.factory import set_lr
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The whole run. Raises UserError, before anything slow, for what the user can repair; Interrupted after a signal."""
+    """The whole run. Raises UserError for what the user can repair, before anything slow; Interrupted on a signal."""
     # Which process is this, and what was it told?
     world = World.from_environment()
     set_up_log(is_main=world.is_main)
@@ -136,7 +136,7 @@ def read_batches(run: Run) -> list[Batch]:
 
 
 def command_line(argv: list[str] | None = None) -> int:
-    """Runs main and returns the exit status: 2, after one line on stderr, for what the user can repair; or a signal's."""
+    """Runs main. Returns the exit status: 2, after one line on stderr, for what the user can repair; or a signal's."""
     warnings.showwarning = lambda message, *_, **__: logger.warning(str(message))
     try:
         main(argv)

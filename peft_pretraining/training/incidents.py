@@ -71,7 +71,8 @@ def _roll_back(run: Run, *, loss: float) -> None:
     saved = State.from_json(checkpoint.state["state"])
     counts = dict(rollbacks=state.health.rollbacks + 1, rollbacks_since_save=state.health.rollbacks_since_save + 1)
     health = replace(state.health, losses=saved.health.losses, **counts)
-    here = dict(seconds=state.seconds, epoch=state.epoch, position=state.position, began=state.began)
-    run.state = replace(saved, health=health, **here)
+    run.state = replace(
+        saved, health=health, seconds=state.seconds, epoch=state.epoch, position=state.position, began=state.began
+    )
     run.record.event("rollback", update=state.update, loss=loss, to=saved.update)
     logger.warning(f"update {state.update}: loss {loss:.4f} is a spike; back to {folder}, and on with other data")

@@ -118,12 +118,13 @@ class TensorBoardSink(Sink):
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(folder))
-        self.close = self._writer.close
 
     def event(self, name: str, fields: dict[str, Any]) -> None:
-        """See Sink."""
         for key, value in fields.items() if name in ("update", "eval") else ():
             self._writer.add_scalar(f"{name}/{key}", value, fields["update"])
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 class BarSink(Sink):

@@ -118,7 +118,7 @@ def describe_groups(model: nn.Module, args: argparse.Namespace) -> list[dict[str
 
 
 def log_plan(args: argparse.Namespace, *, groups: list[dict[str, Any]], dtype: torch.dtype, world: World) -> None:
-    """Logs the preset, the size of the model, how each group is trained, flags without effect, the length of the run."""
+    """Logs the preset, the size of the model, how each group is trained, flags without effect, the run's length."""
     if args.preset is not None:
         logger.info(f"preset {args.preset}: {load_preset(args.preset).describe()}")
     total, kind = sum(group["elements"] for group in groups), str(dtype).removeprefix("torch.")
