@@ -65,7 +65,7 @@ class StepValues(NamedTuple):
         """The same as 0-d tensors of the gradient's dtype, for compiled code."""
         assert isinstance(self.seed, int)
         tensors = {
-            name: torch.tensor(value, dtype=dtype)
+            name: torch.as_tensor(value, dtype=dtype)
             for name, value in self._asdict().items()
             if name != "seed" and value is not None
         }

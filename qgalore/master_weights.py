@@ -1,7 +1,7 @@
 """Any torch optimizer in float32 for weights of lower precision.
 
-In bfloat16 an EMA with decay 0.999 never decays, and an update below 1/256 of the weight is lost; torch's optimizers
-work in the dtype of their parameters. So they get float32 copies, and the model gets the result, rounded.
+In bfloat16 an average with decay 0.999 never decays, and an update below 1/256 of the weight is lost; torch's
+optimizers work in the dtype of their parameters. So they get float32 copies, and the model gets the result, rounded.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,63 +10,80 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qgalore.resumable import ResumableOptimizer
 
-class MasterWeights(torch.optim.Optimizer):
-    """Steps `optimizer` on float32 copies of the parameters and copies the result back.
+MASTER = "master"  # the float32 copy's key in the state of a parameter
 
-    optimizer: a torch.optim class.
-    groups: its parameter groups, of lower-precision parameters.
-    options: its keyword arguments.
-    Learning rates and other settings are those of this object's param_groups.
-    Memory: 4 bytes a parameter beside the moments, and the gradients of one update once more in float32.
+
+class MasterWeights(ResumableOptimizer):
+    """Steps a torch optimizer on float32 copies of the parameters and copies the result back.
+
+    The state of a parameter holds its copy, `master`, beside what the optimizer keeps. The copy is made in the first
+    step that has a gradient for the parameter.
+    Memory: 4 bytes an element beside the moments, and the gradients of one update once more in float32.
     """
 
-    def __init__(self, optimizer: type[torch.optim.Optimizer], groups: list[dict[str, Any]], **options: Any) -> None:
-        copies = [group | {"params": [p.detach().float().clone() for p in group["params"]]} for group in groups]
-        self.inner = optimizer(copies, **options)
-        super().__init__(groups, dict(self.inner.defaults))
+    CONFIGURATION = ("kind",)
+
+    def __init__(self, kind: type[torch.optim.Optimizer], params: Iterable[Any], **options: Any) -> None:
+        """
+        kind: a class of torch.optim.
+        params: parameters or groups, as for any torch optimizer.
+        options: keyword arguments of the class.
+        """
+        self.kind = kind
+        super().__init__(params, kind([torch.zeros(1)], **options).defaults)  # type: ignore[call-arg]
 
     @classmethod
     def around(
-        cls, optimizer: type[torch.optim.Optimizer], groups: list[dict[str, Any]], **options: Any
+        cls, kind: type[torch.optim.Optimizer], groups: list[dict[str, Any]], **options: Any
     ) -> torch.optim.Optimizer:
-        """The optimizer itself where every parameter is float32 or wider, else one on master weights."""
-        if all(p.dtype in (torch.float32, torch.float64) for group in groups for p in group["params"]):
-            return optimizer(groups, **options)  # type: ignore[call-arg]
-        return cls(optimizer, groups, **options)
+        """The optimizer itself if every parameter has at least the precision of float32, else one on master weights."""
+        if all(torch.finfo(p.dtype).bits >= 32 for group in groups for p in group["params"]):
+            return kind(groups, **options)  # type: ignore[call-arg]
+        return cls(kind, groups, **options)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch.optim. Raises ValueError for complex parameters."""
+        super().add_param_group(param_group)
+        if any(p.is_complex() for p in self.param_groups[-1]["params"]):
+            self.param_groups.pop()
+            raise ValueError("complex parameters have no float32 copies: give them to the optimizer itself")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update. Gradients are read from the model's parameters."""
+        """One update of every parameter that has a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
-            inner.update({key: value for key, value in group.items() if key != "params"})
-            for p, master in zip(group["params"], inner["params"], strict=True):
-                master.grad = None if p.grad is None else p.grad.float()
-        self.inner.step()
-        for p, master in self._pairs():
-            p.copy_(master)
+        masters = {p: self._master(p) for group in self.param_groups for p in group["params"] if p.grad is not None}
+        groups = [
+            {**group, "params": [masters[p] for p in group["params"] if p in masters]} for group in self.param_groups
+        ]
+        inner = self.kind(groups)  # type: ignore[call-arg]
+        for p, master in masters.items():
+            assert p.grad is not None
+            master.grad = p.grad.float()
+            inner.state[master] = {key: value for key, value in self.state[p].items() if key != MASTER}
+        self.kind.step.__wrapped__(inner)  # type: ignore[attr-defined]  # the hooks of all optimizers run for this one
+        for p, master in masters.items():
             master.grad = None
+            self.state[p] = {MASTER: master, **inner.state[master]}
+            p.copy_(master)
         return loss
 
-    def states(self) -> dict[Tensor, dict[str, Any]]:
-        """The state of each of the model's parameters: its float32 copy, `master`, and what the optimizer keeps."""
-        return {p: {"master": master, **self.inner.state.get(master, {})} for p, master in self._pairs()}
+    def _master(self, p: Tensor) -> Tensor:
+        kept = self.state[p].get(MASTER)
+        return p.detach().to(torch.float32, copy=True) if kept is None else kept
 
-    @torch.no_grad()
-    def load_states(self, states: Iterable[tuple[Tensor, dict[str, Any]]]) -> None:
-        """Takes back what `states` gave, one parameter after the other."""
-        masters = dict(self._pairs())
-        for p, state in states:
-            masters[p].copy_(state["master"])
-            self.inner.state[masters[p]] = {key: value for key, value in state.items() if key != "master"}
+    def check_state(self, state: dict[str, Any], p: Tensor) -> None:
+        if MASTER not in state:
+            raise ValueError(
+                f"this is not the state of {self.kind.__name__} on master weights: there is no '{MASTER}' beside "
+                f"{', '.join(map(repr, state)) or 'nothing'}"
+            )
 
-    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
-        return [
-            (p, master)
-            for group, inner in zip(self.param_groups, self.inner.param_groups, strict=True)
-            for p, master in zip(group["params"], inner["params"], strict=True)
-        ]
+    def load_value(self, value: Any, *, key: str, p: Tensor) -> Any:
+        on_host = key == "step" and torch.is_tensor(value)  # torch's optimizers count on the CPU
+        return value.clone() if on_host else super().load_value(value, key=key, p=p)

@@ -25,14 +25,10 @@ def kept_bytes(
     for p in model.parameters():
         for kind, size in _weight_bytes(p):
             kept[kind] += size
-    states = [optimizer.state, getattr(optimizer, "inner", optimizer).state]
-    for state in states if states[0] is not states[1] else states[:1]:
-        for entries in state.values():
-            for name, value in entries.items():
-                if torch.is_tensor(value):
-                    kept["bases" if is_basis(name) else "moments"] += value.nbytes
-    if hasattr(optimizer, "inner"):
-        kept["moments"] += sum(p.nbytes for group in optimizer.inner.param_groups for p in group["params"])
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if torch.is_tensor(value):
+                kept["bases" if is_basis(name) else "moments"] += value.nbytes
     kept["accumulators"] = sum(tensor.nbytes for tensor in accumulators)
     return dict(kept)
 

@@ -1,4 +1,4 @@
-"""The optimizer of this package, as torch has them: groups, order, state. The road of an update is update.py's."""
+"""The optimizer of this package: groups, order and state. What happens to one parameter is in update.py."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -8,6 +8,8 @@ from torch import Tensor
 
 from qgalore.options import complete_group, learner_group
 from qgalore.outcome import Outcome
+from qgalore.resumable import ResumableOptimizer
+from qgalore.rules.lifts import LIFTS
 from qgalore.rules.moments import create_moments
 from qgalore.storage.rounding import mix_seed
 from qgalore.subspace.probe import observers
@@ -17,23 +19,14 @@ from qgalore.sync import GradSync
 from qgalore.update import BasisUpdate, Engine, ParameterUpdate
 
 
-class LowRankOptimizer(torch.optim.Optimizer):
+class LowRankOptimizer(ResumableOptimizer):
     """Adam, Adafactor, Lion and others whose moments and directions live in a low-rank subspace of each matrix.
 
-    params: parameters, or groups as for any torch optimizer. What a group may set beside `params` and `lr` is declared
-        in options.GroupOptions; a group with a `rank` is projected and holds matrices only. A rank beyond a matrix's
-        shorter side is clamped to it.
-    lr: step size.
-    betas: decay rates of the moments; None for the rule's usual ones.
-    eps: added to Adam's divisor.
-    weight_decay: decoupled, as in torch.optim.AdamW; in a group that is not projected with `decoupled` False added to
-        the gradient, as in torch.optim.Adam.
-    seed: of what is drawn, and of the stochastic rounding.
-    sync: sums gradients over data-parallel ranks; None sums nothing.
-    compile: whether updates run compiled; refreshes never do.
-    details: whether subspaces are measured, see `details`.
-    Raises ValueError for unknown options, and for values out of range.
+    A group with a `rank` is projected; it holds matrices only, and a rank above a matrix's shorter side is clamped to
+    that side. The other options of a group are declared in options.GroupOptions and options.ProjectionOptions.
     """
+
+    CONFIGURATION = ("seed", "compile", "measures")
 
     def __init__(
         self,
@@ -48,31 +41,52 @@ class LowRankOptimizer(torch.optim.Optimizer):
         compile: bool = False,
         details: bool = False,
     ) -> None:
+        """
+        params: parameters or groups, as for any torch optimizer.
+        lr: step size.
+        betas: decay rates of the moments; None for the usual ones of the rule.
+        eps: added to Adam's divisor.
+        weight_decay: decoupled as in torch.optim.AdamW; in a group with `decoupled` False, which is not projected, it
+            is added to the gradient as in torch.optim.Adam.
+        seed: decides what is drawn, and the stochastic rounding.
+        sync: sums gradients over data-parallel ranks; None sends nothing.
+        compile: whether updates run compiled. Refreshes are never compiled.
+        details: whether subspaces are measured, see `details`.
+        Raises ValueError for unknown options and for values out of range.
+        """
         self.seed, self.compile, self.measures = seed, compile, details
-        self.sync = sync or GradSync(at_rank_size=False)  # step() sends nothing unless it was given one
+        self.sync = sync or GradSync(at_rank_size=False)
         self.updates: dict[Tensor, ParameterUpdate] = {}
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch.optim; options that the group does not set are filled in, and all are checked."""
+        """As in torch.optim. Options that the group does not set get their defaults, and all are checked."""
         super().add_param_group(param_group)
-        group = self.param_groups.pop()
-        self.param_groups.append(complete_group(group))
+        self.param_groups.append(complete_group(self.param_groups.pop()))
         self._build_updates()
 
-    def __getstate__(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("seed", "compile", "measures")}
-        return {**super().__getstate__(), **own}  # type: ignore[misc]
+    def check_group(self, group: dict[str, Any], *, params: list[Tensor]) -> dict[str, Any]:
+        if "rule" not in group:
+            others = ", ".join(sorted(group.keys() - {"params"}))
+            raise ValueError(f"this is not the state of a LowRankOptimizer: its groups name no rule, only {others}")
+        return {**complete_group({**group, "params": params}), "params": group["params"]}
+
+    def load_value(self, value: Any, *, key: str, p: Tensor) -> Any:
+        norms = {lift.remembers for lift in LIFTS.values()}
+        if torch.is_tensor(value) and value.ndim == 0 and key not in norms:
+            return value.item()  # some savers make tensors of numbers
+        return super().load_value(value, key=key, p=p)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "sync" not in self.__dict__:  # unpickled: a process group does not travel
+        if "sync" not in self.__dict__:  # a copy or a pickle: the process group does not travel
             self.sync = GradSync(at_rank_size=False)
         self._build_updates()
 
     def _build_updates(self) -> None:
-        """One ParameterUpdate a parameter; refreshes are staggered over all the projected matrices."""
+        """Makes one ParameterUpdate for each parameter. Refreshes are staggered over all the projected matrices."""
         self._engine = Engine(self.seed, self.sync, compiled=self.compile)
+        self._outcome = Outcome(0.0)
         pairs = [(p, group) for group in self.param_groups for p in group["params"]]
         turns = {p: turn for turn, p in enumerate(p for p, group in pairs if group["rank"])}
         projectors = {
@@ -86,7 +100,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 p,
                 group=group,
                 states=self.state,
-                index=index,
+                index=index if len(pairs) > 1 else None,
                 projector=projectors[p],
                 engine=self._engine,
                 observer=watching[p],
@@ -96,20 +110,11 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 options = learner_group(rule=learner.rule, state_bits=learner.bits, eps=group["eps"])
                 update.learner = BasisUpdate(update, group=options)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch.optim, but tensors keep the dtype that they were saved in: moments stay float32 where weights
-        are bfloat16."""
-        super().load_state_dict(state_dict)
-        for index, p in enumerate(self.updates):
-            saved = state_dict["state"].get(index, {})
-            tensors = {key: value.to(p.device, copy=True) for key, value in saved.items() if torch.is_tensor(value)}
-            self.state[p].update(tensors)
-
     @torch.no_grad()
     def allocate(self) -> None:
-        """Puts the tensors that training will hold into the state of every parameter, filled with zeros.
+        """Fills the state with zeros of every tensor that training will hold, to count their bytes in advance.
 
-        So their bytes can be counted before training, on the meta device, too. Do not train afterwards.
+        It works on the meta device, too. Do not train afterwards.
         """
         for p, update in self.updates.items():
             state, projector, wide = self.state[p], update.projector, update.projector.wide
@@ -122,7 +127,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """One update of every parameter that has a gradient. Waits for the device at the end, see end_update."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -130,30 +135,37 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for p, update in self.updates.items():
             if p.grad is not None:
                 update.update(p.grad)
+        self._settle()
         return loss
 
     def end_update(self) -> Outcome:
-        """What came of the gradients, as projected, since the last call. Waits for the device.
+        """Ends an update whose parameters were updated one by one, and returns its outcome. Waits for the device.
 
-        A parameter whose gradient was not finite is as it was before the update: nothing was written, and what was
-        counted is taken back here. Only failed refreshes stay on the bill.
+        After `step`, which has ended the update itself, it returns the outcome of that step.
+        A parameter whose gradient was not finite is as it was before the update: nothing was written, and the update
+        is not counted. Failed refreshes stay counted.
         """
-        outcome = Outcome.of(self._engine.norms)
-        for p in outcome.bad:
+        if self._engine.norms:
+            self._settle()
+        outcome, self._outcome = self._outcome, Outcome(0.0)
+        return outcome
+
+    def _settle(self) -> None:
+        self._outcome = Outcome.of(self._engine.norms)
+        for p in self._outcome.bad:
             self.updates[p].undo()
         for update in self.updates.values():
             update.end()
         self._engine.norms.clear()
-        return outcome
 
     def refreshes(self, p: Tensor) -> dict[str, Any] | None:
-        """What became of the bases of p; None for a parameter that is not projected.
+        """The history of the bases of p; None for a parameter that is not projected.
 
-        refreshes: computed so far.
-        failed: how many of them failed.
-        seconds: spent in them since the start or resume, as the host saw it.
-        gap: the present one, in updates; None where the basis learns instead.
-        overlap: of the last two bases; None where no gap is lazy.
+        refreshes: number of refreshes so far.
+        failed: number of refreshes that failed.
+        seconds: time spent in refreshes since the start or the last resume, as the host saw it.
+        gap: updates from one refresh to the next; None for a basis that learns.
+        overlap: overlap of the last two bases; None unless refreshes are lazy.
         """
         update, state = self.updates[p], self.state[p]
         if not update.projector.sides:
@@ -167,13 +179,13 @@ class LowRankOptimizer(torch.optim.Optimizer):
         }
 
     def details(self, p: Tensor) -> dict[str, Any] | None:
-        """What was measured of p's subspace in this update, see Probe.figures; None where nothing was."""
+        """The figures measured of p's subspace in this update, see Probe.figures; None if it was not measured."""
         update = self.updates.get(p)
         return None if update is None else update.observer.figures(self.state[p], projector=update.projector)
 
 
 def _projector(p: Tensor, group: dict[str, Any], *, seed: int, turn: int, count: int) -> Projector:
-    """The projector of a parameter. turn: its number among the `count` projected ones, where it is one of them."""
+    """The projector of a parameter, which is number `turn` of the `count` projected ones, or the identity."""
     if not group["rank"]:
         return Projector(p.shape, p.dtype)
     gap, random = group["update_proj_gap"], group["proj_type"] == "random"

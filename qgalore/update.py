@@ -15,8 +15,9 @@ with the identity for a projector.
 `ParameterUpdate` walks the road as far as R; kernel.py has the rest, a function of tensors that may be compiled.
 """
 
+import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ class ParameterUpdate:
     p: the parameter, whose state holds everything that is kept.
     group: its group of the optimizer: learning rate and other options, read in every update.
     states: the optimizer's state, by parameter.
-    index: of the parameter in the optimizer; its noise depends on it.
+    index: number of the parameter in the optimizer, which tells its noise from that of others; None for an only one.
     learner: the update of the basis, where it learns.
     """
 
@@ -72,12 +73,13 @@ class ParameterUpdate:
         *,
         group: dict[str, Any],
         states: Mapping[Tensor, dict[str, Any]],
-        index: int,
+        index: int | None,
         projector: Projector,
         engine: Engine,
         observer: Observer,
     ) -> None:
-        self.p, self.group, self.index = p, group, index
+        self.p, self.group, self.index = p, group, index or 0
+        self._identified = index is not None
         self.projector, self.engine, self.observer = projector, engine, observer
         self._states = states
         self.rule: Rule = RULES[group["rule"]]
@@ -116,9 +118,23 @@ class ParameterUpdate:
     def begin(self) -> bool:
         """Begins an update; asked once. Returns whether it needs the whole gradient, over micro-batches and ranks:
         always, or because a basis is due that is computed from it."""
+        self._identify()
         self.clock.begin(self.state)
         self._due = self.projector.due(self.state, step=self.steps + 1)
         return self.always_whole or (self._due and self.projector.sees_gradient)
+
+    def _identify(self) -> None:
+        """Tells the noise of an optimizer's only parameter, whose index says nothing, by the values it began with.
+
+        People who update layer by layer make an optimizer for each parameter; all would draw the same noise.
+        """
+        if not self._identified:
+            self._identified = True
+            self.index = self.state.setdefault("stream", _fingerprint(self.p))
+            seed = mix_seed(self.engine.seed, self.index)
+            self.projector = replace(self.projector, seed=seed)
+            if self.learner is not None:
+                self.learner.index, self.learner.seed = self.index, seed
 
     def begin_from(self, G: Tensor) -> bool:
         """`begin` where G (m, n) is the first of several micro-batches; a basis that needs no more is computed now.
@@ -191,7 +207,9 @@ class ParameterUpdate:
         seed = mix_seed(*noise, False)
         step = StepValues.of(group, self.rule, clock, state, seed=mix_seed(*noise))
         needs_whole, name = self.lift.needs_whole, self.lift.remembers
-        return self.engine.kernel(
+        # Rewriting a quantized weight may round it another way: without a step it must stay as it is.
+        still = None if group["lr"] else {part: tensor.clone() for part, tensor in weight.parts.items()}
+        norm = self.engine.kernel(
             R,
             weight,
             open_moments(state, self.kinds, dtype=R.dtype, seed=seed, compiled=compiled, prefix=self.prefix),
@@ -202,6 +220,9 @@ class ParameterUpdate:
             last=state.setdefault(name, R.new_zeros(())) if name else None,
             watch=None if compiled else self.observer.lifting(),
         )
+        for part, tensor in (still or {}).items():
+            weight.parts[part].copy_(tensor)
+        return norm
 
     def undo(self) -> None:
         """Takes back what this update has counted, where its gradient was not finite: the kernel wrote nothing."""
@@ -243,3 +264,10 @@ class BasisUpdate(ParameterUpdate):
         peak = 1 / options["update_proj_gap"] if options["proj_lr"] is None else options["proj_lr"]
         self.group["lr"] = peak * (options["lr"] / options["peak_lr"] if options["peak_lr"] else 1.0)
         self._run(gradient, basis)
+
+
+def _fingerprint(p: Tensor) -> int:
+    """A number that depends on the shape and the first elements of a parameter. Waits for the device."""
+    first = next(iter(open_weight(p).parts.values())).flatten()[:64]
+    values = [] if p.is_meta else first.tolist()
+    return zlib.crc32(repr((tuple(p.shape), values)).encode())

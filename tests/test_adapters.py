@@ -19,7 +19,6 @@ from peft_pretraining.model.adapters import KINDS, Adapters, base_parameters, is
 from peft_pretraining.model.build import build_model, meta_model
 from peft_pretraining.model.loss import token_loss_sum
 from qgalore.factory import OPTIMIZERS, Settings, create_optimizer, create_updates
-from qgalore.master_weights import MasterWeights
 from qgalore.memory import kept_bytes
 from qgalore.param_groups import frozen_parameters, split_parameters
 from qgalore.sync import GradSync
@@ -173,7 +172,7 @@ def test_a_reset_changes_neither_the_function_nor_what_else_is_trained(optimizer
         else:
             assert torch.equal(tensor, before[name]) != (is_factor(name) or "base_layer" in name), name
     train(model, updates, start=3, count=1)
-    states = updates.optimizer.states() if isinstance(updates.optimizer, MasterWeights) else updates.optimizer.state
+    states = updates.optimizer.state
     steps = {(is_factor(name), int(states[p]["step"])) for name, p in model.named_parameters() if p.requires_grad}
     assert steps == {(True, 1), (False, 4)}
 

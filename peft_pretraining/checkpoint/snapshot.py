@@ -51,7 +51,7 @@ def take_snapshot(
     if taken := progress.keys() & set(RESERVED):
         raise ValueError(f"progress must not have the keys {', '.join(sorted(taken))}")
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-    tensors, scalars = _split_states({names[p]: state for p, state in _states(optimizer).items()})
+    tensors, scalars = _split_states({names[p]: state for p, state in optimizer.state.items()})
     weights = {key: tensor for p, name in names.items() for key, tensor in _pieces(name, p).items()}
     quantized = {name: _settings(p) for p, name in names.items() if isinstance(p, QuantizedWeight)}
     copies = _to_host({MODEL: weights, OPTIMIZER: tensors, RNG: _rng_states()})
@@ -63,11 +63,6 @@ def take_snapshot(
         STATE: json.dumps({**progress, "format": FORMAT, "optimizer": scalars}),
     }
     return Snapshot(update, files)
-
-
-def _states(optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, Any]]:
-    """The state of each parameter, float32 copies included."""
-    return optimizer.states() if isinstance(optimizer, MasterWeights) else dict(optimizer.state)
 
 
 def _split_states(states: dict[str, dict[str, Any]]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
@@ -82,7 +77,7 @@ def _split_states(states: dict[str, dict[str, Any]]) -> tuple[dict[str, Tensor],
 
 def _title(optimizer: torch.optim.Optimizer) -> str:
     """Which optimizers can go on from each other's states."""
-    inner = f" of {type(optimizer.inner).__name__}" if isinstance(optimizer, MasterWeights) else ""
+    inner = f" of {optimizer.kind.__name__}" if isinstance(optimizer, MasterWeights) else ""
     return type(optimizer).__name__ + inner
 
 
@@ -177,10 +172,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint, 
         unknown = (scalars.keys() | {key.partition(":")[0] for key in file.keys()}) - parameters.keys()
         _compare(checkpoint, "state of other parameters", saved=sorted(unknown), here=[])
         states = _read_states(file, scalars, parameters)
-        if isinstance(optimizer, MasterWeights):
-            optimizer.load_states(states)
-        else:
-            optimizer.state.update(states)
+        optimizer.state.update(states)
 
 
 def _read_states(

@@ -25,7 +25,6 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from peft_pretraining.errors import UserError
-from qgalore.master_weights import MasterWeights
 from qgalore.param_groups import split_parameters
 from qgalore.storage.quantized_weight import open_weight
 from qgalore.storage.rounding import mix_seed, random_bits
@@ -210,10 +209,7 @@ def reset(
 
 def _forget(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
     """Empties the optimizer's state of these parameters, counts of steps included."""
-    if isinstance(optimizer, MasterWeights):
-        optimizer.load_states((p, {"master": p}) for p in parameters)
-    else:
-        optimizer.state.update((p, {}) for p in parameters)
+    optimizer.state.update((p, {}) for p in parameters)
 
 
 def merging(

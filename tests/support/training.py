@@ -72,7 +72,7 @@ class Training:
         for name, p in self.model.named_parameters():
             held |= {f"{name}.{part}": t for part, t in open_weight(p).tensors().items()}
         names = {p: name for name, p in self.model.named_parameters()}
-        states = self.optimizer.states() if hasattr(self.optimizer, "states") else self.optimizer.state
+        states = self.optimizer.state
         held |= {f"{names[p]}:{key}": value for p, state in states.items() for key, value in state.items()}
         return {key: exactly(value) for key, value in held.items()}
 
