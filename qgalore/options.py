@@ -241,6 +241,8 @@ def complete_group(group: Mapping[str, Any]) -> dict[str, Any]:
     if any(DECAY_RATE.fits(beta) is False for beta in group["betas"]):
         raise ValueError(f"betas = {group['betas']} is out of range: each {DECAY_RATE.words}")
     group.setdefault("peak_lr", group["lr"])  # what a schedule lowers is measured against it
+    if any(p.is_complex() for p in group["params"]):
+        raise ValueError("complex parameters are not supported: torch.view_as_real gives a real view of one")
     if RULES[group["rule"]].matrices_only and any(p.ndim != 2 for p in group["params"]):
         raise ValueError(f"a group with the rule {group['rule']} may hold matrices only")
     _check_projection(group)

@@ -46,8 +46,12 @@ class PerLayerUpdates:
 
     def finish(self) -> Outcome:
         """Ends the update; call it after the last backward. The norm is that of all projected gradients."""
-        late = sum(0 < seen < self.accumulation for seen in self._seen.values())
-        assert not late, f"{late} parameters are still waiting for a micro-batch"
+        late = [seen for seen in self._seen.values() if 0 < seen < self.accumulation]
+        if late:
+            raise RuntimeError(
+                f"{len(late)} parameters have seen {late[0]} of {self.accumulation} micro-batches: finish() ends an "
+                "update, after its last backward"
+            )
         self._seen = dict.fromkeys(self._seen, 0)
         return self.optimizer.end_update()
 
@@ -59,7 +63,11 @@ class PerLayerUpdates:
     @torch.no_grad()
     def _on_gradient(self, p: Tensor) -> None:
         self._seen[p] += 1
-        assert self._seen[p] <= self.accumulation, "more backward passes than micro-batches to an update"
+        if self._seen[p] > self.accumulation:
+            raise RuntimeError(
+                f"an update has {self.accumulation} backward passes here, and this is one more: after the last one, "
+                "call finish() of the PerLayerUpdates in place of optimizer.step(), or remove() to do without them"
+            )
         assert p.grad is not None
         if self.accumulation == 1:
             self.optimizer.updates[p].update(p.grad)

@@ -108,7 +108,9 @@ class ParameterUpdate:
     # An update, from a gradient in one piece
 
     def update(self, G: Tensor) -> None:
-        """One update from this rank's gradient. G: (m, n)"""
+        """One update from this rank's gradient. G: (m, n). Raises RuntimeError for a sparse one."""
+        if G.layout != torch.strided:
+            raise RuntimeError("LowRankOptimizer does not support sparse gradients: use nn.Embedding(sparse=False)")
         if self.begin():
             self.update_whole(self.engine.sync.reduce(G))
         else:

@@ -151,7 +151,7 @@ def test_state_survives_a_round_trip_in_the_middle():
 
 
 def test_nothing_piles_up_where_nobody_takes_the_norm():
-    """Used by itself, without the loop that takes the norm after each update, the optimizer holds the norms of one update."""
+    """In a loop that never asks for the norm, the optimizer holds the norms of one update."""
     (ours,) = parameters(shapes=[(6, 20)])
     optimizer = LowRankOptimizer([{"params": [ours], "rank": 3}])
     for _ in range(5):
