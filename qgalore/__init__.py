@@ -12,7 +12,7 @@ from qgalore.optimizer import LowRankOptimizer
 from qgalore.options import Settings
 from qgalore.param_groups import ParameterGroup, make_groups, split_parameters
 from qgalore.per_layer import PerLayerUpdates
-from qgalore.storage.convert import quantize_linear_layers
+from qgalore.storage.convert import dequantize_linear_layers, quantize_linear_layers
 from qgalore.storage.quantized_weight import QuantizedWeight
 from qgalore.sync import GradSync
 from qgalore.whole_model import WholeModelUpdates
@@ -33,6 +33,7 @@ __all__ = [
     "WholeModelUpdates",
     "create_optimizer",
     "create_updates",
+    "dequantize_linear_layers",
     "kept_bytes",
     "make_groups",
     "quantize_linear_layers",

@@ -27,7 +27,7 @@ from peft_pretraining.export.__main__ import export
 from peft_pretraining.model.build import build_model, meta_model
 from peft_pretraining.model.config import read_config
 from peft_pretraining.model.family import FAMILIES
-from peft_pretraining.training import opening, plan
+from peft_pretraining.training import plan
 from qgalore.factory import OPTIMIZERS, Settings, create_optimizer
 from qgalore.options import GROUP_OPTIONS
 from qgalore.param_groups import ParameterGroup, split_parameters
@@ -299,7 +299,7 @@ def test_a_data_source(extend, monkeypatch, tiny, tmp_path):
 
 def test_a_metrics_sink(extend, monkeypatch, tiny, tmp_path):
     monkeypatch.setattr(
-        opening, "open_record", extend("A metrics sink")["peft_pretraining/training/metrics.py"]["open_record"]
+        plan, "open_record", extend("A metrics sink")["peft_pretraining/training/metrics.py"]["open_record"]
     )
     for updates in (3, 6):
         flags = tiny.flags(tmp_path, num_training_steps=updates, resume="auto", allow_changed="num_training_steps")

@@ -14,7 +14,8 @@ import qgalore
 # Who takes a name away, or adds one, does so here, too.
 PUBLIC = """
 LowRankOptimizer PerLayerUpdates WholeModelUpdates GradSync create_optimizer create_updates set_lr Settings OPTIMIZERS
-ParameterGroup split_parameters make_groups quantize_linear_layers QuantizedWeight Int8Weight kept_bytes""".split()
+ParameterGroup split_parameters make_groups quantize_linear_layers dequantize_linear_layers
+QuantizedWeight Int8Weight kept_bytes""".split()
 
 
 def test_the_public_names_are_these():

@@ -9,7 +9,7 @@ from support.quantized_models import mlp, quantized_mlp
 from torch import nn
 
 from qgalore.storage.affine import unpack_nibbles
-from qgalore.storage.convert import quantize_linear_layers, quantize_module_weight
+from qgalore.storage.convert import dequantize_linear_layers, quantize_linear_layers, quantize_module_weight
 from qgalore.storage.quantized_weight import QuantizedWeight, open_weight
 from qgalore.storage.rounding import mix_seed
 
@@ -191,12 +191,23 @@ def test_what_is_not_finite_is_refused_or_stays_visible(kind):
     ],
 )
 @BITS
-def test_arithmetic_in_place_is_refused(write, bits):
-    weight = from_float(torch.randn(8, 64), bits=bits)
+def test_arithmetic_in_place_is_refused_while_the_weight_is_trained(write, bits):
+    weight = nn.Parameter(from_float(torch.randn(8, 64), bits=bits))
     before = weight.codes.clone()
-    with pytest.raises(ValueError, match=r"quantized weights .* weight\.write\(values, seed="):
+    with torch.no_grad(), pytest.raises(ValueError, match=r"quantized weights .* weight\.write\(values, seed="):
         write(weight)
     assert torch.equal(weight.codes, before)
+
+
+@BITS
+def test_arithmetic_in_place_rounds_a_frozen_weight_to_nearest(bits):
+    weight = nn.Parameter(from_float(torch.randn(8, 64), bits=bits), requires_grad=False)
+    expected = weight.float() * 2 + 1
+    weight.data.mul_(2).add_(torch.ones(8, 64))
+    steps = weight.scale.repeat_interleave(64 // weight.scale.shape[1], dim=1)
+    assert ((weight.float() - expected).abs() <= 1.501 * steps).all()
+    weight.data += 1
+    assert (weight.float() - expected - 1).abs().max() <= 3 * steps.max()
 
 
 def test_wrong_shapes_and_types_are_refused():
@@ -247,7 +258,7 @@ def test_state_dict_copies_and_moves_are_bit_exact(kind, tmp_path):
         model[0].weight.write(torch.randn(80, 96), seed=4)  # grids of its own
     torch.save(model.state_dict(), tmp_path / "model.pt")
     other = quantized_mlp(**kind)
-    other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=False))
+    other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
     for twin in (other, copy.deepcopy(model), model.to("cpu", torch.float32)):
         assert type(twin[0].weight) is type(model[0].weight) and isinstance(twin[0].weight, nn.Parameter)
         assert twin[0].weight.codec == model[0].weight.codec
@@ -274,7 +285,9 @@ def test_another_dtype_changes_the_appearance_alone(kind):
 @BITS
 def test_state_dicts_cross_between_floats_and_codes(bits):
     model, floats = quantized_mlp(bits=bits), mlp()
-    floats.load_state_dict(model.state_dict())
+    values = copy.deepcopy(model)
+    dequantize_linear_layers(values)
+    floats.load_state_dict(values.state_dict())
     assert torch.equal(floats[0].weight, model[0].weight.float()) and type(floats[0].weight) is nn.Parameter
     coarse = quantized_mlp(bits=bits, group_size=16)
     coarse.load_state_dict(floats.state_dict())

@@ -1,10 +1,11 @@
-"""Which weights of a model live in 8 or 4 bits."""
+"""Which weights of a model live in 8 or 4 bits; and all of them back to floating point."""
 
 import warnings
 from collections.abc import Callable
 
 from torch import nn
 
+from qgalore.storage.module_state import save_as_parts
 from qgalore.storage.quantized_weight import QuantizedWeight
 from qgalore.storage.rounding import mix_seed
 
@@ -35,6 +36,7 @@ def quantize_module_weight(
             stacklevel=2,
         )
     setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad))
+    save_as_parts(module)
 
 
 def quantize_linear_layers(
@@ -65,4 +67,19 @@ def quantize_linear_layers(
             module, bits=bits, group_size=group_size, stochastic=stochastic, seed=own, simulation=simulation
         )
         names.append(f"{name}.weight")
+    return names
+
+
+def dequantize_linear_layers(model: nn.Module) -> list[str]:
+    """Replaces every quantized weight by its values, in the dtype that it appears in. Returns the parameters' names.
+
+    What others save of the model, `save_pretrained` for example, is then a model as any other. Call it when no
+    optimizer holds the parameters any longer.
+    """
+    names = [name for name, p in model.named_parameters() if isinstance(p, QuantizedWeight)]
+    for name in names:
+        owner, _, own = name.rpartition(".")
+        module = model.get_submodule(owner)
+        weight = getattr(module, own)
+        setattr(module, own, nn.Parameter(weight.detach().dequantize(), requires_grad=weight.requires_grad))
     return names

@@ -11,8 +11,9 @@ The three products of a linear layer, none of which keeps anything of the weight
     dx = dy W         backward, W dequantized once more
     dW = dy^T x       an ordinary tensor of the weight's dtype: hooks, clipping and accumulation see nothing unusual
 
-Writing is `write` with a seed, or `copy_`, which rounds to nearest. Arithmetic in place has no seed to round with,
-would lose small updates for ever, and is refused. All other operations see the dequantized values.
+Writing is `write` with a seed, or `copy_`, which rounds to nearest. Arithmetic in place has no seed to round with. On a
+weight that is trained it would lose small updates for ever, and is refused; on a frozen one, as when an adapter is
+merged into it, it rounds to nearest. All other operations see the dequantized values.
 """
 
 import functools
@@ -50,6 +51,7 @@ class QuantizedWeight(Tensor):
     """
 
     codec: Affine
+    trained = False  # of an alias: whether the weight behind it is trained
 
     @staticmethod
     def __new__(cls, stored: Stored, *, dtype: torch.dtype) -> "QuantizedWeight":
@@ -163,7 +165,7 @@ class QuantizedWeight(Tensor):
         if func is F.linear:
             return _linear(*args, **kwargs)
         if func == _SET_DATA:
-            raise ValueError(_NO_DATA)
+            return _set_data(*args)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -220,7 +222,17 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 def _share(func: Any, weight: QuantizedWeight) -> QuantizedWeight:
-    return weight._like({name: func(part) for name, part in weight.stored().parts.items()})
+    alias = weight._like({name: func(part) for name, part in weight.stored().parts.items()})
+    alias.trained = weight.requires_grad or weight.trained  # `.data` of a weight that is trained is trained, too
+    return alias
+
+
+def _set_data(weight: QuantizedWeight, values: Tensor) -> None:
+    """`weight.data = values`, which does nothing where the values are its own after arithmetic in place."""
+    if weight.requires_grad or values.dtype != weight.dtype or values.shape != weight.shape:
+        raise ValueError(_NO_DATA)
+    with torch.no_grad():
+        weight.copy_(values)
 
 
 def _clone(func: Any, weight: QuantizedWeight, **kwargs: Any) -> QuantizedWeight:
@@ -267,8 +279,14 @@ def _on_values(func: Any, *args: Any, **kwargs: Any) -> Any:
     declared = func._schema.arguments
     given = dict(zip((argument.name for argument in declared), args, strict=False)) | kwargs
     written = [given.get(a.name) for a in declared if a.alias_info is not None and a.alias_info.is_write]
-    if any(isinstance(tensor, QuantizedWeight) for tensor in tree_leaves(written)):
+    targets = [tensor for tensor in tree_leaves(written) if isinstance(tensor, QuantizedWeight)]
+    if any(target.requires_grad or target.trained for target in targets):
         raise ValueError(_NO_SEED.format(func))
+    if targets:
+        target, *others = args
+        if target is not targets[0] or len(targets) > 1:
+            raise ValueError(_NO_SEED.format(func))
+        return target.copy_(func(target._decode(torch.float32), *others, **kwargs))
     args, kwargs = tree_map_only(QuantizedWeight, lambda weight: weight._decode(weight.dtype), (args, kwargs))
     return func(*args, **kwargs)
 
