@@ -1,8 +1,7 @@
-"""From a name to an optimizer: the one table that knows the names.
+"""From a name to an optimizer: OPTIMIZERS has a recipe for each name.
 
-A recipe says of each kind of parameter (matrix, embedding, head, norm) how it is trained: which rule, which basis,
-which lift, in how many bits. To add an optimizer is to add a row; what the row names stands in the tables of rules,
-bases and lifts.
+A recipe says how each kind of parameter (matrix, embedding, head, norm) is trained: the rule, the basis, the lift, the
+bits of the moments. A new optimizer is a new row; the rules, bases and lifts that it names have tables of their own.
 """
 
 import difflib
@@ -24,52 +23,44 @@ from qgalore.subspace.projector import LEARNERS
 from qgalore.sync import GradSync
 from qgalore.whole_model import WholeModelUpdates
 
-LAZY_THRESHOLD = 0.6  # mean overlap of successive bases from which on a gap grows, see docs/notebook.md
+LAZY_THRESHOLD = 0.6  # mean overlap of successive bases at which a gap grows, see docs/notebook.md
 SKETCH: dict[str, Any] = dict(proj_type="std", subspace="gaussian", moments_on_refresh="keep", cos_threshold=None)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One entry of the table.
+    """One row of the table.
 
-    title: what the log calls it.
-    torch_class: torch's own optimizer, where it is one; then the rest does not apply but `uses`.
-    matrix, embedding, head, norm: options of the groups of that kind (see options.GroupOptions), which no user changes.
-        A kind without any is trained by AdamW.
-    projected: whether the gradients of matrices are projected, as the user's ProjectionOptions say.
-    state_bits: of the moments.
-    lazy_threshold: that of the lazy refresh where the user names none; None: not lazy.
-    uses: the options of Settings that it listens to besides those of projection: beta1, beta2, scale.
-    per_layer: whether parameters are updated inside backward.
+    The options of a kind of parameter are those of options.GroupOptions, and no user changes them. A kind without
+    options is trained by AdamW. For torch's own optimizers only `title` and `uses` matter.
     """
 
-    title: str
-    torch_class: type[torch.optim.Optimizer] | None = None
+    title: str  # the optimizer's name in the log
+    torch_class: type[torch.optim.Optimizer] | None = None  # torch's own optimizer, if it is one
     matrix: Mapping[str, Any] = field(default_factory=dict)
     embedding: Mapping[str, Any] = field(default_factory=dict)
     head: Mapping[str, Any] = field(default_factory=dict)
     norm: Mapping[str, Any] = field(default_factory=dict)
-    projected: bool = False
-    state_bits: int = 32
-    lazy_threshold: float | None = None
-    uses: tuple[str, ...] = ("beta1", "beta2")
-    per_layer: bool = False
+    projected: bool = False  # whether the gradients of matrices are projected, as the ProjectionOptions say
+    state_bits: int = 32  # bits of the moments
+    lazy_threshold: float | None = None  # default of cos_threshold; None for refreshes that are not lazy
+    uses: tuple[str, ...] = ("beta1", "beta2")  # the options of Settings that have an effect besides projection's
+    per_layer: bool = False  # whether parameters are updated inside backward
 
     @property
     def low_rank_engine(self) -> bool:
-        """Whether a LowRankOptimizer runs it: it sums gradients over the ranks itself, takes quantized weights, and can
-        be driven per layer."""
+        """Whether a LowRankOptimizer runs it, which can sum gradients over ranks, train quantized weights and be driven
+        per layer."""
         return self.torch_class is None
 
     @property
     def rule(self) -> str:
-        """That of the matrices."""
+        """The rule of the matrices."""
         return self.matrix.get("rule", "adam")
 
     def build(
         self, groups: Sequence[ParameterGroup], settings: Settings, sync: GradSync | None
     ) -> torch.optim.Optimizer:
-        """The optimizer over these groups."""
         if self.torch_class is not None:
             return self._build_torch(self.torch_class, groups, settings)
         return LowRankOptimizer(
@@ -93,7 +84,6 @@ class Recipe:
         return MasterWeights.around(kind, [_base_group(group, settings) for group in groups], **options)
 
     def _group(self, group: ParameterGroup, settings: Settings) -> dict[str, Any]:
-        """The options of one group of a LowRankOptimizer."""
         own = getattr(self, group.kind)
         projection = {each.name: getattr(settings, each.name) for each in declared(ProjectionOptions)}
         names = projection if self.projected else self.uses
@@ -103,16 +93,16 @@ class Recipe:
         return _base_group(group, settings) | state | chosen | own
 
     def bits_of(self, group: ParameterGroup, settings: Settings) -> int:
-        """Bits of the moments of a group: those of embedding and head may be kept at a higher precision."""
+        """Bits of the moments of a group. Embedding and head may have more than the matrices; vectors have 32."""
         if all(p.ndim < 2 for p in group.parameters):
-            return 32  # moment_codec would see to it; said here, so that the log says so, too
+            return 32  # moment_codec decides so, too; the log needs to know
         high = group.kind in ("embedding", "head")
         return max(self.state_bits, settings.embedding_state_bits) if high else self.state_bits
 
     def describe(self, group: ParameterGroup, settings: Settings, *, unprojected: str = "full rank") -> str:
-        """How the parameters of this group are trained, in a few words.
+        """Says in a few words how the parameters of this group are trained.
 
-        unprojected: what is said of their rank where their gradients are not projected.
+        unprojected: the words for the rank of gradients that are not projected.
         """
         matrix = group.kind == "matrix"
         bits = self.bits_of(group, settings)
@@ -133,7 +123,6 @@ class Recipe:
 
 
 def _basis(settings: Settings) -> str:
-    """How the bases of projected matrices come about."""
     if settings.proj_type in LEARNERS:
         return f"online PCA by {LEARNERS[settings.proj_type].title}"
     method = METHODS["random" if settings.proj_type == "random" else settings.subspace]
@@ -142,13 +131,12 @@ def _basis(settings: Settings) -> str:
 
 
 def _base_group(group: ParameterGroup, settings: Settings) -> dict[str, Any]:
-    """What any optimizer is given. `lr_ratio` is for whoever sets the learning rate: see `set_lr`."""
     ratio = settings.matrix_lr_ratio if group.kind == "matrix" else 1.0
     return {"params": list(group.parameters), "name": group.name, "lr": settings.lr * ratio, "lr_ratio": ratio}
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the learning rate of every group of an optimizer made here; the matrices' is matrix_lr_ratio of it."""
+    """Sets the learning rate of every group of an optimizer made here; that of the matrices is lr * matrix_lr_ratio."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_ratio"]
 
@@ -165,7 +153,7 @@ def _everywhere(title: str, rule: str = "adam", *, decoupled: bool = True, **rec
 
 
 def _recipes() -> dict[str, Recipe]:
-    """The table. What a LowRankOptimizer runs exists per layer, too, but for Adam's coupled weight decay."""
+    """The table. Every recipe of a LowRankOptimizer exists per layer as well, except adam8bit."""
     torchs = {
         "adam": Recipe("Adam", torch.optim.Adam),
         "adamw": Recipe("AdamW", torch.optim.AdamW),
@@ -197,7 +185,7 @@ OPTIMIZERS = _recipes()
 
 
 def find_recipe(name: str) -> Recipe:
-    """The table's entry for a name, in any case. Raises ValueError that lists the known names."""
+    """The recipe of a name, in upper or lower case. Raises ValueError that lists the known names."""
     name = name.lower()
     if name in OPTIMIZERS:
         return OPTIMIZERS[name]
@@ -210,10 +198,11 @@ def find_recipe(name: str) -> Recipe:
 def create_optimizer(
     name: str, *, groups: Sequence[ParameterGroup], settings: Settings, sync: GradSync | None = None
 ) -> torch.optim.Optimizer:
-    """The optimizer of that name over these groups (see param_groups.split_parameters).
+    """Builds the optimizer of that name.
 
-    sync: sums gradients over data-parallel ranks inside a LowRankOptimizer, at rank size where it can; the others
-        expect gradients that are summed already.
+    groups: the parameters by kind, see param_groups.split_parameters.
+    sync: sums gradients over data-parallel ranks inside a LowRankOptimizer, at rank size if possible. torch's own
+        optimizers expect gradients that are summed already.
     Raises ValueError for an unknown name or settings out of range.
     """
     return find_recipe(name).build(groups, settings, sync)
@@ -228,10 +217,11 @@ def create_updates(
     clip: float = 0.0,
     accumulation_dtype: torch.dtype | None = None,
 ) -> WholeModelUpdates | PerLayerUpdates:
-    """What makes an update of `accumulation` backward passes, after the last or inside each, as the name says.
+    """The object that applies an optimizer's updates, inside backward if the name ends in `_per_layer`, else after it.
 
-    clip: maximum norm, of all gradients or per parameter; 0: no limit.
-    accumulation_dtype: of sums over micro-batches; None for the parameter's.
+    accumulation: backward passes, one for each micro-batch, in an update.
+    clip: maximum norm of all gradients together, or of each parameter's if per layer; 0 for no limit.
+    accumulation_dtype: dtype of sums over micro-batches; None for the dtype of the parameter.
     """
     if find_recipe(name).per_layer:
         assert isinstance(optimizer, LowRankOptimizer)

@@ -1,9 +1,9 @@
 """The last part of an update, from the projected gradient to the written weight: a function of tensors.
 
-It runs as it is or compiled, the same code. A number that compiled code meets becomes a constant of it, and another
-value means compiling again. So the numbers that change from update to update are `StepValues`: Python's in eager code;
-in compiled code 0-d tensors, on the CPU, from where a kernel on a GPU takes them as arguments. What stays the same is a
-`Plan`, meant to be compiled in: one compile for each distinct shape and set of constants.
+The same code runs eager or compiled. A Python number becomes a constant of compiled code, and another value means
+compiling again. So the numbers that change from update to update are `StepValues`: Python numbers in eager code, 0-d
+tensors on the CPU in compiled code, which a kernel on a GPU takes as arguments. `UpdateConstants` are compiled in, so
+there is one compilation for each distinct shape and set of constants.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,29 +25,20 @@ MAX_COMPILES = 256  # shapes times constants. torch stops at 8, where it suspect
 
 
 class StepValues(NamedTuple):
-    """The numbers of one update; None where there is nothing to do.
+    """The numbers of one update."""
 
-    lr: step size.
-    shrink: factor on the weight, by decoupled decay.
-    mass, mass_sq: see rules.
-    seed: 64 bits, of the weight's rounding.
-    beta2: the second moment's decay rate, where the rule's changes.
-    coupled_decay: L2 coefficient, added to the gradient as g + coupled_decay * w.
-    clip: maximum norm of the projected gradient.
-    """
-
-    lr: float | Tensor
-    shrink: float | Tensor
-    mass: float | Tensor
+    lr: float | Tensor  # step size
+    shrink: float | Tensor  # factor on the weight, by decoupled weight decay
+    mass: float | Tensor  # see rules
     mass_sq: float | Tensor
-    seed: Seed
-    beta2: float | Tensor | None = None
-    coupled_decay: float | Tensor | None = None
-    clip: float | Tensor | None = None
+    seed: Seed  # 64 bits, for the rounding of the weight
+    beta2: float | Tensor | None = None  # decay rate of the second moment, for a rule that changes it
+    coupled_decay: float | Tensor | None = None  # L2 coefficient, added to the gradient as g + coupled_decay * w
+    clip: float | Tensor | None = None  # maximum norm of the projected gradient; None disables clipping
 
     @classmethod
     def of(cls, group: dict[str, Any], rule: Rule, clock: Clock, state: dict[str, Any], *, seed: int) -> "StepValues":
-        """Those of an update that the clock has counted."""
+        """The values for an update that the clock has counted."""
         lr, weight_decay = group["lr"], group["weight_decay"]
         mass, mass_sq = clock.masses(state)
         return cls(
@@ -62,7 +53,7 @@ class StepValues(NamedTuple):
         )
 
     def as_tensors(self, dtype: torch.dtype) -> "StepValues":
-        """The same as 0-d tensors of the gradient's dtype, for compiled code."""
+        """The same values as 0-d tensors of the gradient's dtype, for compiled code."""
         assert isinstance(self.seed, int)
         tensors = {
             name: torch.as_tensor(value, dtype=dtype)
@@ -73,18 +64,14 @@ class StepValues(NamedTuple):
 
 
 class UpdateConstants(NamedTuple):
-    """What all updates of a weight have in common.
-
-    betas, eps: constants of the rule.
-    scale: factor on the update.
-    """
+    """Everything that is the same in all updates of a weight."""
 
     projector: Projector
     rule: Rule
     lift: Lift
     betas: tuple[float, float]
     eps: float
-    scale: float
+    scale: float  # factor on the update
 
 
 def write_update(
@@ -99,15 +86,15 @@ def write_update(
     last: Tensor | None = None,
     watch: AbstractContextManager | None = None,
 ) -> Tensor:
-    """Writes moments, weight and `last`, and nothing else; nothing at all from a gradient that is not finite.
+    """Writes moments, weight and `last`, or nothing at all if the gradient is not finite.
 
-    R: the projected gradient, float32 or float64, (r or m, r or n).
-    weight: (m, n).
-    moments: those that the rule keeps for R's shape.
-    bases: see Projector.open.
-    G, last: for the lift, see rules.lifts.
-    watch: times the way back, in eager code.
-    Returns the norm of R before clipping. ()
+    R: the projected gradient (r or m, r or n), float32 or float64.
+    weight: the weight (m, n).
+    moments: the moments that the rule keeps for the shape of R.
+    bases: the bases, see Projector.open.
+    G, last: arguments of the lift, see rules.lifts.
+    watch: measures the time of the lift, in eager code.
+    Returns the norm of R before clipping, ().
     """
     norm = torch.linalg.vector_norm(R)
     finite = norm.isfinite()
@@ -116,7 +103,7 @@ def write_update(
         if finite:
             _write_finite(R, weight, moments, **extra)
         return norm
-    # Asking a GPU would mean waiting for it. Compiled, the copies exist in name only.
+    # To look at a value on a GPU would mean to wait for it. In compiled code the copies take no memory.
     written = [tensor for kept in [*(m.stored for m in moments), weight] for tensor in kept.parts.values()]
     written += [last] if last is not None else []
     before = [tensor.clone() for tensor in written]
@@ -139,7 +126,6 @@ def _write_finite(
     last: Tensor | None,
     watch: AbstractContextManager | None,
 ) -> None:
-    """write_update of a gradient taken to be finite. norm: of R."""
     projector, rule, lift, (beta1, beta2), eps, scale = constants
     w, raw = weight.read(R.dtype), R
     if step.coupled_decay is not None:
@@ -149,7 +135,7 @@ def _write_finite(
     decays = dict(beta1=beta1, beta2=beta2 if step.beta2 is None else step.beta2)
     D = rule.direction(R, *moments, **decays, eps=eps, mass=step.mass, mass_sq=step.mass_sq)
     with nullcontext() if watch is None else watch:
-        # Clipping scales G and R alike: the lift sees both as they were.
+        # Clipping would scale G and R alike, so the lift gets both unclipped.
         U = lift.function(D, raw, G, Way(projector, bases, last))  # (m, n)
     if rule.finish is not None:
         U = rule.finish(U)
@@ -160,11 +146,11 @@ def _write_finite(
 
 
 def _add_(x: Tensor, y: Tensor, *, factor: float | Tensor) -> Tensor:
-    """x += factor * y. `alpha` takes Python's numbers only."""
+    """x += factor * y; `alpha` takes Python numbers only."""
     return x.add_(y * factor) if isinstance(factor, Tensor) else x.add_(y, alpha=factor)
 
 
 def compiled_update() -> Callable[..., Tensor]:
-    """write_update, compiled for each shape and set of constants when it first meets them."""
+    """write_update, compiled at the first use of each shape and set of constants."""
     compiled = torch.compile(write_update, dynamic=False, fullgraph=True)
     return torch._dynamo.config.patch(recompile_limit=MAX_COMPILES)(compiled)

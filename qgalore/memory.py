@@ -15,11 +15,14 @@ KINDS = ("weights", "scales", "bases", "moments", "accumulators")
 def kept_bytes(
     model: nn.Module, optimizer: torch.optim.Optimizer, *, accumulators: Iterable[Tensor] = ()
 ) -> dict[str, int]:
-    """Bytes by kind: weights (dense, or codes), scales (and zero points of weights), bases (with their scales), moments
-    (with their block maxima; those of bases that learn; float32 master weights where there are any), accumulators (sums
-    over micro-batches).
+    """Bytes by kind, on any device, the meta device included.
 
-    Any device, the meta device included; gradients and activations are not kept between updates and do not count.
+    weights: floating weights, or codes of quantized ones.
+    scales: scales and zero points of quantized weights.
+    bases: bases with their scales.
+    moments: moments with their block maxima, those of bases that learn, and float32 master weights.
+    accumulators: sums over micro-batches.
+    Gradients and activations are not kept between updates and do not count.
     """
     kept: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
     for p in model.parameters():
@@ -41,6 +44,6 @@ def _weight_bytes(p: Tensor) -> list[tuple[str, int]]:
 
 
 def adamw_bytes(model: nn.Module) -> dict[str, int]:
-    """What AdamW would keep for the same model: weights and two moments, all in the dtype the model computes in."""
+    """Bytes that AdamW would keep for the same model: weights and two moments, in the dtype of the weights."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return dict.fromkeys(KINDS, 0) | {"weights": weights, "moments": 2 * weights}

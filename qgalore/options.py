@@ -1,7 +1,7 @@
-"""Every option of the optimizers, declared once: default, range, unit, meaning, and where it applies.
+"""Every option of the optimizers, declared once: default, range, unit, meaning, and where it has an effect.
 
-A field of a dataclass made by `option` is an option. From it come the defaults and checks of parameter groups, the
-flags of a command line, the warnings about flags without effect, and the pages that list them.
+A dataclass field made by `option` is an option. Parameter groups take their defaults and checks from it; the command
+line takes its flags, its warnings about flags without effect, and its documentation.
 """
 
 import dataclasses
@@ -18,23 +18,19 @@ from qgalore.rules.rules import RULES
 from qgalore.subspace.bases import METHODS
 from qgalore.subspace.projector import PROJ_TYPES
 
-SUBSPACE_METHODS = ("iterate", "svd")  # those that a user chooses between: the others come with a proj_type or a recipe
-RESIDUALS = ("none", "fira")  # the lifts that a user chooses between
+SUBSPACE_METHODS = ("iterate", "svd")  # what --subspace may name; other methods come with a proj_type or a recipe
+RESIDUALS = ("none", "fira")  # what --residual may name; other lifts come with a recipe
 
 
 class Range(NamedTuple):
-    """The values that an option may have.
+    """The values that an option may have."""
 
-    fits: whether a value is one of them.
-    words: how an error says it.
-    """
-
-    fits: Callable[[Any], bool]
-    words: str
+    fits: Callable[[Any], bool]  # whether it may have this value
+    words: str  # the range in an error message: "it must ..."
 
 
 def at_least(least: float) -> Range:
-    """Finite, and not below `least`."""
+    """Finite numbers, not below `least`."""
     words = "must be 0 or more" if least == 0 else f"must be at least {least:g}"
     return Range(lambda value: least <= value < math.inf, words)
 
@@ -52,37 +48,23 @@ def one_of(*values: Any) -> Range:
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of an option besides its name, type and default.
-
-    help: its meaning.
-    unit: what its value counts, or what it is.
-    section: the heading that it stands under in a list of options.
-    choices: the values of a word.
-    range: of a number.
-    flag: its name on a command line, where that is another.
-    flag_choices: fewer choices, on a command line.
-    parse: turns the text of a flag into a value; None for the option's type.
-    shown: the default in words, where it depends on something.
-    needs: conditions without which it has no effect; the first that does not hold is what a warning names.
-    may_change: whether a run that goes on may have another value than before.
-    required: whether a run cannot do without it.
-    """
+    """The meaning of an option; its name, type and default are those of the field."""
 
     help: str
-    unit: str = ""
-    section: str = ""
-    choices: tuple[str, ...] | None = None
-    range: Range | None = None
-    flag: str | None = None
-    flag_choices: tuple[str, ...] | None = None
-    parse: Callable[[str], Any] | None = None
-    shown: str | None = None
-    needs: tuple[str, ...] = ()
-    may_change: bool = False
-    required: bool = False
+    unit: str = ""  # the unit of the value, or its kind
+    section: str = ""  # its heading in a list of options
+    choices: tuple[str, ...] | None = None  # possible words
+    range: Range | None = None  # possible numbers
+    flag: str | None = None  # name on a command line; None for the name of the field
+    flag_choices: tuple[str, ...] | None = None  # possible words on a command line; None for `choices`
+    parse: Callable[[str], Any] | None = None  # turns the text of a flag into a value; None for the field's type
+    shown: str | None = None  # the default in words, if it depends on something
+    needs: tuple[str, ...] = ()  # conditions without which it has no effect; a warning names the first that fails
+    may_change: bool = False  # whether a resumed run may have another value
+    required: bool = False  # whether a command line must have it
 
     def problem(self, value: Any) -> str | None:
-        """What is wrong with a value, in words; None where nothing is. None is in range: it stands for the default."""
+        """Says what is wrong with a value; None if it is in range. The value None stands for the default."""
         if value is None:
             return None
         if self.choices is not None and value not in self.choices:
@@ -96,7 +78,7 @@ def option(default: Any, help: str, **known: Any) -> Any:
 
 
 class Declared(NamedTuple):
-    """An option as it is declared: its field's name, annotation and default, and what is known of it."""
+    """An option with the name, annotation and default of its field."""
 
     name: str
     annotation: Any
@@ -125,7 +107,7 @@ QUANTIZATION = "quantization"
 
 @dataclass(frozen=True)
 class ProjectionOptions:
-    """How the gradients of a group of matrices are projected. In a group, `rank` decides whether they are at all."""
+    """How the gradients of a group of matrices are projected. A group without a `rank` is not projected."""
 
     rank: int = option(128, "columns of each basis, or rank of each adapter with --peft; at most the shorter side of "
         "a matrix", unit="COLUMNS", section=PROJECTION, range=at_least(1), needs=("rank",))
@@ -167,7 +149,7 @@ class ProjectionOptions:
 
 @dataclass(frozen=True)
 class GroupOptions:
-    """What a group of parameters of a LowRankOptimizer may set besides ProjectionOptions."""
+    """The options of a parameter group of a LowRankOptimizer besides ProjectionOptions."""
 
     rule: str = option("adam", "how gradients become directions", choices=tuple(RULES))
     state_bits: int = option(32, "bits of the moments, 8 or 32", range=one_of(8, 32))
@@ -181,7 +163,7 @@ class GroupOptions:
 
 @dataclass(frozen=True)
 class Settings(ProjectionOptions):
-    """What a user chooses of an optimizer that `create_optimizer` builds by its name."""
+    """The options that a user of `create_optimizer` chooses."""
 
     lr: float = option(1e-4, "peak learning rate", unit="RATE", section=OPTIMIZER, range=ABOVE_0)
     matrix_lr_ratio: float = option(1.0, "learning rate of the attention and MLP matrices, divided by --lr; where "
@@ -208,10 +190,10 @@ GROUP_OPTIONS: dict[str, Declared] = {
     each.name: each for holder in (ProjectionOptions, GroupOptions) for each in declared(holder)
 }
 _DEFAULTS = {name: each.default for name, each in GROUP_OPTIONS.items()} | {"rank": None}
-# Keys that torch, its schedulers, or `create_optimizer` put into groups, and that mean nothing to an update.
+# Keys that torch, its schedulers or `create_optimizer` put into groups. An update does not use them.
 _PASSIVE = ("params", "param_names", "name", "betas", "lr_ratio", "peak_lr", "initial_lr", "foreach", "fused")
-# Options of the reference packages' groups and of torch's optimizers that change what an update does, with the only
-# value that means the same here.
+# Options of the reference packages' groups and of torch's optimizers that would change an update, each with the only
+# value that is supported.
 _REFUSED = {
     "maximize": False,
     "amsgrad": False,
@@ -224,10 +206,10 @@ _REFUSED = {
 
 
 def complete_group(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter group with every option set, and checked.
+    """A parameter group with every option set and checked.
 
-    Raises ValueError for an unknown key, a value out of range, and options that exclude each other. Warns of a rank
-    that some matrices are too small for.
+    Raises ValueError for an unknown key, a value out of range, and options that exclude each other. Warns if the rank
+    is above the shorter side of some matrices.
     """
     group = _understood(group)
     for name in group:
@@ -240,7 +222,7 @@ def complete_group(group: Mapping[str, Any]) -> dict[str, Any]:
     group["betas"] = tuple(group.get("betas") or RULES[group["rule"]].betas)
     if any(DECAY_RATE.fits(beta) is False for beta in group["betas"]):
         raise ValueError(f"betas = {group['betas']} is out of range: each {DECAY_RATE.words}")
-    group.setdefault("peak_lr", group["lr"])  # what a schedule lowers is measured against it
+    group.setdefault("peak_lr", group["lr"])  # a learning basis follows lr / peak_lr
     if any(p.is_complex() for p in group["params"]):
         raise ValueError("complex parameters are not supported: torch.view_as_real gives a real view of one")
     if RULES[group["rule"]].matrices_only and any(p.ndim != 2 for p in group["params"]):
@@ -250,14 +232,14 @@ def complete_group(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def learner_group(*, rule: str, state_bits: int, eps: float) -> dict[str, Any]:
-    """The options of a basis that learns by this rule; its learning rate is set in every update."""
+    """The group of a basis that learns by this rule. Every update sets its learning rate."""
     return complete_group({"params": (), "rule": rule, "state_bits": state_bits, "eps": eps})
 
 
 def _understood(group: Mapping[str, Any]) -> dict[str, Any]:
     """The group in the names of this package: the reference's `quant` keys say how bases are packed.
 
-    Raises ValueError for what cannot be had.
+    Raises ValueError for an option that is not supported.
     """
     found = dict(group)
     quant, bits = found.pop("quant", None), found.pop("quant_n_bit", None)

@@ -1,4 +1,4 @@
-"""What came of an update."""
+"""The outcome of an update."""
 
 import math
 from collections.abc import Mapping
@@ -10,21 +10,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an update found.
+    """The gradients' norm in an update, and the parameters whose gradients were not finite.
 
-    norm: norm of all gradients together, before clipping.
-    bad: the parameters whose gradients were not finite.
-
-    A whole-model update with a bad gradient is not done at all; in an update per layer, bad parameters stay as they
-    were and the others have moved.
+    A whole-model update with a bad gradient is skipped. In an update per layer, bad parameters stay as they were and
+    the others have moved.
     """
 
-    norm: float
-    bad: tuple[Tensor, ...] = ()
+    norm: float  # of all gradients together, before clipping
+    bad: tuple[Tensor, ...] = ()  # parameters whose gradients were not finite
 
     @classmethod
     def of(cls, norms: Mapping[Tensor, Tensor]) -> "Outcome":
-        """From the norm of each parameter's gradient, a 0-d tensor. Waits for the device once, twice if any is bad."""
+        """The outcome for the gradients' norms, 0-d tensors. Waits for the device once; twice if a norm is bad."""
         if not norms:
             return cls(0.0)
         stacked = torch.stack([norm.double() for norm in norms.values()])  # float64: squares of float32 fit

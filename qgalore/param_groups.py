@@ -1,4 +1,4 @@
-"""Who is trained how: every trainable parameter of a model in exactly one group of its kind."""
+"""Groups of a model's parameters by kind: each trainable parameter is in exactly one group."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,20 +7,16 @@ from typing import Any
 from torch import nn
 
 PROJECTED_MODULES = ("attn", "mlp")
-# The kinds of parameters, and what the log calls them. A matrix is a linear layer's weight inside attention or MLP.
+# The kinds of parameters with their names in the log. A matrix is the weight of a linear layer inside attention or MLP.
 KINDS = {"matrix": "attention and MLP", "embedding": "embedding", "head": "head", "norm": "norms and others"}
 
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters of one kind, of KINDS or `frozen`.
+    """Parameters of one kind, in the order of the model."""
 
-    name: what the log calls them.
-    names, parameters: of each, in the model's order.
-    """
-
-    kind: str
-    name: str
+    kind: str  # of KINDS, or `frozen`
+    name: str  # the kind's name in the log
     names: tuple[str, ...]
     parameters: tuple[nn.Parameter, ...]
 
@@ -34,9 +30,9 @@ def split_parameters(
 ) -> tuple[ParameterGroup, ...]:
     """Groups the trainable parameters by kind: attention and MLP linears, embeddings, head, norms and the rest.
 
-    projected_modules: a linear layer is projected where its name contains one of these, as in the reference.
-    Tied parameters are owned once, by the first module that holds them. Empty groups are left out.
-    Raises ValueError where nothing is trainable.
+    projected_modules: a linear layer is a matrix if its name contains one of these, as in the reference; else a head.
+    A tied parameter belongs to the first module that holds it. Empty groups are left out.
+    Raises ValueError if nothing is trainable.
     """
     kinds: dict[str, list[tuple[str, nn.Parameter]]] = {kind: [] for kind in KINDS}
     owners: dict[int, nn.Module] = {}
@@ -62,13 +58,13 @@ def split_parameters(
 
 
 def make_groups(model: nn.Module, *, rank: int, **options: Any) -> list[dict[str, Any]]:
-    """Groups of any module's trainable parameters for a LowRankOptimizer: matrices projected, then all the others.
+    """Two groups of any module's trainable parameters for a LowRankOptimizer: projected matrices, and all others.
 
-    Projected are the weights of linear layers whose sides are both larger than `rank`. The output layer is not: it is
-    what `model.get_output_embeddings()` names where there is such a method, else the last linear layer. Nor are weights
-    that an embedding shares.
-    rank: columns of each basis.
-    options: of the projected group, see options.ProjectionOptions.
+    The weights of linear layers are projected if both sides are larger than `rank`. The output layer is not projected
+    (`model.get_output_embeddings()` if there is such a method, else the last linear layer), nor a weight that is tied
+    to an embedding.
+    rank: number of columns of each basis.
+    options: options of the projected group, see options.ProjectionOptions.
     """
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     named = getattr(model, "get_output_embeddings", lambda: None)()
@@ -83,7 +79,7 @@ def make_groups(model: nn.Module, *, rank: int, **options: Any) -> list[dict[str
 
 
 def frozen_parameters(model: nn.Module) -> tuple[ParameterGroup, ...]:
-    """What split_parameters leaves out, as one group; none where everything is trained."""
+    """The parameters that split_parameters leaves out, as one group or none."""
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     group = ParameterGroup("frozen", "frozen", names=tuple(frozen), parameters=tuple(frozen.values()))
     return (group,) if frozen else ()

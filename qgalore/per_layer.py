@@ -1,13 +1,16 @@
-"""Updates inside backward: each parameter as soon as its gradient is complete, and the gradient is freed at once.
+"""Updates inside backward: each parameter is updated, and its gradient freed, as soon as the gradient is complete.
 
-So only one layer's gradients exist at a time. With several micro-batches to an update the gradient is not complete
-before the last one; until then its projection is accumulated, at rank size. The exceptions accumulate in full: those
-that are not projected, and a matrix whose refresh is due, for that one update. Refreshes are staggered, so they are
-few. At the first update every matrix is due; its first basis comes from the first micro-batch alone. Random bases are
-drawn before the first micro-batch, so nothing projected by them ever accumulates in full. Bases that learn by online
-PCA, and residuals that are recovered, need the whole gradient of every update: then every matrix accumulates in full.
+So only one layer's gradients exist at a time. With several micro-batches to an update, a gradient is complete with the
+last one; until then its projection is summed, at rank size. Some gradients are summed in full:
 
-The clock is the update: schedules, refreshes and bias corrections count updates, never micro-batches.
+- those of parameters that are not projected,
+- that of a matrix whose refresh is due in this update; refreshes are staggered, so there are few of them,
+- those of all matrices, if bases learn by online PCA or the lift needs the whole gradient.
+
+In the first update every matrix is due: its first basis comes from the first micro-batch alone. Random bases are drawn
+before the first micro-batch, so they need no sums in full.
+
+Schedules, refreshes and bias corrections count updates, never micro-batches.
 """
 
 import torch
@@ -18,13 +21,7 @@ from qgalore.outcome import Outcome
 
 
 class PerLayerUpdates:
-    """Drives a LowRankOptimizer from post-accumulate-grad hooks, which it registers on all of its parameters.
-
-    accumulation: micro-batches, so backward passes, to an update.
-    dtype: of the sums over micro-batches; None for the parameter's.
-    clip: maximum norm of each parameter's own projected gradient; 0 for no limit. The global norm is not known before
-        the last gradient, when the first ones are long gone.
-    """
+    """Drives a LowRankOptimizer from post-accumulate-grad hooks, which it registers on all of its parameters."""
 
     norm_of = "all gradients as projected"
 
@@ -36,16 +33,22 @@ class PerLayerUpdates:
         dtype: torch.dtype | None = None,
         clip: float = 0.0,
     ) -> None:
+        """
+        accumulation: number of micro-batches, each a backward pass, in an update.
+        dtype: dtype of the sums over micro-batches; None for the dtype of the parameter.
+        clip: maximum norm of each parameter's own projected gradient; 0 for no limit. The norm of all gradients is not
+            known before the last one, when the first ones are freed.
+        """
         self.optimizer, self.accumulation, self.dtype = optimizer, accumulation, dtype
         self._seen = dict.fromkeys(optimizer.updates, 0)
-        self._whole: dict[Tensor, bool] = {}  # of parameters that accumulate: whether in full
-        self.sums: dict[Tensor, Tensor] = {}  # of parameters between their first and last micro-batch
+        self._whole: dict[Tensor, bool] = {}  # whether the gradient of a parameter is summed in full
+        self.sums: dict[Tensor, Tensor] = {}  # sums of parameters between their first and last micro-batch
         for group in optimizer.param_groups:
             group["clip"] = clip
         self._hooks = [p.register_post_accumulate_grad_hook(self._on_gradient) for p in optimizer.updates]
 
     def finish(self) -> Outcome:
-        """Ends the update; call it after the last backward. The norm is that of all projected gradients."""
+        """Ends the update; call it after the last backward. The outcome's norm is that of all projected gradients."""
         late = [seen for seen in self._seen.values() if 0 < seen < self.accumulation]
         if late:
             raise RuntimeError(
@@ -76,7 +79,7 @@ class PerLayerUpdates:
         p.grad = None
 
     def _accumulate(self, p: Tensor, G: Tensor, *, first: bool, last: bool) -> None:
-        """Adds one micro-batch, projected where it can be; with the last one, updates the parameter."""
+        """Adds the gradient of one micro-batch, projected if possible. The last one updates the parameter."""
         update = self.optimizer.updates[p]
         if first:
             self._whole[p] = update.begin_from(G)

@@ -1,18 +1,18 @@
-"""The road of one parameter through one update. Every optimizer of this package is this road with other plugs.
+"""One update of one parameter. Every optimizer of this package takes these steps, with other parts plugged in.
 
     G = the gradient                 (m, n)      p.grad, an ordinary tensor
-    P refreshed from G, if due       (m, r) and/or (n, r); the moments follow
-    R = P^T G Q                      projector   r numbers travel between the ranks where n did
-    D = rule(R, moments)             rule        Adam, Lion, ...: moments read, updated in float32, written back
-    U = lift(D, R, G)                lift        how the direction comes back: P D Q^T, or with the residual, ...
+    P, Q refreshed from G if due     projector   (m, r) and/or (n, r); the moments are carried over
+    R = P^T G Q                      projector   ranks exchange R instead of G
+    D = rule(R, moments)             rule        Adam, Lion, ...: moments are read, updated in float32, written back
+    U = lift(D, R, G)                lift        back to (m, n): P D Q^T, or with the residual, ...
     w = w * (1 - lr * weight_decay) - lr * scale * U      in float32
-    weight.write(w, seed)            the store decides how that is rounded
-    P learns from G                  where it follows online PCA: the basis is a weight with an update of its own
+    weight.write(w, seed)            codec       rounds
+    P learns from G                  learner     online PCA: the basis is a weight with an update of its own
 
-Source: Zhao et al. 2024, GaLore, arXiv 2403.03507, algorithm 2. A parameter that is not projected takes the same road
-with the identity for a projector.
+Source: Zhao et al. 2024, GaLore, arXiv 2403.03507, algorithm 2. For a parameter that is not projected, the projector is
+the identity.
 
-`ParameterUpdate` walks the road as far as R; kernel.py has the rest, a function of tensors that may be compiled.
+`ParameterUpdate` goes as far as R; kernel.py has the rest, a function of tensors that may be compiled.
 """
 
 import zlib
@@ -39,32 +39,22 @@ from qgalore.sync import GradSync
 
 @dataclass
 class Engine:
-    """What the updates of all parameters share.
+    """Shared by the updates of all parameters."""
 
-    seed: of the stochastic rounding.
-    sync: sums gradients over data-parallel ranks.
-    kernel: write_update, as it is or compiled.
-    norms: of the gradients of this update, as projected, by parameter in the order of their updates.
-    """
-
-    seed: int
-    sync: GradSync
-    compiled: bool = False
-    kernel: Callable[..., Tensor] = field(init=False)
-    norms: dict[Tensor, Tensor] = field(default_factory=dict)
+    seed: int  # decides the stochastic rounding
+    sync: GradSync  # sums gradients over data-parallel ranks
+    compiled: bool = False  # whether the kernel is compiled
+    kernel: Callable[..., Tensor] = field(init=False)  # write_update, compiled or not
+    norms: dict[Tensor, Tensor] = field(default_factory=dict)  # norms of this update's projected gradients
 
     def __post_init__(self) -> None:
         self.kernel = compiled_update() if self.compiled else write_update
 
 
 class ParameterUpdate:
-    """The updates of one parameter; or of its basis, where that learns.
+    """The updates of one parameter, or of a basis that learns (BasisUpdate).
 
-    p: the parameter, whose state holds everything that is kept.
-    group: its group of the optimizer: learning rate and other options, read in every update.
-    states: the optimizer's state, by parameter.
-    index: number of the parameter in the optimizer, which tells its noise from that of others; None for an only one.
-    learner: the update of the basis, where it learns.
+    Everything that is kept between updates is in the optimizer's state of the parameter.
     """
 
     def __init__(
@@ -78,6 +68,16 @@ class ParameterUpdate:
         engine: Engine,
         observer: Observer,
     ) -> None:
+        """
+        p: the parameter.
+        group: the parameter's group: learning rate and other options, read in every update.
+        states: the optimizer's state.
+        index: number of the parameter in the optimizer, which tells its noise from that of others; None for the only
+            parameter of an optimizer.
+        projector: the projection of its gradient.
+        engine: shared with the other parameters.
+        observer: measures refreshes and projections.
+        """
         self.p, self.group, self.index = p, group, index or 0
         self._identified = index is not None
         self.projector, self.engine, self.observer = projector, engine, observer
@@ -92,20 +92,18 @@ class ParameterUpdate:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What is kept of the parameter: tensors and plain numbers, by name."""
+        """Tensors and plain numbers that are kept of the parameter, by name."""
         return self._states[self.p]
 
     @property
     def steps(self) -> int:
-        """Updates so far."""
+        """Number of updates so far."""
         return self.clock.steps(self.state)
 
     @property
     def always_whole(self) -> bool:
-        """Whether R is never enough: p is not projected, its basis learns, or its lift needs G."""
+        """Whether every update needs G: p is not projected, its basis learns, or its lift uses G."""
         return not self.projector.sides or self.learner is not None or self.lift.needs_whole
-
-    # An update, from a gradient in one piece
 
     def update(self, G: Tensor) -> None:
         """One update from this rank's gradient. G: (m, n). Raises RuntimeError for a sparse one."""
@@ -118,8 +116,10 @@ class ParameterUpdate:
             self.apply(self.engine.sync.reduce(self.project(G)))
 
     def begin(self) -> bool:
-        """Begins an update; asked once. Returns whether it needs the whole gradient, over micro-batches and ranks:
-        always, or because a basis is due that is computed from it."""
+        """Begins an update. Returns whether it needs the whole gradient, summed over micro-batches and ranks.
+
+        It does if `always_whole`, and if a basis is due that is computed from the gradient.
+        """
         self._identify()
         self.clock.begin(self.state)
         self._due = self.projector.due(self.state, step=self.steps + 1)
@@ -139,9 +139,11 @@ class ParameterUpdate:
                 self.learner.index, self.learner.seed = self.index, seed
 
     def begin_from(self, G: Tensor) -> bool:
-        """`begin` where G (m, n) is the first of several micro-batches; a basis that needs no more is computed now.
+        """Begins an update with the gradient G (m, n) of the first of several micro-batches.
 
-        So is the first basis of all: every matrix is due then, and only one micro-batch's gradients need exist.
+        A basis that is not computed from the gradient is refreshed now. So is the first basis, from G alone: every
+        matrix is due in the first update, and sums of all their gradients would need the memory of a whole model.
+        Returns whether the update needs the whole gradient.
         """
         whole = self.begin()
         first = self.steps == 0 and not self.always_whole
@@ -151,22 +153,22 @@ class ParameterUpdate:
         return False
 
     def update_whole(self, G: Tensor) -> None:
-        """The update from the whole gradient, summed over micro-batches and ranks. G: (m, n)"""
+        """The update from the whole gradient G (m, n), summed over micro-batches and ranks."""
         self.refresh_if_due(G)
         R = self.project(G)
         self.apply(R, G)
-        if self.learner is not None and self.steps > 1:  # the first basis needs no step
+        if self.learner is not None and self.steps > 1:  # the first basis is new
             self.learner.learn(G, R)
 
     def refresh_if_due(self, G: Tensor) -> None:
-        """Computes the bases from G (m, n), if `begin` found that they are due; the moments follow.
+        """Computes the bases from G (m, n) if `begin` found them due, and carries the moments over.
 
-        Random bases need no more of G than its shape: any micro-batch's will do.
+        Random bases use the shape of G only: the gradient of any micro-batch will do.
         """
         if not self._due:
             return
         self._due, state = False, self.state
-        # The weight's dtype, also where micro-batches were summed in float32: bases are kept in it.
+        # Bases are kept in the dtype of the weight, although sums over micro-batches may be float32.
         with self.observer.refreshing(self.projector, state):
             turn = self.projector.refresh(G.to(self.p.dtype), state, step=self.steps + 1)
             if turn is not None and self.clock.counts_moments(state):
@@ -174,7 +176,7 @@ class ParameterUpdate:
 
     def _follow(self, turn: Turn) -> None:
         policy, state = self.group["moments_on_refresh"], self.state
-        seed = mix_seed(self.seed, self.steps, self.index, True)  # another one than in the update
+        seed = mix_seed(self.seed, self.steps, self.index, True)  # not the seed of the update
         moments = open_moments(state, self.kinds, dtype=self.projector.wide, seed=seed)
         follow_basis(moments, self.kinds, turn, policy=policy)
         if policy == "reset":
@@ -191,10 +193,10 @@ class ParameterUpdate:
     def apply(self, R: Tensor, G: Tensor | None = None) -> None:
         """Updates moments and weight from the projected gradient R, summed over micro-batches and ranks.
 
-        G: (m, n), the whole gradient, where the lift needs it.
+        G: the whole gradient (m, n), if the lift needs it.
         """
         self.engine.norms[self.p] = self._run(R, open_weight(self.p), G=G)
-        torch.autograd.graph.increment_version(self.p)  # what was written may be the inside of a QuantizedWeight
+        torch.autograd.graph.increment_version(self.p)  # autograd does not see the writing of a QuantizedWeight's parts
 
     def _run(self, R: Tensor, weight: Stored, *, G: Tensor | None = None) -> Tensor:
         """Counts the update and calls the kernel on the stored tensors. Returns the norm of R. ()"""
@@ -209,7 +211,7 @@ class ParameterUpdate:
         seed = mix_seed(*noise, False)
         step = StepValues.of(group, self.rule, clock, state, seed=mix_seed(*noise))
         needs_whole, name = self.lift.needs_whole, self.lift.remembers
-        # Rewriting a quantized weight may round it another way: without a step it must stay as it is.
+        # Writing a quantized weight may round it anew; at a learning rate of 0 it must stay as it is.
         still = None if group["lr"] else {part: tensor.clone() for part, tensor in weight.parts.items()}
         norm = self.engine.kernel(
             R,
@@ -227,22 +229,21 @@ class ParameterUpdate:
         return norm
 
     def undo(self) -> None:
-        """Takes back what this update has counted, where its gradient was not finite: the kernel wrote nothing."""
+        """Takes back the counts of this update, whose gradient was not finite: the kernel has written nothing."""
         self.clock.undo(self.state)
         if self.learner is not None:
             self.learner.clock.undo(self.state)
 
     def end(self) -> None:
-        """The update is over."""
         self.clock.end()
         if self.learner is not None:
             self.learner.clock.end()
 
 
 class BasisUpdate(ParameterUpdate):
-    """The updates of a basis that learns: a weight of its own, which is not projected, with moments of its own.
+    """The updates of a basis that learns: a weight that is not projected, with moments of its own.
 
-    of: the update of the parameter, in whose state all that is kept has the basis' side before its name.
+    Its moments and counts are in the state of the parameter, with the side before their names: `right.exp_avg`.
     """
 
     def __init__(self, of: ParameterUpdate, *, group: dict[str, Any]) -> None:
@@ -256,8 +257,8 @@ class BasisUpdate(ParameterUpdate):
     def learn(self, G: Tensor, R: Tensor) -> None:
         """One step of online PCA, after the basis has been used. Its step size follows the learning rate's schedule.
 
-        G: (m, n), the whole gradient.
-        R: what project made of it.
+        G: the whole gradient, (m, n).
+        R: its projection.
         """
         options, projector = self.of.group, self.of.projector
         basis, G = projector.open(self.state)[self.side], G.to(self.p.dtype)

@@ -1,4 +1,4 @@
-"""The update after backward, when all gradients exist: summed over the ranks, clipped by their global norm, applied."""
+"""Updates after backward, when all gradients exist: they are summed over the ranks, clipped and applied."""
 
 import torch
 from torch import Tensor
@@ -10,14 +10,10 @@ from qgalore.sync import GradSync
 
 
 class WholeModelUpdates:
-    """One optimizer step an update. Gradients of micro-batches add up in p.grad, as autograd does.
-
-    clip: maximum global norm of the gradients; 0 for no limit. It needs whole gradients (GradSync.at_rank_size off).
-    dtype: of these sums; None for the parameter's.
-    """
+    """One optimizer step for each update. The gradients of micro-batches add up in p.grad."""
 
     norm_of = "all gradients"
-    sums: dict[Tensor, Tensor] = {}  # none beside p.grad
+    sums: dict[Tensor, Tensor] = {}  # sums beside p.grad: none
 
     def __init__(
         self,
@@ -27,6 +23,11 @@ class WholeModelUpdates:
         clip: float = 0.0,
         dtype: torch.dtype | None = None,
     ) -> None:
+        """
+        sync: sums gradients over the ranks.
+        clip: maximum norm of all gradients together; 0 for no limit. It needs whole gradients, see GradSync.
+        dtype: dtype of the sums over micro-batches; None for the dtype of the parameter.
+        """
         assert not (clip and sync.at_rank_size)
         self.optimizer, self.sync, self.clip = optimizer, sync, clip
         if sync.at_rank_size:
@@ -36,7 +37,7 @@ class WholeModelUpdates:
                 p.grad_dtype = dtype
 
     def finish(self) -> Outcome:
-        """Does the update and frees the gradients; where one of them is not finite, on any rank, only the latter."""
+        """Does the update and frees the gradients. Skips the update if a gradient of any rank is not finite."""
         gradients = {p: p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None}
         self.sync.reduce_whole(gradients.values())
         norms = {
