@@ -1,20 +1,17 @@
 """README.md and docs/: what they say of the program is so."""
 
+import importlib
 import re
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 from support.models import Model, batches, loss_of
 from support.runs import ROOT
 from support.source_code import imports, sources
 
 import qgalore
-from peft_pretraining.model.build import build_model, meta_model
-from peft_pretraining.model.config import read_config
 from qgalore.factory import OPTIMIZERS
-from qgalore.storage.convert import quantize_module_weight
 
 PAGES = sorted((ROOT / "docs").glob("*.md")) + [ROOT / "README.md", ROOT / "CHANGELOG.md"]
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
@@ -125,57 +122,23 @@ def test_the_readme_names_every_optimizer():
     assert OPTIMIZERS.keys() <= set(re.findall(r"`(\w+)`", README))
 
 
-MEMORY = {  # row: optimizer, bits of weights and of bases
-    "`galore_adamw8bit`": ("galore_adamw8bit", None, None),
-    "`galore_adamw8bit_per_layer`": ("galore_adamw8bit_per_layer", None, None),
-    "`q_galore_adamw8bit_per_layer`, INT8 weights, INT4 bases": ("q_galore_adamw8bit_per_layer", 8, 4),
-    "the same with 4-bit weights": ("q_galore_adamw8bit_per_layer", 4, 4),
-}
-
-
-def memory_of_a_7b(name: str, weight_bits: int | None, proj_bits: int | None) -> tuple[list[float], float]:
-    """GB of weights, bases, moments and gradients at the peak of an update, and of sums over micro-batches."""
-    config = read_config(ROOT / "configs" / "llama_7b.json")
-    groups = qgalore.split_parameters(meta_model(config))
-    matrices = {name for group in groups if group.kind == "matrix" for name in group.names}
-
-    def finish(name, module):
-        if weight_bits and f"{name}.weight" in matrices:
-            quantize_module_weight(module, bits=weight_bits)
-
-    model = build_model(config, device="meta", dtype=torch.bfloat16, seed=0, finish=finish)
-    settings = qgalore.Settings(rank=1024, proj_bits=proj_bits)
-    optimizer = qgalore.create_optimizer(name, groups=qgalore.split_parameters(model), settings=settings)
-    optimizer.allocate()
-    kept = qgalore.kept_bytes(model, optimizer)
-    sizes = [p.numel() * p.element_size() for p in model.parameters()]
-    gradients = max(sizes) if OPTIMIZERS[name].per_layer else sum(sizes)
-    shapes = [p.shape if update.always_whole else update.projector.projected_shape
-              for p, update in optimizer.updates.items()]  # fmt: skip
-    sums = sum(2 * shape.numel() for shape in shapes)
-    found = [kept["weights"] + kept["scales"], kept["bases"], kept["moments"], gradients]
-    return [size / 1e9 for size in found], sums / 1e9
-
-
-def memory_row(title: str) -> list[float]:
-    """The figures of a row; 0 where nothing is kept."""
-    (row,) = re.findall(rf"^\| {re.escape(title)} \|([ \d.*|]+)\|$", README, re.M)
-    return [float(cell.strip("* ") or 0) for cell in row.split("|")]
-
-
-@pytest.mark.parametrize("title", MEMORY)
-def test_the_memory_table_counts_right(title):
-    counted, sums = memory_of_a_7b(*MEMORY[title])
-    assert memory_row(title) == pytest.approx([*counted, sum(counted)], abs=0.0501)
-    if "per_layer" in title:
-        (said,) = re.findall(r"keep sums at rank size, ([\d.]+) GB", README)
-        assert float(said) == pytest.approx(sums, abs=0.05)
-
-
-def test_the_memory_of_adamw_counts_right():
-    elements = sum(p.numel() for p in meta_model(read_config(ROOT / "configs" / "llama_7b.json")).parameters())
-    once = 2 * elements / 1e9
-    assert memory_row("AdamW, all in bfloat16") == pytest.approx([once, 0, 2 * once, once, 4 * once], abs=0.0501)
+def test_the_memory_table_is_what_the_benchmark_prints(monkeypatch, capsys):
+    """GB of weights, bases, moments, gradients and in total; and the sums that per-layer updates keep."""
+    monkeypatch.syspath_prepend(ROOT)
+    state_bytes = importlib.import_module("benchmarks.state_bytes")
+    config = str(ROOT / "configs" / "llama_7b.json")
+    assert state_bytes.main(["--model_config", config]) == 0
+    printed = capsys.readouterr().out.splitlines()[2:]
+    table = README.partition("| | weights | bases |")[2].partition("\n\n")[0].splitlines()[2:]
+    assert len(table) == len(printed) == 1 + len(state_bytes.RUNS)
+    for row, line in zip(table, printed, strict=True):
+        title, *cells = (cell.strip(" *`") for cell in row.strip("|").split("|"))
+        assert line.split() == [*title.replace("`", "").split(), *(cell or "0.0" for cell in cells)]
+    optimizer, weight_bits, proj_bits = list(state_bytes.RUNS.values())[-1]
+    _, sums = state_bytes.count(config, optimizer=optimizer, weight_bits=weight_bits, proj_bits=proj_bits, rank=1024)
+    assert f"keep sums at rank size, {sums / 1e9:.1f} GB" in " ".join(README.split())
+    assert state_bytes.main(["--model_config", "configs/none.json"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_the_memory_of_gradients_inside_backward_is_that_of_one():
