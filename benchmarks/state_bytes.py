@@ -24,7 +24,6 @@ from qgalore.memory import kept_bytes
 from qgalore.optimizer import LowRankOptimizer
 from qgalore.param_groups import split_parameters
 
-KINDS = ("weights", "bases", "moments", "gradients")
 RUNS = {  # title: optimizer, bits of the weights of attention and MLP, bits of the bases
     "galore_adamw8bit": ("galore_adamw8bit", None, None),
     "galore_adamw8bit_per_layer": ("galore_adamw8bit_per_layer", None, None),
@@ -81,15 +80,13 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    rows = [
-        {
-            "optimizer": title,
-            **{kind: f"{size / 1e9:.1f}" for kind, size in (*held.items(), ("total", sum(held.values())))},
-        }
-        for title, held in counted.items()
-    ]
+    rows = [{"optimizer": title} | _gigabytes(held | {"total": sum(held.values())}) for title, held in counted.items()]
     print(f"{args.model_config}, rank {args.rank}, GB (1e9 bytes)\n{format_table(rows)}")
     return 0
+
+
+def _gigabytes(held: dict[str, int]) -> dict[str, str]:
+    return {kind: f"{size / 1e9:.1f}" for kind, size in held.items()}
 
 
 if __name__ == "__main__":
