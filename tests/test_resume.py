@@ -11,8 +11,9 @@ from collections import Counter
 
 import pytest
 from support.command_line import refusal
+from support.ranks import run_on_two_ranks
 from support.resumed_runs import INT8, LOW_RANK, assert_halves_make_a_whole, checkpoint, digests
-from support.runs import ROOT, losses, record, run, torchrun
+from support.runs import ROOT, losses, record, run
 
 import torchrun_main
 from peft_pretraining.checkpoint import files
@@ -73,19 +74,18 @@ def test_compiled(tiny, tmp_path):
     assert_halves_make_a_whole(tiny, tmp_path, optimizer=optimizer, compile=True, **LOW_RANK, **INT8)
 
 
-def test_two_ranks(tiny, tmp_path):
+def test_two_ranks(tiny, tmp_path, capsys):
     flags = dict(optimizer="galore_adamw", total_batch_size=8, save_every=3, workers=1, **LOW_RANK)
-    assert torchrun(tiny.flags(tmp_path / "whole", **flags), processes=2).returncode == 0
+    assert run_on_two_ranks(tiny.flags(tmp_path / "whole", **flags)).returncode == 0
     resumed = tiny.flags(tmp_path / "half", continue_from=checkpoint(tmp_path / "whole", 3), **flags)
-    result = torchrun(resumed, processes=2)
+    result = run_on_two_ranks(resumed)
     assert result.returncode == 0, result.stderr
     assert losses(tmp_path / "half") == losses(tmp_path / "whole")[3:]
     assert digests(tmp_path / "half", 6) == digests(tmp_path / "whole", 6)
 
     alone = flags | dict(continue_from=checkpoint(tmp_path / "whole", 3), total_batch_size=8)
-    result = torchrun(tiny.flags(tmp_path / "alone", **alone), processes=1)
-    assert result.returncode == 0, result.stderr
-    assert "the checkpoint is of 2 processes, this run of 1" in result.stderr
+    run(tiny, tmp_path / "alone", **alone)
+    assert "the checkpoint is of 2 processes, this run of 1" in capsys.readouterr().err
     (first, *_), (expected, *_) = losses(tmp_path / "alone"), losses(tmp_path / "whole")[3:]
     assert first == pytest.approx(expected, rel=0.2), "the same weights, other sequences"
 

@@ -1,4 +1,7 @@
-"""Every script and every command of the README, run for real with shortened arguments."""
+"""Every script and every command of the README, run with shortened arguments.
+
+The main script runs in this process, because importing torch takes seconds; one command starts torchrun for real.
+"""
 
 import json
 import re
@@ -7,6 +10,7 @@ import sys
 import pytest
 from support.runs import ROOT, record, shell
 
+import torchrun_main
 from peft_pretraining.cli.args import parse_args
 
 PRETRAIN = sorted((ROOT / "scripts" / "pretrain_c4").glob("*.sh"))
@@ -24,21 +28,37 @@ def readme_commands() -> list[str]:
     return [line for block in blocks for line in block.splitlines() if line.strip()]
 
 
+def first_torchrun() -> str:
+    """The command that is run by torchrun itself."""
+    return next(command for command in readme_commands() if command.startswith("torchrun"))
+
+
 def shortened(tiny, save_dir) -> list[str]:
     """Overrides that make any command a run of two updates on the tiny model."""
     return tiny.flags(save_dir, batch_size=2, total_batch_size=4, num_training_steps=2, warmup_steps=1, rank=4)
 
 
-@pytest.mark.parametrize("script", PRETRAIN, ids=lambda path: path.stem)
-def test_pretraining_scripts_carry_the_published_settings(script, tmp_path):
-    """A torchrun of our own prints what the script would run."""
+@pytest.fixture
+def words_of(tmp_path):
+    """What a script passes to torchrun: one of our own prints it."""
     fake = tmp_path / "torchrun"
     fake.write_text('#!/bin/sh\nfor a in "$@"; do echo "$a"; done\n')
     fake.chmod(0o755)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "NPROC": "4"}
-    words = shell(["bash", str(script), "--seed", "7"], **environment).stdout.splitlines()
-    assert words[:4] == ["--standalone", "--nproc_per_node", "4", "torchrun_main.py"]
-    args = parse_args(words[4:])
+
+    def words(command: list[str]) -> list[str]:
+        result = shell(command, **environment)
+        assert result.returncode == 0, result.stderr
+        words = result.stdout.splitlines()
+        assert words[:4] == ["--standalone", "--nproc_per_node", "4", "torchrun_main.py"]
+        return words[4:]
+
+    return words
+
+
+@pytest.mark.parametrize("script", PRETRAIN, ids=lambda path: path.stem)
+def test_pretraining_scripts_carry_the_published_settings(script, words_of):
+    args = parse_args(words_of(["bash", str(script), "--seed", "7"]))
     size = script.stem.removeprefix("llama_")
     published = (args.rank, args.lr, args.num_training_steps, args.warmup_steps, args.update_proj_gap)
     assert published == PUBLISHED[size]
@@ -47,35 +67,38 @@ def test_pretraining_scripts_carry_the_published_settings(script, tmp_path):
 
 
 @pytest.mark.parametrize("script", PRETRAIN, ids=lambda path: path.stem)
-def test_pretraining_scripts_run(script, tiny, tmp_path):
-    result = shell(["bash", str(script), *shortened(tiny, tmp_path)])
-    assert result.returncode == 0, result.stderr
+def test_pretraining_scripts_run(script, tiny, tmp_path, words_of):
+    assert torchrun_main.command_line(words_of(["bash", str(script), *shortened(tiny, tmp_path)])) == 0
     (end,) = record(tmp_path, "end")
     assert end["updates"] == 2 and end["tokens_seen"] == 2 * 4 * 32
 
 
 @pytest.mark.parametrize("command", [c for c in readme_commands() if not c.startswith("bash scripts/t")])
-def test_readme_commands_run(command, tiny, tmp_path):
+def test_readme_commands_run(command, tiny, tmp_path, words_of, capsys):
     """As they stand there, with shorter arguments after them; `scripts/test.sh` is what runs this."""
     if "runs/60m" in command and "--save_dir" not in command:
         check_a_command_on_a_finished_run(command, tiny, tmp_path)
         return
-    more = shortened(tiny, tmp_path)
-    if "quickstart" in command:  # its own model and data, the embedded ones; the whole of it is the slow test below
-        more = ["--num_training_steps", "10", "--warmup_steps", "1", "--save_dir", str(tmp_path)]
-    result = shell([*command.split(), *more], VENV=sys.prefix, timeout=240)
-    assert result.returncode == 0, result.stderr
+    words, more = command.split(), shortened(tiny, tmp_path)
+    if words[0] == "bash" and "quickstart" not in command:
+        assert torchrun_main.command_line(words_of([*words, *more])) == 0
+    elif "torchrun_main.py" in words and command != first_torchrun():
+        assert torchrun_main.command_line([*words[words.index("torchrun_main.py") + 1 :], *more]) == 0
+    else:
+        if "quickstart" in command:  # its own model and data, the embedded ones; the whole of it is the slow test below
+            more = ["--num_training_steps", "10", "--warmup_steps", "1", "--save_dir", str(tmp_path)]
+        result = shell([*words, *more], VENV=sys.prefix, timeout=240)
+        assert result.returncode == 0, result.stderr
     if "--dry_run" in command:
-        assert "how each group of parameters is trained" in result.stderr
+        assert "how each group of parameters is trained" in capsys.readouterr().err
     else:
         assert record(tmp_path, "end")[0]["updates"] in (2, 10)
 
 
 def check_a_command_on_a_finished_run(command: str, tiny, folder) -> None:
-    import torchrun_main
-
     assert torchrun_main.command_line(tiny.flags(folder / "runs" / "60m")) == 0
-    result = shell(command.replace("runs/60m", f"{folder}/runs/60m").split())
+    command = command.removeprefix("torchrun --standalone").removeprefix("python")
+    result = shell([sys.executable, *command.replace("runs/60m", f"{folder}/runs/60m").split()])
     assert result.returncode == 0, result.stderr
     if "--eval_only" in command:
         perplexity = record(folder / "runs" / "60m", "end")[0]["perplexity"]
@@ -102,8 +125,6 @@ def test_the_documents_name_tests_that_exist():
 
 def test_the_readme_names_every_event_and_its_fields(tiny, tmp_path):
     """The table of metrics.jsonl is the record's: no field is missing there."""
-    import torchrun_main
-
     assert torchrun_main.command_line(tiny.flags(tmp_path)) == 0
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", (ROOT / "README.md").read_text(), flags=re.MULTILINE))
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
