@@ -114,7 +114,7 @@ def train_step(run: Run) -> None:
     total, stops, bad_documents = run.world.sum(told).tolist()
     run.stopping = stops > 0
     log_step(run, loss=total, outcome=outcome, batch=micro_batches[-1], targets=targets, began=began)
-    react(run, loss=total, outcome=outcome, bad_documents=int(bad_documents))
+    react(run, loss=total, outcome=outcome, skipped=skipped, bad_documents=bad_documents > 0)
 
 
 def read_batches(run: Run) -> list[Batch]:

@@ -131,6 +131,15 @@ def check_data(now: dict[str, str], *, start: StartingPoint, args: argparse.Name
     logger.warning(f"the training data has changed: {change}. Documents may be read twice or not at all.")
 
 
+def check_validation(now: dict[str, str], *, start: StartingPoint) -> None:
+    """Warns if the validation data is not that of the checkpoint: its losses cannot be compared with the new ones.
+
+    now: fingerprint of the validation data, see DocumentSource.
+    """
+    if change := describe_change(start.saved.get("validation_fingerprint", {}), now):
+        logger.warning(f"the validation data has changed: {change}. Losses before and after cannot be compared.")
+
+
 def inherited_args(path: str) -> dict[str, Any]:
     """What an evaluation of a checkpoint, a run's folder or a transformers folder takes from there."""
     if is_transformers_folder(path):

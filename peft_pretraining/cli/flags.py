@@ -64,9 +64,13 @@ class RunOptions:
     use_hf_model: bool = option(False, "accepted for the reference's scripts; it has no effect, because the model "
         "always comes from transformers", section=MODEL)
     dataset: str = option("c4", "training text. c4: streamed from the Hugging Face hub; pydocs: documentation of the "
-        "installed Python packages, without a download; a path: a folder in C4's layout, a file, or a quoted glob of "
-        ".json.gz, .jsonl, .parquet or .txt files", unit="NAME|PATH", section=DATA, may_change=True)
-    validation: str | None = option(None, "validation text, given like --dataset", unit="PATH", section=DATA,
+        "installed Python packages, without a download; a path: a folder with train (and validation) in its files' "
+        "names, a file, or a quoted glob of .jsonl, .json, .ndjson or .txt files (also .gz and .zst) or .parquet files",
+        unit="NAME|PATH", section=DATA, may_change=True)
+    text_field: str = option("text", "field or column of local files that holds the text; dots lead into nested "
+        "objects", unit="NAME", section=DATA)
+    validation: str | None = option(None, "validation text, given like --dataset; all files of a folder "
+        "without such names", unit="PATH", section=DATA,
         shown="the dataset's validation files, else one document in a hundred")
     tokenizer: str | None = option(None, "tokenizer: a sentencepiece .model file, a transformers folder, or a name "
         "on the hub", unit="NAME|PATH", section=DATA, shown="t5-base; for pydocs its own")

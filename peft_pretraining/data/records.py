@@ -22,23 +22,22 @@ from loguru import logger
 from peft_pretraining.data.retry import retried
 from peft_pretraining.errors import UserError
 
-JSON_SUFFIXES = (".json.gz", ".jsonl.gz", ".json", ".jsonl")
-TEXT_SUFFIXES = (".txt", ".txt.gz")
+JSON_SUFFIXES = tuple(name + packed for name in (".json", ".jsonl", ".ndjson") for packed in ("", ".gz", ".zst"))
+TEXT_SUFFIXES = (".txt", ".txt.gz", ".txt.zst")
 SUFFIXES = (*JSON_SUFFIXES, ".parquet", *TEXT_SUFFIXES)
+TEXT_FIELD = "text"  # where C4 and most other data sets keep it
 
 RETRY_WAITS = (0.5, 1.0, 2.0, 4.0)  # seconds: a file server that hiccups is back by then
 
 
 class Record(NamedTuple):
-    """One undecoded document: a JSON line, a paragraph block of a text file, or a Parquet cell.
-
-    problem: what is wrong with it, where that is known before it is decoded.
-    """
+    """One undecoded document: a JSON line, a paragraph block of a text file, or a Parquet cell."""
 
     raw: Any  # bytes, or whatever a Parquet cell holds
     path: Path
     line: int  # 1-based; the first line of the document, or the row
-    problem: str = ""
+    problem: str = ""  # what is wrong with it, if that is known before it is decoded
+    text_field: str = TEXT_FIELD  # the field of a JSON object that holds the text; dots lead into nested objects
 
     @property
     def where(self) -> str:
@@ -53,9 +52,9 @@ class Record(NamedTuple):
         if self.problem:
             raise UserError(self.problem)
         if not isinstance(self.raw, bytes):
-            text = _expect_text(self.raw, where=self.where)
-        elif self.path.name.endswith(JSON_SUFFIXES):
-            text = _json_text(_utf8(self, self.raw), where=self.where)
+            text = _expect_text(self.raw, field=self.text_field, where=self.where)
+        elif _ends(self.path, JSON_SUFFIXES):
+            text = _json_text(_utf8(self, self.raw), field=self.text_field, where=self.where)
         else:
             text = _utf8(self, self.raw)
         # JSON may hold a lone surrogate ("\ud800"), which no tokenizer takes: it becomes "?".
@@ -70,7 +69,16 @@ class _Damaged(Exception):
         self.after = after
 
 
-def read_records(path: Path, *, line: int = 1) -> Iterator[Record]:
+def is_data(path: Path) -> bool:
+    """Whether a file's name says that documents can be read from it."""
+    return _ends(path, SUFFIXES)
+
+
+def _ends(path: Path, suffixes: tuple[str, ...]) -> bool:
+    return path.name.lower().endswith(suffixes)
+
+
+def read_records(path: Path, *, line: int = 1, text_field: str = TEXT_FIELD) -> Iterator[Record]:
     """The records of one file, in file order, from the one that begins at `line` on.
 
     A damaged file ends with a record whose text() raises. A file that cannot be opened or read is tried again after
@@ -78,7 +86,9 @@ def read_records(path: Path, *, line: int = 1) -> Iterator[Record]:
     """
 
     def open_after(given: int, last: Record | None) -> Iterator[Record]:
-        return _records(path, line) if last is None else islice(_records(path, last.line), 1, None)
+        if last is None:
+            return _records(path, line, text_field)
+        return islice(_records(path, last.line, text_field), 1, None)
 
     try:
         yield from retried(open_after, wait_after=partial(_wait_for_file, path))
@@ -100,24 +110,38 @@ def _wait_for_file(path: Path, error: Exception, failures: int, given: int) -> f
     return wait
 
 
-def _records(path: Path, start: int) -> Iterator[Record]:
-    if path.name.endswith(".parquet"):
-        return _parquet_records(path, start)
-    if path.name.endswith(TEXT_SUFFIXES):
+def _records(path: Path, start: int, text_field: str) -> Iterator[Record]:
+    if _ends(path, (".parquet",)):
+        return _parquet_records(path, start, text_field)
+    if _ends(path, TEXT_SUFFIXES):
         return _paragraph_records(path, start)
-    return (Record(line, path, number) for number, line in _lines(path, start) if not line.isspace())
+    return (
+        Record(line, path, number, text_field=text_field) for number, line in _lines(path, start) if not line.isspace()
+    )
 
 
 def _unit(path: Path) -> str:
-    return "row" if path.name.endswith(".parquet") else "line"
+    return "row" if _ends(path, (".parquet",)) else "line"
 
 
 def _open(path: Path) -> io.BufferedReader:
-    if path.suffix != ".gz":
+    packed = path.suffix.lower()
+    if packed not in (".gz", ".zst"):
         return path.open("rb")
     if path.stat().st_size == 0:
-        raise EOFError("the file is empty")  # gzip takes it for no data, and a lost shard would go unnoticed
-    return io.BufferedReader(gzip.GzipFile(path))  # a buffer of C code: lines come 1.5 times as fast
+        raise EOFError("the file is empty")  # it would pass for no data, and a lost shard would go unnoticed
+    if packed == ".gz":
+        return io.BufferedReader(gzip.GzipFile(path))  # a buffer of C code: lines come 1.5 times as fast
+    return io.BufferedReader(_pyarrow(path).CompressedInputStream(path.open("rb"), "zstd"))
+
+
+def _pyarrow(path: Path) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(f"{path}: reading it needs pyarrow (pip install pyarrow).") from error
+    return pyarrow
 
 
 def _lines(path: Path, start: int) -> Iterator[tuple[int, bytes]]:
@@ -128,6 +152,10 @@ def _lines(path: Path, start: int) -> Iterator[tuple[int, bytes]]:
                 yield number, line
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise _Damaged(number, error) from error
+    except OSError as error:
+        if error.errno is not None:
+            raise  # the machine's fault, not the file's
+        raise _Damaged(number, error) from error  # pyarrow's word for damaged zstd data
 
 
 def _paragraph_records(path: Path, start: int) -> Iterator[Record]:
@@ -143,30 +171,27 @@ def _paragraph_records(path: Path, start: int) -> Iterator[Record]:
         yield Record(b"".join(block).rstrip(), path, number - len(block) + 1)
 
 
-def _parquet_records(path: Path, start: int) -> Iterator[Record]:
+def _parquet_records(path: Path, start: int, text_field: str) -> Iterator[Record]:
     """Row groups before `start` are not read."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(f"{path}: reading .parquet needs pyarrow (pip install pyarrow).") from error
+    pyarrow = _pyarrow(path)
     row = 0
     try:
         with path.open("rb") as raw, pyarrow.parquet.ParquetFile(raw) as file:
-            if "text" not in file.schema_arrow.names:
-                columns = ", ".join(file.schema_arrow.names)
-                yield Record(b"", path, 1, f'{path} has no "text" column (columns: {columns}).')
+            names = file.schema_arrow.names
+            column, *inner = [text_field] if text_field in names else text_field.split(".")
+            if column not in names:
+                yield Record(b"", path, 1, f'{path} has no "{text_field}" column (columns: {", ".join(names)}).')
                 return
             for group in range(file.num_row_groups):
                 rows = file.metadata.row_group(group).num_rows
                 if row + rows < start:
                     row += rows
                     continue
-                for batch in file.iter_batches(columns=["text"], batch_size=1024, row_groups=[group]):
-                    for cell in _cells(batch.column(0)):
+                for batch in file.iter_batches(columns=[column], batch_size=1024, row_groups=[group]):
+                    for cell in _cells(batch.column(0), inner):
                         row += 1
                         if row >= start:
-                            yield Record(cell, path, row)
+                            yield Record(cell, path, row, text_field=text_field)
     except pyarrow.ArrowException as error:
         raise _Damaged(max(row, start - 1), error) from error
     except OSError as error:
@@ -175,14 +200,17 @@ def _parquet_records(path: Path, start: int) -> Iterator[Record]:
         raise _Damaged(max(row, start - 1), error) from error
 
 
-def _cells(column: Any) -> list[Any]:
-    """Text as bytes, so that one cell of bad UTF-8 spoils only itself; other kinds as they are."""
+def _cells(column: Any, inner: list[str]) -> list[Any]:
+    """Text as bytes, so that one cell of bad UTF-8 spoils only itself; other kinds as they are. Null is no text."""
     import pyarrow
 
+    for name in inner:
+        column = pyarrow.compute.struct_field(column, name)
     try:
-        return column.cast(pyarrow.large_binary()).to_pylist()
+        cells = column.cast(pyarrow.large_binary()).to_pylist()
     except (pyarrow.ArrowNotImplementedError, pyarrow.ArrowInvalid):
-        return column.to_pylist()
+        cells = column.to_pylist()
+    return [b"" if cell is None else cell for cell in cells]
 
 
 def _utf8(record: Record, raw: bytes) -> str:
@@ -198,26 +226,48 @@ def _utf8(record: Record, raw: bytes) -> str:
         ) from error
 
 
-def _json_text(line: str, *, where: str) -> str:
+def _json_text(line: str, *, field: str, where: str) -> str:
     try:
         document = json.loads(line)
     except json.JSONDecodeError as error:
+        if line.strip() in ("[", "{", "[{"):
+            raise UserError(f"{where}: JSON that spans several lines. {_ONE_A_LINE}") from error
         raise UserError(
             f"{where}: not valid JSON ({error.msg} at column {error.colno}). Fix or remove the line."
         ) from error
     except (RecursionError, ValueError) as error:  # ValueError: an integer of thousands of digits
         raise UserError(f"{where}: JSON nested too deeply or numbers too long. Fix or remove the line.") from error
+    if isinstance(document, list):
+        raise UserError(f"{where}: a JSON array. {_ONE_A_LINE}")
     if not isinstance(document, dict):
-        raise UserError(f'{where}: not an object with a "text" field. Write one {{"text": ...}} a line.')
-    if "text" not in document:
-        fields = ", ".join(document)[:100].encode("unicode_escape").decode() or "none"
-        raise UserError(f'{where}: no "text" field (fields: {fields}). Rename the field that holds the text.')
-    return _expect_text(document["text"], where=where)
+        raise UserError(f'{where}: not an object with a "{field}" field. Write one {{"{field}": ...}} a line.')
+    return _expect_text(_look_up(document, field, where=where), field=field, where=where)
 
 
-def _expect_text(value: Any, *, where: str) -> str:
+_ONE_A_LINE = "Write one object a line: jq -c '.[]' FILE > FILE.jsonl"
+
+
+def _look_up(document: dict[str, Any], field: str, *, where: str) -> Any:
+    """The value of a field, whose name may have dots, or that dots lead to."""
+    if field in document:
+        return document[field]
+    value: Any = document
+    for name in field.split("."):
+        if not isinstance(value, dict) or name not in value:
+            fields = ", ".join(document)[:100].encode("unicode_escape").decode() or "none"
+            raise UserError(
+                f'{where}: no "{field}" field (fields: {fields}). Name the one that holds text: --text_field'
+            )
+        value = value[name]
+    return value
+
+
+def _expect_text(value: Any, *, field: str, where: str) -> str:
+    if value is None:
+        return ""
     if not isinstance(value, str):
-        raise UserError(f'{where}: "text" is not a string but {json.dumps(value, default=str)[:40]}. Fix or remove it.')
+        shown = json.dumps(value, default=str)[:40]
+        raise UserError(f'{where}: "{field}" is not a string but {shown}. Fix or remove it.')
     return value
 
 

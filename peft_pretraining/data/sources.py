@@ -7,7 +7,6 @@ another number of GPUs or workers reads the same documents in the same order. or
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
@@ -16,12 +15,11 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from peft_pretraining.data.fingerprint import fingerprint_files
+from peft_pretraining.data.folders import Split, find_files, naming_advice
 from peft_pretraining.data.order import Document, OrderedDocuments, Skipped
 from peft_pretraining.data.position import Layout, Position
-from peft_pretraining.data.records import SUFFIXES, Record, read_records
+from peft_pretraining.data.records import TEXT_FIELD, Record, read_records
 from peft_pretraining.errors import UserError
-
-Split = Literal["train", "validation"]
 
 HELD_OUT = 100  # one document in HELD_OUT is held out for validation where there is no validation split
 MAX_UNREADABLE = 1000  # records in a row from the start, after which the data set is not what it should be
@@ -56,7 +54,9 @@ class DocumentSource(Protocol):
         """What the data is, by name of its files, to be compared after a resume; empty where unknown."""
 
 
-def open_documents(dataset: str, *, split: Split, seed: int, validation: str | None = None) -> DocumentSource:
+def open_documents(
+    dataset: str, *, split: Split, seed: int, validation: str | None = None, text_field: str = TEXT_FIELD
+) -> DocumentSource:
     """The documents of one split; call `check()` before the slow work.
 
     dataset: `c4` (streamed from the hub), `pydocs` (embedded), or a PATH: a folder in C4's layout (files named
@@ -65,11 +65,12 @@ def open_documents(dataset: str, *, split: Split, seed: int, validation: str | N
     validation: documents to validate on, given like `dataset`. Without it the dataset's own validation split is used;
         where there is none, about one document in HELD_OUT is, and these are never trained on. Both splits must be
         opened with the same value.
+    text_field: the field or column of local files that holds the text, see records.Record.
 
     Raises UserError where the path does not exist, holds no usable file, or has a suffix we cannot read.
     """
     if split == "validation" and validation is not None:
-        return _open_validation(validation, seed=seed)
+        return _open_validation(validation, seed=seed, text_field=text_field)
     if dataset == "c4":
         from peft_pretraining.data.hub import HubDocuments
 
@@ -81,10 +82,13 @@ def open_documents(dataset: str, *, split: Split, seed: int, validation: str | N
         return LocalDocuments(files, name=f"pydocs, {split} ({_count(files)})", seed=seed, shuffle=split == "train")
     own = find_files(dataset)
     if not own["train"]:
-        raise UserError(f"{dataset} holds a validation split but no train files. {_naming_advice(dataset)}")
+        raise UserError(f"{dataset} holds a validation split but no train files. {naming_advice(dataset)}")
     if not own["validation"] and validation is None:
-        return _hold_out(dataset, own["train"], split=split, seed=seed)
-    return LocalDocuments(own[split], name=_describe(dataset, own[split]), seed=seed, shuffle=split == "train")
+        return _hold_out(dataset, own["train"], split=split, seed=seed, text_field=text_field)
+    files = own[split]
+    return LocalDocuments(
+        files, name=_describe(dataset, files), seed=seed, shuffle=split == "train", text_field=text_field
+    )
 
 
 class LocalDocuments(OrderedDocuments[Path]):
@@ -94,12 +98,20 @@ class LocalDocuments(OrderedDocuments[Path]):
     """
 
     def __init__(
-        self, files: Sequence[Path], *, name: str, seed: int, shuffle: bool, keep: Split | Literal["all"] = "all"
+        self,
+        files: Sequence[Path],
+        *,
+        name: str,
+        seed: int,
+        shuffle: bool,
+        keep: Split | Literal["all"] = "all",
+        text_field: str = TEXT_FIELD,
     ) -> None:
         super().__init__(seed=seed, shuffle=shuffle)
         self.name = name
         self.files = list(files)
         self.keep = keep
+        self.text_field = text_field
 
     def parts(self, epoch: int) -> list[list[Path]]:
         """See OrderedDocuments.parts."""
@@ -109,7 +121,7 @@ class LocalDocuments(OrderedDocuments[Path]):
 
     def records(self, file: Path, *, line: int) -> Iterator[Record]:
         """See OrderedDocuments.records."""
-        return read_records(file, line=line)
+        return read_records(file, line=line, text_field=self.text_field)
 
     def keeps(self, text: str) -> bool:
         """See OrderedDocuments.keeps."""
@@ -118,7 +130,7 @@ class LocalDocuments(OrderedDocuments[Path]):
     def check(self) -> None:
         """Decodes records up to the first document that has text, or up to MAX_UNREADABLE that cannot be read."""
         problems: list[str] = []
-        for record in chain.from_iterable(map(read_records, self.files)):
+        for record in chain.from_iterable(self.records(file, line=1) for file in self.files):
             try:
                 text = record.text()
             except UserError as error:
@@ -144,58 +156,22 @@ def split_of(text: str) -> Split:
     return "validation" if int.from_bytes(digest, "big") % HELD_OUT == 0 else "train"
 
 
-def find_files(dataset: str) -> dict[Split, list[Path]]:
-    """The files of each split of a local dataset, sorted; a single file or a glob is all train. Raises UserError."""
-    path = Path(dataset).expanduser()
-    if path.is_dir():
-        return _find_in_folder(path)
-    if path.is_file():
-        matches = [path]
-    else:
-        matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
-    if not matches:
-        problem = "no file matches" if glob.has_magic(dataset) else "no such file or folder:"
-        raise UserError(f"{problem} {dataset}. Give a folder, a file, a glob in quotes, or one of: c4, pydocs.")
-    for match in matches:
-        if not match.name.endswith(SUFFIXES):
-            raise UserError(f"cannot read {match}: its suffix is none of {', '.join(SUFFIXES)}.")
-    return {"train": matches, "validation": []}
-
-
-def _find_in_folder(folder: Path) -> dict[Split, list[Path]]:
-    for place in (folder, folder / "en"):
-        files = sorted(place.iterdir()) if place.is_dir() else []
-        files = [file for file in files if file.is_file() and file.name.endswith(SUFFIXES)]
-        validation = [file for file in files if "valid" in file.name]
-        train = [file for file in files if "train" in file.name and file not in validation]
-        if train or validation:
-            return {"train": train, "validation": validation}
-    raise UserError(f"no train files in {folder} or {folder / 'en'}. {_naming_advice(folder)}")
-
-
-def _naming_advice(folder: Path | str) -> str:
-    return (
-        f"Name them like train-0.jsonl or c4-train.00000.json.gz ({', '.join(SUFFIXES)}), "
-        f"or give a glob such as '{folder}/*.jsonl'."
-    )
-
-
-def _open_validation(validation: str, *, seed: int) -> DocumentSource:
+def _open_validation(validation: str, *, seed: int, text_field: str) -> DocumentSource:
     """`validation` as the user gave it: its own validation split if it has one, else all of it."""
     if validation in ("c4", "pydocs"):
         return open_documents(validation, split="validation", seed=seed)
-    own = find_files(validation)
+    own = find_files(validation, any_name=True)
     files = own["validation"] or own["train"]
-    return LocalDocuments(files, name=_describe(validation, files), seed=seed, shuffle=False)
+    return LocalDocuments(files, name=_describe(validation, files), seed=seed, shuffle=False, text_field=text_field)
 
 
-def _hold_out(dataset: str, files: list[Path], *, split: Split, seed: int) -> DocumentSource:
+def _hold_out(dataset: str, files: list[Path], *, split: Split, seed: int, text_field: str) -> DocumentSource:
     whole = _describe(dataset, files)
     if split == "train":
         name = f"{whole}, without the 1 in {HELD_OUT} documents held out for validation"
     else:
         name = f"1 in {HELD_OUT} documents of {whole}, held out from training"
-    return LocalDocuments(files, name=name, seed=seed, shuffle=split == "train", keep=split)
+    return LocalDocuments(files, name=name, seed=seed, shuffle=split == "train", keep=split, text_field=text_field)
 
 
 def _describe(dataset: str, files: Sequence[Path]) -> str:

@@ -15,7 +15,8 @@ class Health:
 
     bad_updates: int = 0  # updates that were skipped because a gradient or the loss was not finite
     bad_in_a_row: int = 0  # length of the unbroken series of skipped updates that ends with the latest update
-    bad_documents: int = 0  # documents that could not be read
+    bad_documents: int = 0  # documents that could not be read, each counted once, in whatever epoch
+    bad_document_ids: list[str] = field(default_factory=list)  # hashes that tell them apart
     rollbacks: int = 0  # times that the run went back to a checkpoint
     rollbacks_since_save: int = 0  # times that the run went back to the latest checkpoint
     losses: list[float] = field(default_factory=list)  # losses of the last WINDOW good updates

@@ -1,6 +1,8 @@
 """What follows from an update that went wrong: it is skipped, or the run goes back to a checkpoint, or it ends."""
 
+import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from loguru import logger
@@ -15,16 +17,17 @@ from qgalore.outcome import Outcome
 MAX_ROLLBACKS = 5  # to one checkpoint: spikes that come again on other data are not due to the data
 
 
-def react(run: Run, *, loss: float, outcome: Outcome, bad_documents: int) -> None:
+def react(run: Run, *, loss: float, outcome: Outcome, skipped: Sequence[str], bad_documents: bool) -> None:
     """Reacts to an update that went wrong; does nothing after a good one. Raises UserError after too many bad ones.
 
     loss: loss of the update, over all ranks.
     outcome: what the optimizer says about the update.
-    bad_documents: number of documents that could not be read for this update, over all ranks.
+    skipped: one line for each document that this rank could not read for this update.
+    bad_documents: whether any rank skipped one.
     """
     health = run.state.health
     if bad_documents:
-        _count_bad_documents(run, bad_documents)
+        _count_bad_documents(run, skipped)
     spike = is_spike(loss, losses=health.losses, factor=run.args.spike_rollback)
     bad = bool(outcome.bad) or not math.isfinite(loss)
     health.note(loss, bad=bad)
@@ -34,10 +37,15 @@ def react(run: Run, *, loss: float, outcome: Outcome, bad_documents: int) -> Non
         _roll_back(run, loss=loss)
 
 
-def _count_bad_documents(run: Run, skipped: int) -> None:
+def _count_bad_documents(run: Run, skipped: Sequence[str]) -> None:
+    """Counts the documents of all ranks that were not counted in an earlier epoch."""
     health = run.state.health
-    health.bad_documents += skipped
-    run.record.event("bad_documents", update=run.state.update, skipped=skipped, total=health.bad_documents)
+    ids = [hashlib.blake2b(line.encode(), digest_size=8).hexdigest() for line in skipped]
+    found = [one for rank in run.world.gather(ids) for one in rank]
+    new = sorted(set(found) - set(health.bad_document_ids))
+    health.bad_document_ids += new
+    health.bad_documents += len(new)
+    run.record.event("bad_documents", update=run.state.update, skipped=len(found), total=health.bad_documents)
     if health.bad_documents > run.args.max_bad_documents:
         advice = "Repair the data, or raise --max_bad_documents."
         raise give_up(run, f"{health.bad_documents} documents could not be read (see above)", advice=advice)
@@ -69,8 +77,12 @@ def _roll_back(run: Run, *, loss: float) -> None:
     checkpoint = Checkpoint.open(folder)
     restore(run, checkpoint)
     saved = State.from_json(checkpoint.state["state"])
-    counts = dict(rollbacks=state.health.rollbacks + 1, rollbacks_since_save=state.health.rollbacks_since_save + 1)
-    health = replace(state.health, losses=saved.health.losses, **counts)
+    health = replace(
+        state.health,
+        losses=saved.health.losses,
+        rollbacks=state.health.rollbacks + 1,
+        rollbacks_since_save=state.health.rollbacks_since_save + 1,
+    )
     run.state = replace(
         saved, health=health, seconds=state.seconds, epoch=state.epoch, position=state.position, began=state.began
     )

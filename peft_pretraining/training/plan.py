@@ -11,7 +11,7 @@ from loguru import logger
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from peft_pretraining.checkpoint.start import StartingPoint, check_data, choose_start
+from peft_pretraining.checkpoint.start import StartingPoint, check_data, check_validation, choose_start
 from peft_pretraining.checkpoint.writer import CheckpointWriter, choose_save_dir, prepare_save_dir
 from peft_pretraining.cli.args import settings_of
 from peft_pretraining.cli.flags import MAY_CHANGE
@@ -53,6 +53,7 @@ class Plan:
     source: DocumentSource  # the training documents
     held_out: DocumentSource  # the validation documents
     fingerprint: dict[str, str]  # identifies the training data, see DocumentSource
+    validation_fingerprint: dict[str, str]  # identifies the validation data
 
     @property
     def reading(self) -> dict[str, Any]:
@@ -84,17 +85,21 @@ def make_plan(args: argparse.Namespace, *, world: World) -> Plan:
     tokenizer = load_tokenizer(args.tokenizer)
     check_fits(tokenizer, vocab_size=config.vocab_size)
     source, held_out = (
-        open_documents(args.dataset, split=split, seed=args.seed, validation=args.validation)
+        open_documents(
+            args.dataset, split=split, seed=args.seed, validation=args.validation, text_field=args.text_field
+        )
         for split in ("train", "validation")
     )
     source.check()
     held_out.check()
     logger.info(f"training on {source.name}, validating on {held_out.name}, tokenizer {tokenizer.name}")
-    fingerprint = source.fingerprint()
+    fingerprint, validation_fingerprint = source.fingerprint(), held_out.fingerprint()
     check_data(fingerprint, start=start, args=args)
+    check_validation(validation_fingerprint, start=start)
     return Plan(
         args=args, world=world, config=config, dtype=dtype, groups=groups, start=start, save_dir=save_dir,
         tokenizer=tokenizer, source=source, held_out=held_out, fingerprint=fingerprint,
+        validation_fingerprint=validation_fingerprint,
     )  # fmt: skip
 
 
@@ -165,7 +170,7 @@ def open_run(plan: Plan, *, interruption: Interruption, cleanup: ExitStack) -> R
     return Run(
         args=args, world=world, save_dir=save_dir, model=model, updates=updates, batches=batches, validation=validation,
         record=record, interruption=interruption, writer=writer if world.is_main else None,
-        fingerprint=plan.fingerprint,
+        fingerprint=plan.fingerprint, validation_fingerprint=plan.validation_fingerprint,
     )  # fmt: skip
 
 

@@ -62,5 +62,6 @@ class Run:
     interruption: Interruption  # knows whether a signal has asked this process to stop
     writer: CheckpointWriter | None  # writes checkpoints; None except on the main rank
     fingerprint: dict[str, str]  # identifies the training data, see DocumentSource
+    validation_fingerprint: dict[str, str]  # identifies the validation data
     state: State = field(default_factory=State)  # how far the run has come
     stopping: bool = False  # whether all ranks have agreed to end the run early

@@ -33,6 +33,7 @@ def save(run: Run) -> None:
         "state": state.to_json(),
         "positions": positions,
         "fingerprint": run.fingerprint,
+        "validation_fingerprint": run.validation_fingerprint,
         "processes": run.world.size,
         "wandb_id": run.record.wandb_id,
         "versions": versions(),
