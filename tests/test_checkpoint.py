@@ -96,7 +96,7 @@ def test_a_save_without_room_fails_before_it_writes(tmp_path, monkeypatch):
         writer = CheckpointWriter(tmp_path)
         writer.save(snapshot(2))
         assert writer.wait() is None
-    assert NO_SPACE in errors[0] and "save_file" not in write and not list(tmp_path.iterdir())
+    assert NO_SPACE in errors[0] and "write_tensors" not in write and not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_deleted_is_no_failed_save(tmp_path, monkeypatch):

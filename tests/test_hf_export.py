@@ -2,18 +2,20 @@
 
 import json
 import sys
+import weakref
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from support.checkpointed_models import quantize, write_checkpoint
 from support.command_line import refusal as program_refusal
 from support.runs import shell
 from support.tokenizers import train_sentencepiece
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from peft_pretraining.checkpoint.tensor_file import write_tensors
 from peft_pretraining.data.tokenizer import load_tokenizer
 from peft_pretraining.export import folder as hf_folder
 from peft_pretraining.export.__main__ import command_line, export
@@ -107,18 +109,19 @@ def test_tied_and_sharded_models(tmp_path):
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(IDS).logits, live(IDS).logits)
 
 
-def test_tensors_are_decoded_one_shard_at_a_time(checkpoint, tmp_path, monkeypatch):
-    """The largest number of values that exist at once is a shard's."""
-    sizes = []
+def test_tensors_are_decoded_one_at_a_time(checkpoint, tmp_path, monkeypatch):
+    """When one is asked for, all earlier ones are gone."""
+    plain, alive = hf_folder._plain, []
 
-    def save(tensors, *args, **kwargs):
-        sizes.append(sum(tensor.numel() for tensor in tensors.values()))
-        return save_file(tensors, *args, **kwargs)
+    def decode(weight, *, dtype):
+        assert not any(reference() is not None for reference in alive)
+        array = plain(weight, dtype=dtype).numpy().copy()
+        alive.append(weakref.ref(array))
+        return torch.from_numpy(array)
 
-    monkeypatch.setattr(hf_folder, "save_file", save)
-    export(checkpoint, tmp_path / "out", max_shard_size="10KB")
-    total = sum(parameter.numel() for parameter in untrained().parameters())
-    assert sum(sizes) == total and max(sizes) <= 2500
+    monkeypatch.setattr(hf_folder, "_plain", decode)
+    export(checkpoint, tmp_path / "out")
+    assert len(alive) == len(list(untrained().parameters()))
 
 
 def test_the_tokenizer_comes_along(tmp_path):
@@ -155,11 +158,12 @@ def test_a_tokenizer_that_is_not_to_be_had_is_left_out_aloud(args, reason, tmp_p
 
 
 def test_verification_notices_a_bit_and_leaves_nothing(checkpoint, tmp_path, monkeypatch, capsys):
-    def disturb(tensors, path, **kwargs):
-        tensors[UP_PROJ] = tensors[UP_PROJ] * (1 + 2**-20)
-        return save_file(tensors, path, **kwargs)
+    def disturb(path, like, *, read, metadata):
+        return write_tensors(
+            path, like, read=lambda name: read(name) * (1 + 2**-20 * (name == UP_PROJ)), metadata=metadata
+        )
 
-    monkeypatch.setattr(hf_folder, "save_file", disturb)
+    monkeypatch.setattr(hf_folder, "write_tensors", disturb)
     message = refusal([checkpoint, tmp_path / "out", "--verify"], capsys, status=1)
     assert 0 < float(message.removeprefix("the exported logits differ from the trained by ")[:-1]) < 1e-4
     assert list(tmp_path.iterdir()) == []

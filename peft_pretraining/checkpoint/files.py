@@ -24,16 +24,15 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from loguru import logger
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
+from peft_pretraining.checkpoint.tensor_file import TensorFile
 from peft_pretraining.errors import UserError
 from peft_pretraining.json_files import read_json
 
@@ -50,27 +49,11 @@ ADVICE = "Resume from another checkpoint."
 
 
 @dataclass(frozen=True)
-class TensorFile:
-    """What goes into a safetensors file.
-
-    tensors: contiguous, on the CPU, by name.
-    metadata: texts that the file holds beside them.
-    """
-
-    tensors: dict[str, Tensor]
-    metadata: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Snapshot:
-    """All that a checkpoint holds, in host memory.
+    """The content of a checkpoint: copies in host memory, or the tensors of the run themselves."""
 
-    update: the update after which it was taken.
-    files: the content of each of FILES, a text or tensors.
-    """
-
-    update: int
-    files: Mapping[str, str | TensorFile]
+    update: int  # the update after which it was taken
+    files: Mapping[str, str | TensorFile]  # the content of each of FILES
 
     @property
     def nbytes(self) -> int:
@@ -101,8 +84,7 @@ def _update(folder: Path) -> int | None:
 def write_checkpoint(save_dir: Path, snapshot: Snapshot) -> Path:
     """Writes a checkpoint into `save_dir`, which may be missing; one of the same update is replaced.
 
-    Returns its folder, which is on the disk for good. Raises OSError or SafetensorError; `tidy` then removes what there
-    is of it.
+    Returns its folder, which is on the disk for good. Raises OSError; `tidy` then removes what there is of it.
     """
     assert snapshot.files.keys() == FILES
     folder = checkpoint_folder(save_dir, update=snapshot.update)
@@ -112,9 +94,8 @@ def write_checkpoint(save_dir: Path, snapshot: Snapshot) -> Path:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     partial = _hidden(folder, "incomplete")
     partial.mkdir()
-    for name, content in snapshot.files.items():
-        _write_file(partial / name, content)
-    files = {name: {"bytes": (partial / name).stat().st_size, "sha256": _sha256(partial / name)} for name in FILES}
+    hashes = {name: _write_file(partial / name, content) for name, content in snapshot.files.items()}
+    files = {name: {"bytes": (partial / name).stat().st_size, "sha256": hashes[name]} for name in FILES}
     manifest = {"format": FORMAT, "update": snapshot.update, "files": files}
     _write_file(partial / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True))
     _sync(partial)
@@ -122,12 +103,13 @@ def write_checkpoint(save_dir: Path, snapshot: Snapshot) -> Path:
     return folder
 
 
-def _write_file(path: Path, content: str | TensorFile) -> None:
-    if isinstance(content, str):
-        path.write_text(content, encoding="utf-8")
-    else:
-        save_file(content.tensors, path, metadata=content.metadata)
+def _write_file(path: Path, content: str | TensorFile) -> str:
+    """Writes a file to the disk and returns its SHA-256."""
+    if isinstance(content, TensorFile):
+        return content.write(path)
+    path.write_text(content, encoding="utf-8")
     _sync(path)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _sync(path: Path) -> None:

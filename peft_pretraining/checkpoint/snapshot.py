@@ -28,9 +28,9 @@ from peft_pretraining.checkpoint.files import (
     STATE,
     Checkpoint,
     Snapshot,
-    TensorFile,
 )
 from peft_pretraining.checkpoint.old_format import upgrade_quantized, upgrade_state
+from peft_pretraining.checkpoint.tensor_file import TensorFile
 from peft_pretraining.errors import UserError
 from qgalore.master_weights import MasterWeights
 from qgalore.storage.quantized_weight import QuantizedWeight, open_weight
@@ -40,13 +40,19 @@ RESERVED = ("format", "optimizer")  # keys of state.json that are not the caller
 
 
 def take_snapshot(
-    model: PreTrainedModel, optimizer: torch.optim.Optimizer, *, update: int, progress: Mapping[str, Any]
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    *,
+    update: int,
+    progress: Mapping[str, Any],
+    copied: bool = True,
 ) -> Snapshot:
-    """Copies model, optimizer and generators to host memory; whatever changes afterwards does not reach the copy.
+    """A snapshot of model, optimizer and generators.
 
-    progress: what else is to be remembered, as JSON.
-    The copy takes as many bytes as model and optimizer keep.
-    Raises ValueError or TypeError where `progress` uses a key of RESERVED or is not JSON.
+    progress: other values to remember, as JSON.
+    copied: whether tensors are copied to host memory, so that training may go on. The copy takes as many bytes as model
+        and optimizer keep. Otherwise the snapshot holds the tensors of the run, and must be written before they change.
+    Raises ValueError or TypeError if `progress` uses a key of RESERVED or is not JSON.
     """
     if taken := progress.keys() & set(RESERVED):
         raise ValueError(f"progress must not have the keys {', '.join(sorted(taken))}")
@@ -54,12 +60,13 @@ def take_snapshot(
     tensors, scalars = _split_states({names[p]: state for p, state in optimizer.state.items()})
     weights = {key: tensor for p, name in names.items() for key, tensor in _pieces(name, p).items()}
     quantized = {name: _settings(p) for p, name in names.items() if isinstance(p, QuantizedWeight)}
-    copies = _to_host({MODEL: weights, OPTIMIZER: tensors, RNG: _rng_states()})
+    held = {MODEL: weights, OPTIMIZER: tensors, RNG: _rng_states()}
+    held = _to_host(held) if copied else held
     files: dict[str, str | TensorFile] = {
         CONFIG: model.config.to_json_string(),
-        MODEL: TensorFile(copies[MODEL], {"format": "pt", "quantized": json.dumps(quantized)}),
-        OPTIMIZER: TensorFile(copies[OPTIMIZER], {"optimizer": _title(optimizer)}),
-        RNG: TensorFile(copies[RNG]),
+        MODEL: TensorFile(held[MODEL], {"format": "pt", "quantized": json.dumps(quantized)}),
+        OPTIMIZER: TensorFile(held[OPTIMIZER], {"optimizer": _title(optimizer)}),
+        RNG: TensorFile(held[RNG]),
         STATE: json.dumps({**progress, "format": FORMAT, "optimizer": scalars}),
     }
     return Snapshot(update, files)
@@ -99,7 +106,7 @@ def _rng_states() -> dict[str, Tensor]:
 
 
 def _to_host(files: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """Contiguous copies in host memory, after one wait for the device."""
+    """Contiguous copies in host memory. Waits for the device once."""
     copies = {file: {key: _host_copy(tensor) for key, tensor in tensors.items()} for file, tensors in files.items()}
     for device in {tensor.device for tensors in files.values() for tensor in tensors.values() if tensor.is_cuda}:
         torch.cuda.synchronize(device)

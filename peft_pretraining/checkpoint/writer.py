@@ -41,30 +41,31 @@ def prepare_save_dir(save_dir: Path) -> None:
 
 
 class CheckpointWriter:
-    """Writes checkpoints into `save_dir` in the background, while training goes on.
-
-    keep_last: how many checkpoints stay; 0 keeps all.
-    keep_every: checkpoints whose update is a multiple of it stay in any case; 0 for none.
-    last: the newest complete checkpoint known, or None.
-
-    A snapshot takes as much host memory as model and optimizer. To have one at a time, wait before taking the next:
-
-        writer.wait()
-        writer.save(take_snapshot(model, optimizer, update=update, progress=progress))
+    """Writes checkpoints into `save_dir`, in the background if training goes on.
 
     A save that fails is reported, never raised: hours of training are worth more than one checkpoint.
     """
 
     def __init__(self, save_dir: Path, *, keep_last: int = 0, keep_every: int = 0) -> None:
+        """
+        keep_last: how many checkpoints stay; 0 keeps all.
+        keep_every: checkpoints whose update is a multiple of it stay in any case; 0 for none.
+        """
         self.save_dir, self.keep_last, self.keep_every = save_dir, keep_last, keep_every
-        self.last = self._newest()
+        self.last = self._newest()  # the newest complete checkpoint, or None
         self._saved: Path | None = None
         self._thread: threading.Thread | None = None
 
-    def save(self, snapshot: Snapshot) -> None:
-        """Starts writing and returns. Waits for the last save first."""
+    def save(self, snapshot: Snapshot, *, in_background: bool = True) -> None:
+        """Writes a checkpoint, after the last save has ended. In the background, it returns at once.
+
+        The background needs a snapshot whose tensors were copied, see take_snapshot.
+        """
         self.wait()
         self._saved = None
+        if not in_background:
+            self._write(snapshot)
+            return
         self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
         self._thread.start()
 
@@ -78,7 +79,7 @@ class CheckpointWriter:
     def _write(self, snapshot: Snapshot) -> None:
         try:
             self._saved = self.last = write_checkpoint(self.save_dir, snapshot)
-        except Exception as error:  # nobody would hear of any other that ends this thread
+        except Exception as error:  # any other would end the thread unheard
             self._give_up(checkpoint_folder(self.save_dir, update=snapshot.update), error)
             return
         try:

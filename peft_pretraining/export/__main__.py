@@ -2,8 +2,8 @@
 
 OUT gets config.json, generation_config.json, the weights as safetensors, and the tokenizer where transformers has a
 counterpart; AutoModelForCausalLM and AutoTokenizer load it. 8-bit weights are written as the values that they stand
-for, adapters are merged into the weights. Tensors are read, decoded and written one shard at a time: memory holds
---max_shard_size, not the model.
+for, adapters are merged into the weights. Tensors are read, decoded and written one at a time: memory never holds the
+model.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""Models as transformers folders: complete or absent at any moment, and written one shard at a time.
+"""Models as transformers folders: complete or absent at any moment, and written one tensor at a time.
 
-Memory holds one shard in plain form, never the model: a 7B in INT8 on a 16 GB card has no room for a second copy.
+Memory holds one tensor in plain form, never the model: a machine that trains a 7B in INT8 has no room for a copy.
 """
 
 import contextlib
@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from peft_pretraining.checkpoint.tensor_file import write_tensors
 from peft_pretraining.errors import UserError
 from peft_pretraining.model.adapters import Adapters, merging
 from peft_pretraining.model.build import meta_model
@@ -62,8 +62,13 @@ def write_weights(
     except ValueError as error:
         raise UserError(f"--max_shard_size {max_shard_size}: a number with KB, MB, GB or TB is needed.") from error
     for file, names in split.filename_to_tensors.items():
-        shard = {name: _plain(read(name), dtype=like[name].dtype) for name in names}
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        shard = {name: like[name] for name in names}
+        write_tensors(
+            folder / file,
+            shard,
+            read=lambda name: _plain(read(name), dtype=like[name].dtype),
+            metadata={"format": "pt"},
+        )
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -11,12 +11,18 @@ from peft_pretraining.checkpoint.snapshot import restore_model, restore_optimize
 from peft_pretraining.checkpoint.start import StartingPoint, same_folder
 from peft_pretraining.checkpoint.weights import load_initial_weights
 from peft_pretraining.errors import UserError
+from peft_pretraining.host_memory import free_host_memory
 from peft_pretraining.training.provenance import git_commit, versions
 from peft_pretraining.training.run import Run, State
+from qgalore.memory import kept_bytes
 
 
 def save(run: Run) -> None:
-    """Saves a checkpoint of the whole run in the background. While updates are being skipped, saves none."""
+    """Saves a checkpoint of the whole run. While updates are being skipped, saves none.
+
+    It is written in the background, from a copy in host memory, if training goes on meanwhile and there is room for the
+    copy. Otherwise tensors are written one at a time, and training waits.
+    """
     state = run.state
     if state.saved == state.update:
         return
@@ -40,7 +46,23 @@ def save(run: Run) -> None:
         "commit": git_commit(),
     }
     run.writer.wait()  # so that only one copy of model and optimizer exists at a time
-    run.writer.save(take_snapshot(run.model, run.updates.optimizer, update=state.update, progress=progress))
+    in_background = not _training_waits(run)
+    snapshot = take_snapshot(
+        run.model, run.updates.optimizer, update=state.update, progress=progress, copied=in_background
+    )
+    run.writer.save(snapshot, in_background=in_background)
+
+
+def _training_waits(run: Run) -> bool:
+    """Whether a checkpoint is written while training waits: at the end, on a CPU, and without room for a copy."""
+    ends = run.stopping or run.state.update == run.args.num_training_steps
+    if ends or run.world.device.type == "cpu":
+        return True
+    free, needed = free_host_memory(), sum(kept_bytes(run.model, run.updates.optimizer).values())
+    if free is not None and free < needed:
+        logger.warning(f"{free / 1e9:.1f} GB of host memory are free, a copy takes {needed / 1e9:.1f}: training waits")
+        return True
+    return False
 
 
 def begin(run: Run, start: StartingPoint) -> None:

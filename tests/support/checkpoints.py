@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from loguru import logger
 
-from peft_pretraining.checkpoint import files as checkpoint_files
+from peft_pretraining.checkpoint import tensor_file
 from peft_pretraining.checkpoint.files import FILES, Checkpoint, Snapshot, TensorFile, complete_checkpoints
 
 WATCHED = [
@@ -22,7 +22,7 @@ WATCHED = [
     (os, "rmdir"),
     (os, "unlink"),
     (io, "open"),
-    (checkpoint_files, "save_file"),
+    (tensor_file, "write_tensors"),
 ]
 
 
@@ -72,7 +72,7 @@ def fail_at(call: int, monkeypatch, error: BaseException, *, forever: bool = Fal
     def watched(name, original):
         def wrapper(*args, **kwargs):
             log.append(name)
-            if len(log) == call or (forever and len(log) > call and name in ("mkdir", "save_file", "fsync")):
+            if len(log) == call or (forever and len(log) > call and name in ("mkdir", "write_tensors", "fsync")):
                 raise error
             return original(*args, **kwargs)
 

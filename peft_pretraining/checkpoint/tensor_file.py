@@ -1,0 +1,78 @@
+"""Writes safetensors files one tensor at a time, so that memory holds no second copy of a model.
+
+safetensors' own save_file first turns all tensors into bytes. The format: 8 bytes of header length, little-endian; the
+header, JSON with dtype, shape and place of each tensor, padded with spaces; the tensors' bytes, widest dtypes first, so
+that all are aligned. Source: https://github.com/huggingface/safetensors, "Format".
+"""
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+_ALIGNMENT = 8  # bytes
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """The content of a safetensors file."""
+
+    tensors: dict[str, Tensor]  # on any device
+    metadata: dict[str, str] = field(default_factory=dict)  # texts beside them
+
+    def write(self, path: Path) -> str:
+        """Writes the file and returns its SHA-256, in hexadecimal. Raises OSError."""
+        return write_tensors(path, self.tensors, read=self.tensors.__getitem__, metadata=self.metadata)
+
+
+def write_tensors(
+    path: Path, like: Mapping[str, Tensor], *, read: Callable[[str], Tensor], metadata: Mapping[str, str]
+) -> str:
+    """Writes a safetensors file, asking for one tensor after the other. It is on the disk when this returns.
+
+    like: a tensor of the shape and dtype to write for each name; it may be on the meta device.
+    read: gives the tensor of a name, on any device.
+    metadata: texts that the file holds beside the tensors.
+    Returns the file's SHA-256, in hexadecimal. Raises OSError.
+    """
+    names = sorted(like, key=lambda name: (-like[name].element_size(), name))
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        pieces = (_bytes(read(name), like[name]) for name in names)
+        for piece in itertools.chain([_header(names, like, metadata)], pieces):
+            digest.update(piece)
+            file.write(piece)
+            del piece  # before the next one is read
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _header(names: list[str], like: Mapping[str, Tensor], metadata: Mapping[str, str]) -> memoryview:
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    start = 0
+    for name in names:
+        end = start + like[name].numel() * like[name].element_size()
+        header[name] = {
+            "dtype": _NAMES[like[name].dtype], "shape": list(like[name].shape), "data_offsets": [start, end]
+        }  # fmt: skip
+        start = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return memoryview(len(text).to_bytes(8, "little") + text)
+
+
+def _bytes(tensor: Tensor, like: Tensor) -> memoryview:
+    """The bytes of a tensor. On a CPU they are its own memory, not a copy, if it is contiguous."""
+    assert (tensor.shape, tensor.dtype) == (like.shape, like.dtype)
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
