@@ -43,12 +43,14 @@ def main(argv: list[str] | None = None) -> None:
     use_threads(world, num_threads=args.num_threads)
     make_deterministic(args.seed)
 
-    # What is it going to do?
-    plan = make_plan(args, world=world)
-    if args.dry_run:
-        return
+    with contextlib.ExitStack() as cleanup:  # in reverse order
+        # What is it going to do?
+        plan = make_plan(args, world=world, cleanup=cleanup)
+        if args.dry_run:
+            return
+        cleanup.enter_context(world.connected())
+        interruption = cleanup.enter_context(Interruption().listening())
 
-    with world.connected(), Interruption().listening() as interruption, contextlib.ExitStack() as cleanup:
         # Evaluate a checkpoint,
         if args.eval_only:
             validation = open_validation(plan)
@@ -142,7 +144,7 @@ def command_line(argv: list[str] | None = None) -> int:
         main(argv)
     except UserError as error:
         # Every rank finds what is wrong with the arguments; only one rank finds what is wrong with its documents.
-        if error.on_one_rank or int(os.environ.get("RANK", 0)) == 0:
+        if error.on_one_rank or os.environ.get("RANK", "0") in ("", "0"):
             print(f"error: {error}", file=sys.stderr)
         return 2
     except Interrupted as interrupted:

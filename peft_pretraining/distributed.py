@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from peft_pretraining.errors import UserError
+
+# Signals that ask a run to stop. Its data workers leave them to the process that trains.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
 
 @dataclass(frozen=True)
@@ -28,10 +32,11 @@ class World:
     def from_environment(cls) -> "World":
         """Reads torchrun's variables and picks this process's GPU, or the CPU if there is none.
 
-        Raises UserError if the machine has fewer GPUs than processes.
+        Raises UserError if they contradict each other, and if the machine has fewer GPUs than processes.
         """
         names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-        rank, size, local_rank, local_size = (int(os.environ.get(name, default)) for name, default in names.items())
+        rank, size, local_rank, local_size = (_read_number(name, default) for name, default in names.items())
+        _check_launch(rank, size)
         if not torch.cuda.is_available():
             return cls(rank, size, local_rank, local_size)
         if local_rank >= (gpus := torch.cuda.device_count()):
@@ -79,6 +84,31 @@ class World:
         texts[self.rank, : len(text)] = text
         rows = self.sum(texts)
         return [json.loads(bytes(row[:size].tolist())) for row, size in zip(rows, sizes, strict=True)]
+
+
+_START = "Start several processes with torchrun, which sets all of these variables; for one process, unset them."
+
+
+def _read_number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"the environment has {name}={text!r}, which is no number. {_START}")
+    return int(text)
+
+
+def _check_launch(rank: int, size: int) -> None:
+    if size < 1 or rank >= size:
+        raise UserError(f"the environment has RANK={rank} and WORLD_SIZE={size}. {_START}")
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if size > 1 and not os.environ.get(name)]
+    if missing:
+        raise UserError(f"the environment has WORLD_SIZE={size}, but no {' and no '.join(missing)}. {_START}")
+    tasks = os.environ.get("SLURM_NTASKS", "1") if "SLURM_STEP_ID" in os.environ else "1"
+    if tasks != "1" and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            f"srun has started {tasks} tasks, and each would train alone. Start one torchrun on each node: "
+            "srun --ntasks-per-node=1 torchrun --nnodes $SLURM_NNODES --nproc_per_node GPUS --rdzv_backend c10d "
+            "--rdzv_endpoint HOST:29500 torchrun_main.py ...; or one task: srun --ntasks=1."
+        )
 
 
 def use_threads(world: World, *, num_threads: int | None) -> int:

@@ -210,16 +210,17 @@ def test_other_errors_arrive_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("taken", [0, 3])
 def test_closing_ends_thread_and_workers(tmp_path: Path, workers: int, taken: int) -> None:
+    others = set(multiprocessing.active_children())  # support.ranks'
     source = local(tmp_path / "a.jsonl", documents(50))
     batches = train_batches(source, TOKENIZER, batch_size=2, max_length=8, packing="concat", workers=workers)
     list(islice(batches, taken))
-    assert len(multiprocessing.active_children()) == workers
+    assert len(set(multiprocessing.active_children()) - others) == workers
     start = time.monotonic()
     batches.close()  # type: ignore[attr-defined]
     del batches
     assert time.monotonic() - start < 5
     assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= others
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -18,6 +18,7 @@ from support.runs import ROOT, losses, record, run
 import torchrun_main
 from peft_pretraining.checkpoint import files
 from peft_pretraining.cli.flags import FLAGS, MAY_CHANGE
+from peft_pretraining.distributed import STOP_SIGNALS
 from qgalore.factory import OPTIMIZERS
 
 
@@ -225,7 +226,51 @@ def test_evaluation_only(tiny, tmp_path, capsys):
     assert (tmp_path / "metrics.jsonl").read_text() == lines, "nothing is recorded"
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number", [number for number in STOP_SIGNALS if number != signal.SIGINT], ids=str)
+def test_every_signal_that_says_stop_is_heard(tiny, tmp_path, monkeypatch, number):
+    """Here with data workers, which leave it to the process that trains."""
+    step = torchrun_main.train_step
+
+    def told(run):
+        step(run)
+        if run.state.update == 3:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(torchrun_main, "train_step", told)
+    before = signal.getsignal(number)
+    assert torchrun_main.command_line(tiny.flags(tmp_path, num_training_steps=50, workers=1)) == 75
+    assert checkpoint(tmp_path, 4).is_dir() and signal.getsignal(number) is before
+
+
+def test_a_hangup_that_is_ignored_stays_ignored(tiny, tmp_path, monkeypatch):
+    """As nohup leaves it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        step = torchrun_main.train_step
+        monkeypatch.setattr(torchrun_main, "train_step", lambda run: (step(run), signal.raise_signal(signal.SIGHUP)))
+        run(tiny, tmp_path)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefix", [[], ["nohup"]], ids=["torchrun", "nohup torchrun"])
+def test_a_hangup_of_torchrun_saves_the_run(tiny, tmp_path, prefix):
+    """torchrun puts a handler of its own in the place of nohup's SIG_IGN, and passes the signal on."""
+    torchrun = [*prefix, sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    flags = tiny.flags(tmp_path / "cut", num_training_steps=400)
+    process = subprocess.Popen([*torchrun, "torchrun_main.py", *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "cut" / "metrics.jsonl"
+    while not (log.exists() and '"update": 5,' in log.read_text()):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGHUP)
+    _, errors = process.communicate(timeout=60)
+    done = record(tmp_path / "cut", "update")[-1]["update"]
+    assert process.returncode != 0 and checkpoint(tmp_path / "cut", done).is_dir(), errors
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_finishes_the_update_saves_and_says_so(tiny, tmp_path, number, status):
     """The whole process group is told, workers included, as by a terminal or a scheduler."""
     flags = dict(num_training_steps=400, optimizer="galore_adamw", rank=8, workers=2)

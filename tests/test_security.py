@@ -11,7 +11,7 @@ from support.runs import ROOT
 from support.source_code import sources
 
 import torchrun_main
-from peft_pretraining.checkpoint.writer import choose_save_dir
+from peft_pretraining.checkpoint.writer import make_save_dir
 
 CODE = ("torchrun_main", "qgalore", "peft_pretraining", "benchmarks", "tests.support")
 UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -97,7 +97,8 @@ def test_a_pickle_in_place_of_a_checkpoints_file_is_refused_unread(tiny, tmp_pat
     assert mark.exists(), "it would have gone off"
 
 
-def test_names_from_outside_become_no_paths():
+def test_names_from_outside_become_no_paths(tmp_path, monkeypatch):
     """The model's file gives the folder its name; whatever else it is called stays a label."""
-    assert choose_save_dir(None, model_config="../../etc/x.json").parent == Path("checkpoints")
-    assert choose_save_dir(None, model_config="a/../../b.json").name.startswith("b-")
+    monkeypatch.chdir(tmp_path)
+    assert make_save_dir(None, model_config="../../etc/x.json").parent == Path("checkpoints")
+    assert make_save_dir(None, model_config="a/../../b.json").name.startswith("b-")

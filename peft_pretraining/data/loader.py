@@ -30,6 +30,7 @@ from peft_pretraining.data.order import Skipped
 from peft_pretraining.data.packing import Packing, Piece, Sequence, encode, make_packer, to_sequence
 from peft_pretraining.data.position import Progress, resume_progress
 from peft_pretraining.data.sources import DocumentSource
+from peft_pretraining.distributed import STOP_SIGNALS
 from peft_pretraining.errors import UserError
 
 if TYPE_CHECKING:
@@ -229,6 +230,6 @@ def _leave_signals_to_the_main_process(worker_id: int) -> None:
 
     A second SIGTERM counts: it is how a worker that does not end by itself is ended.
     """
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

@@ -1,4 +1,11 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C: the update is finished and the run saved; the exit status says that it can go on."""
+"""Signals that ask a run to stop: the update is finished and the run saved; the exit status says that it can go on.
+
+SIGTERM            schedulers, `kill`
+SIGINT             Ctrl-C
+SIGHUP             the terminal is closed; left alone where it is ignored, as nohup does
+SIGUSR1, SIGUSR2   Slurm's `--signal`, as a warning before the time limit
+SIGXCPU            other schedulers' limit of CPU time
+"""
 
 import signal
 import time
@@ -7,6 +14,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 from loguru import logger
+
+from peft_pretraining.distributed import STOP_SIGNALS
 
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 BY_HAND = 130  # 128 + SIGINT, the status that shells use
@@ -32,8 +41,8 @@ class Interruption:
     @contextmanager
     def listening(self) -> Iterator["Interruption"]:
         """Takes signals as requests until the block ends. A second Ctrl-C raises KeyboardInterrupt at once."""
-        signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-        before = {number: signal.signal(number, self._note) for number in signals}
+        heard = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self._note) for number in heard}
         try:
             yield self
         finally:

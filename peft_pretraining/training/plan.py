@@ -11,8 +11,9 @@ from loguru import logger
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from peft_pretraining.checkpoint.lock import only_run_in
 from peft_pretraining.checkpoint.start import StartingPoint, check_data, check_validation, choose_start
-from peft_pretraining.checkpoint.writer import CheckpointWriter, choose_save_dir, prepare_save_dir
+from peft_pretraining.checkpoint.writer import CheckpointWriter, check_save_dir, make_save_dir
 from peft_pretraining.cli.args import settings_of
 from peft_pretraining.cli.flags import MAY_CHANGE
 from peft_pretraining.cli.presets import load_preset
@@ -48,7 +49,7 @@ class Plan:
     dtype: torch.dtype  # dtype of the model's weights
     groups: list[dict[str, Any]]  # how each group of parameters is trained, see describe_groups
     start: StartingPoint  # where the run begins
-    save_dir: Path  # the run's folder, as this rank has chosen it
+    save_dir: Path | None  # the run's folder; only the main rank knows that of a new run without --save_dir
     tokenizer: Tokenizer  # a tokenizer that fits the model's vocabulary
     source: DocumentSource  # the training documents
     held_out: DocumentSource  # the validation documents
@@ -68,39 +69,57 @@ class Plan:
         )
 
 
-def make_plan(args: argparse.Namespace, *, world: World) -> Plan:
-    """Decides, checks and logs what a run is going to do, and makes its folder. Raises UserError."""
+def make_plan(args: argparse.Namespace, *, world: World, cleanup: ExitStack) -> Plan:
+    """Decides, checks and logs what a run is going to do, and makes its folder. Raises UserError.
+
+    `cleanup` gives the folder back to others.
+    """
+    config, dtype = _check_model(args, world=world)
+    groups = describe_groups(meta_model(config, adapters=Adapters.of(vars(args))), args)
+    log_plan(args, groups=groups, dtype=dtype, world=world)
+    save_dir = Path(args.save_dir) if args.save_dir else None
+    trains = world.is_main and not (args.dry_run or args.eval_only)
+    if resumes := trains and save_dir is not None and save_dir.is_dir():  # before its checkpoints are looked at
+        make_save_dir(args.save_dir, model_config=args.model_config)
+        cleanup.enter_context(only_run_in(save_dir))
+    start = choose_start(args, config=config, may_change=MAY_CHANGE)
+    tokenizer = load_tokenizer(args.tokenizer)
+    check_fits(tokenizer, vocab_size=config.vocab_size)
+    source, held_out = _open_documents(args)
+    logger.info(f"training on {source.name}, validating on {held_out.name}, tokenizer {tokenizer.name}")
+    fingerprint, validation_fingerprint = source.fingerprint(), held_out.fingerprint()
+    check_data(fingerprint, start=start, args=args)
+    check_validation(validation_fingerprint, start=start)
+    if trains and not resumes:
+        save_dir = make_save_dir(args.save_dir, model_config=args.model_config, checkpoint=start.folder)
+        cleanup.enter_context(only_run_in(save_dir))
+    if args.dry_run and save_dir:
+        check_save_dir(save_dir)
+    return Plan(
+        args=args, world=world, config=config, dtype=dtype, groups=groups, start=start, save_dir=save_dir,
+        tokenizer=tokenizer, source=source, held_out=held_out, fingerprint=fingerprint,
+        validation_fingerprint=validation_fingerprint,
+    )  # fmt: skip
+
+
+def _check_model(args: argparse.Namespace, *, world: World) -> tuple[PreTrainedConfig, torch.dtype]:
+    """The model's config and the dtype of its weights. Raises UserError if they cannot be trained here."""
     config = read_config(args.model_config)
     dtype = resolve_dtype(args.dtype, world.device)
     if args.compile:
         check_compiler(world.device)
     if args.max_length > (longest := config.max_position_embeddings):
         raise UserError(f"--max_length {args.max_length}: {args.model_config} allows at most {longest}.")
-    groups = describe_groups(meta_model(config, adapters=Adapters.of(vars(args))), args)
-    log_plan(args, groups=groups, dtype=dtype, world=world)
-    start = choose_start(args, config=config, may_change=MAY_CHANGE)
-    save_dir = choose_save_dir(args.save_dir, model_config=args.model_config, checkpoint=start.folder)
-    if world.is_main and not (args.dry_run or args.eval_only):
-        prepare_save_dir(save_dir)
-    tokenizer = load_tokenizer(args.tokenizer)
-    check_fits(tokenizer, vocab_size=config.vocab_size)
-    source, held_out = (
-        open_documents(
-            args.dataset, split=split, seed=args.seed, validation=args.validation, text_field=args.text_field
-        )
-        for split in ("train", "validation")
-    )
+    return config, dtype
+
+
+def _open_documents(args: argparse.Namespace) -> tuple[DocumentSource, DocumentSource]:
+    """The training and the validation documents. Raises UserError if one of them has no document."""
+    shared = dict(seed=args.seed, validation=args.validation, text_field=args.text_field)
+    source, held_out = (open_documents(args.dataset, split=split, **shared) for split in ("train", "validation"))
     source.check()
     held_out.check()
-    logger.info(f"training on {source.name}, validating on {held_out.name}, tokenizer {tokenizer.name}")
-    fingerprint, validation_fingerprint = source.fingerprint(), held_out.fingerprint()
-    check_data(fingerprint, start=start, args=args)
-    check_validation(validation_fingerprint, start=start)
-    return Plan(
-        args=args, world=world, config=config, dtype=dtype, groups=groups, start=start, save_dir=save_dir,
-        tokenizer=tokenizer, source=source, held_out=held_out, fingerprint=fingerprint,
-        validation_fingerprint=validation_fingerprint,
-    )  # fmt: skip
+    return source, held_out
 
 
 def describe_groups(model: nn.Module, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -153,7 +172,7 @@ def open_model(plan: Plan) -> PreTrainedModel:
 def open_run(plan: Plan, *, interruption: Interruption, cleanup: ExitStack) -> Run:
     """The run before its first update. `cleanup` closes in reverse order what the run holds open."""
     args, world, saved = plan.args, plan.world, plan.start.saved
-    save_dir = Path(world.gather(str(plan.save_dir))[0])  # its name may hold the time, which differs between ranks
+    save_dir = Path(world.gather(str(plan.save_dir))[0])  # the main rank has made it
     validation = open_validation(plan)
     # Before the model exists, because the workers are forks of this process.
     positions = saved.get("positions")
