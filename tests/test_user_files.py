@@ -40,7 +40,7 @@ def read_all(dataset, *, split="validation", **options):
 
 @pytest.mark.parametrize("name, content", [
     ("a.jsonl", lines()), ("a.ndjson", lines()), ("A.JSONL", lines()), ("a.json", lines()),
-    ("a.jsonl.gz", gzip.compress(lines())), ("a.jsonl.zst", zstd(lines())), ("a.ndjson.zst", zstd(lines())),
+    ("a.jsonl.gz", gzip.compress(lines(), mtime=0)), ("a.jsonl.zst", zstd(lines())), ("a.ndjson.zst", zstd(lines())),
     ("a.txt", "\n\n".join(TEXTS).encode()),
     ("a.txt.zst", zstd("\r\n\r\n".join(TEXTS).encode())), ("a.jsonl", b"\xef\xbb\xbf" + lines()),
     ("a.jsonl", lines().replace(b"\n", b"\r\n\r\n")), ("a.jsonl", lines().rstrip(b"\n")),
@@ -64,7 +64,7 @@ def test_a_damaged_zst_file_is_read_as_far_as_it_goes(tmp_path):
 
 def test_the_fake_files_of_macos_are_no_shards(tmp_path):
     for split in ("train", "validation"):
-        write(tmp_path / f"c4-{split}.00000.json.gz", gzip.compress(lines()))
+        write(tmp_path / f"c4-{split}.00000.json.gz", gzip.compress(lines(), mtime=0))
         write(tmp_path / f"._c4-{split}.00000.json.gz", b"\0\5\26\7")
     assert read_all(tmp_path) == TEXTS
 
@@ -80,7 +80,7 @@ def test_a_snapshot_of_the_hub_is_found(tmp_path):
 
 
 def test_a_folder_for_validation_may_hold_files_of_any_name(tmp_path):
-    write(tmp_path / "c4-heldout.json.gz", gzip.compress(lines()))
+    write(tmp_path / "c4-heldout.json.gz", gzip.compress(lines(), mtime=0))
     assert read_all("pydocs", validation=str(tmp_path)) == TEXTS
     assert "no train files" in error_of(tmp_path)
 
