@@ -85,7 +85,10 @@ def loop(run: Run) -> None:
         logger.info(f"stopped after update {state.update}; go on with --continue_from {checkpoint} or --resume auto")
         raise Interrupted(run.interruption.status)
     if run.world.is_main:
-        save_model(run.model, run.save_dir / "model", adapters=Adapters.of(vars(args)))
+        adapters = Adapters.of(vars(args))
+        problem = save_model(run.model, run.save_dir / "model", tokenizer=run.tokenizer, adapters=adapters)
+        if problem:
+            logger.warning(f"{run.save_dir}/model has no tokenizer for transformers: {problem}")
 
 
 def due(state: State, every: int) -> bool:

@@ -71,10 +71,15 @@ METHODS: Methods = {  # title: optimizer, flags, learning rates
         [*ONLINE, "continuous", *FIVEFOLD],
         (0.008, 0.016),
     ),
-    "Online Subspace Descent: Lion, basis by AdamW": ("galore_lion", [*ONLINE, "continuous"], (0.001, 0.004)),
+    "Online Subspace Descent: Lion, basis by AdamW": ("galore_lion", [*ONLINE, "continuous"], (0.001,)),
+    "Online Subspace Descent: Lion, basis by AdamW, the matrices at a quarter of the rate": (
+        "galore_lion",
+        [*ONLINE, "continuous", *QUARTER],
+        (0.004,),
+    ),
     "Online Subspace Descent: Lion, basis by AdamW, steps of 0.04, the matrices at a sixteenth of the rate": (
         "galore_lion",
-        [*ONLINE, "continuous", *FIVEFOLD, *QUARTER],  # times --galore_scale
+        [*ONLINE, "continuous", *FIVEFOLD, *SIXTEENTH],
         (0.002, 0.004, 0.008),
     ),
     "Online Subspace Descent: AdamW, basis by SGD": ("galore_adamw", [*ONLINE, "continuous_sgd"], (0.008,)),

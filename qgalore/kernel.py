@@ -137,10 +137,10 @@ def _write_finite(
     with nullcontext() if watch is None else watch:
         # Clipping would scale G and R alike, so the lift gets both unclipped.
         U = lift.function(D, raw, G, Way(projector, bases, last))  # (m, n)
-    if rule.finish is not None:
-        U = rule.finish(U)
     if scale != 1:
         U = U.mul_(scale)
+    if rule.finish is not None:  # after the scale, as in the reference: a sign does not depend on it
+        U = rule.finish(U)
     w = _add_(w * step.shrink, U, factor=-step.lr)
     weight.write(w, seed=step.seed)
 

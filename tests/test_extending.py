@@ -205,8 +205,8 @@ class Limited(Adam):
 
     def finish(self, U):
         size = U.square().mean().sqrt()
-        self.met.append(bool(size > 0.2))
-        return U * min(1.0, 0.2 / size)
+        self.met.append(bool(size > 0.2 * SCALE))
+        return U * min(1.0, 0.2 * SCALE / size)
 
 
 def test_a_lift(extend):

@@ -211,5 +211,5 @@ def test_the_command_as_the_user_types_it(checkpoint, tmp_path):
     difference, files = run.stdout.splitlines()
     assert difference == "verified; the largest difference to a logit as trained: 0"
     assert files.endswith(
-        "config.json, generation_config.json, model.safetensors, tokenizer.json, tokenizer_config.json"
+        "config.json, generation_config.json, model.safetensors, tokenizer.json, tokenizer.model, tokenizer_config.json"
     )

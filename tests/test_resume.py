@@ -123,7 +123,7 @@ def test_every_file_of_a_checkpoint_is_hashed_once(tiny, tmp_path, monkeypatch, 
     folder, hashed, sha256 = checkpoint(tmp_path, 6), Counter(), files._sha256
     monkeypatch.setattr(files, "_sha256", lambda path: hashed.update([path]) or sha256(path))
     run(tiny, tmp_path, **{how: "auto" if how == "resume" else folder})
-    assert hashed == {folder / name: 1 for name in files.FILES}
+    assert hashed == {folder / name: 1 for name in [*files.FILES, "tokenizer/tokenizer.model"]}
 
 
 def test_a_damaged_checkpoint_is_refused_by_name(tiny, tmp_path, capsys):
@@ -195,8 +195,8 @@ def test_nothing_to_go_on_from(tiny, tmp_path, capsys, path, message):
 
 def test_what_alters_training_may_not_change():
     """Declared with each flag: where and how a run goes on, what it records and when it saves are its own affair."""
-    decisive = "optimizer lr rank proj_type weight_quant seed num_training_steps total_batch_size tokenizer".split()
-    free = "batch_size dataset model_config save_every keep_last workers num_threads log_details wandb_mode".split()
+    decisive = "optimizer lr rank proj_type weight_quant seed num_training_steps total_batch_size text_field".split()
+    free = "batch_size dataset tokenizer model_config save_every keep_last workers num_threads log_details wandb_mode".split()
     assert not MAY_CHANGE & set(decisive) and set(free) <= MAY_CHANGE < FLAGS.keys()
 
 

@@ -2,6 +2,7 @@
 
     SAVE_DIR/checkpoint-00000100/       after update 100
         config.json  model.safetensors  optimizer.safetensors  rng.safetensors  state.json
+        tokenizer/                      the files of the tokenizer
         manifest.json                   {"format": 2, "update": 100, "files": {name: {"bytes": n, "sha256": hex}}}
 
 A checkpoint is written under a hidden name, synced to the disk file by file with the manifest last, and renamed. Its
@@ -32,6 +33,7 @@ from typing import Any
 from loguru import logger
 from safetensors import SafetensorError, safe_open
 
+from peft_pretraining.checkpoint.old_format import upgrade_progress
 from peft_pretraining.checkpoint.tensor_file import TensorFile
 from peft_pretraining.errors import UserError
 from peft_pretraining.json_files import read_json
@@ -42,8 +44,10 @@ MANIFEST = "manifest.json"
 CONFIG, MODEL, OPTIMIZER = "config.json", "model.safetensors", "optimizer.safetensors"
 RNG, STATE = "rng.safetensors", "state.json"
 FILES = frozenset((CONFIG, MODEL, OPTIMIZER, RNG, STATE))
+TOKENIZER = "tokenizer"  # a folder, which checkpoints of older versions do not have
 
 _NAME = re.compile(r"checkpoint-(\d{8,})|\.checkpoint-(\d{8,})\.replaced")
+_EXTRA = re.compile(rf"{TOKENIZER}/\w[\w.-]*")
 _HEADERS = 1 << 20  # bytes, more than what the files hold beside tensors and texts
 ADVICE = "Resume from another checkpoint."
 
@@ -53,12 +57,12 @@ class Snapshot:
     """The content of a checkpoint: copies in host memory, or the tensors of the run themselves."""
 
     update: int  # the update after which it was taken
-    files: Mapping[str, str | TensorFile]  # the content of each of FILES
+    files: Mapping[str, str | bytes | TensorFile]  # the content of each of FILES, and of the files in TOKENIZER
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors and texts."""
-        texts = sum(len(file.encode()) for file in self.files.values() if isinstance(file, str))
+        texts = sum(len(_as_bytes(file)) for file in self.files.values() if not isinstance(file, TensorFile))
         tensors = [t for file in self.files.values() if isinstance(file, TensorFile) for t in file.tensors.values()]
         return texts + sum(tensor.nbytes for tensor in tensors)
 
@@ -86,7 +90,7 @@ def write_checkpoint(save_dir: Path, snapshot: Snapshot) -> Path:
 
     Returns its folder, which is on the disk for good. Raises OSError; `tidy` then removes what there is of it.
     """
-    assert snapshot.files.keys() == FILES
+    assert all(name in FILES or _EXTRA.fullmatch(name) for name in snapshot.files) and snapshot.files.keys() >= FILES
     folder = checkpoint_folder(save_dir, update=snapshot.update)
     save_dir.mkdir(parents=True, exist_ok=True)
     tidy(save_dir)
@@ -95,21 +99,28 @@ def write_checkpoint(save_dir: Path, snapshot: Snapshot) -> Path:
     partial = _hidden(folder, "incomplete")
     partial.mkdir()
     hashes = {name: _write_file(partial / name, content) for name, content in snapshot.files.items()}
-    files = {name: {"bytes": (partial / name).stat().st_size, "sha256": hashes[name]} for name in FILES}
+    files = {name: {"bytes": (partial / name).stat().st_size, "sha256": sha256} for name, sha256 in hashes.items()}
     manifest = {"format": FORMAT, "update": snapshot.update, "files": files}
     _write_file(partial / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True))
-    _sync(partial)
+    for folder_of_files in {(partial / name).parent for name in files}:
+        _sync(folder_of_files)
     _put_in_place(partial, folder)
     return folder
 
 
-def _write_file(path: Path, content: str | TensorFile) -> str:
+def _write_file(path: Path, content: str | bytes | TensorFile) -> str:
     """Writes a file to the disk and returns its SHA-256."""
     if isinstance(content, TensorFile):
         return content.write(path)
-    path.write_text(content, encoding="utf-8")
+    if not path.parent.exists():
+        path.parent.mkdir()
+    path.write_bytes(_as_bytes(content))
     _sync(path)
-    return hashlib.sha256(content.encode()).hexdigest()
+    return hashlib.sha256(_as_bytes(content)).hexdigest()
+
+
+def _as_bytes(content: str | bytes) -> bytes:
+    return content.encode() if isinstance(content, str) else content
 
 
 def _sync(path: Path) -> None:
@@ -251,6 +262,12 @@ class Checkpoint:
             self._verified.add(name)
         return path
 
+    @property
+    def tokenizer(self) -> Path | None:
+        """The folder of the tokenizer; None in a checkpoint of an older version. Raises UserError if it is damaged."""
+        names = [name for name in self._files if _EXTRA.fullmatch(name)]
+        return [self.file(name).parent for name in names][0] if names else None
+
     def tensors(self, name: str) -> AbstractContextManager[Any]:
         """A safetensors file, opened; see open_tensors."""
         return open_tensors(self.file(name), advice=ADVICE)
@@ -258,7 +275,8 @@ class Checkpoint:
     @cached_property
     def state(self) -> dict[str, Any]:
         """The object in state.json. Raises UserError where it is damaged."""
-        return read_json(self.file(STATE), advice=ADVICE)
+        state = read_json(self.file(STATE), advice=ADVICE)
+        return upgrade_progress(state) if state.get("format") == 1 else state
 
 
 @contextmanager
@@ -287,7 +305,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest.get("update"), int):
         raise UserError(f"{path}: the number of the update is missing. {ADVICE}")
     files = manifest.get("files")
-    if not isinstance(files, dict) or files.keys() != FILES:
+    if not isinstance(files, dict) or {name for name in files if not _EXTRA.fullmatch(name)} != FILES:
         named = sorted(files) if isinstance(files, dict) else files
         raise UserError(f"{path}: it must list {', '.join(sorted(FILES))}, but lists {named}. {ADVICE}")
     for name, entry in files.items():

@@ -1,7 +1,8 @@
 """Checkpoints of format 1, read as those of format 2.
 
 Format 1 named the class of a quantized weight where format 2 describes its codec; it packed the 4-bit codes of a basis
-without regard to rows; and it kept the seconds that refreshes had taken.
+without regard to rows; it kept the seconds that refreshes had taken; and its runs of galore_lion multiplied the sign by
+--galore_scale.
 """
 
 from typing import Any
@@ -11,8 +12,18 @@ from torch import Tensor
 
 from qgalore.storage.affine import pack_nibbles
 
+LIONS = ("galore_lion", "galore_lion_per_layer")
 CODECS = {"Int8Weight": "affine", "SimulatedInt8Weight": "simulated"}
 SIDES = ("left", "right")
+
+
+def upgrade_progress(state: dict[str, Any]) -> dict[str, Any]:
+    """state.json in format 2. --galore_scale multiplied Lion's sign then; now --matrix_lr_ratio alone does."""
+    args = state.get("args", {})
+    if args.get("optimizer") in LIONS:
+        args = args | {"matrix_lr_ratio": args["matrix_lr_ratio"] * args["galore_scale"]}
+        return state | {"args": args}
+    return state
 
 
 def upgrade_quantized(entry: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@
     optimizer.safetensors   tensors of the optimizer's state, `NAME:KEY`
     state.json              the caller's own values; numbers and lists of the optimizer's state, under "optimizer"
     rng.safetensors         torch's generators
+    tokenizer/              the tokenizer's files
 
 Nothing is converted: what has 8 bits in memory has 8 bits in the file. JSON writes floats with as many digits as it
 takes to read the same float64 again, and NaN and infinities as NaN, Infinity and -Infinity, as Python's json does.
@@ -26,6 +27,7 @@ from peft_pretraining.checkpoint.files import (
     OPTIMIZER,
     RNG,
     STATE,
+    TOKENIZER,
     Checkpoint,
     Snapshot,
 )
@@ -45,11 +47,13 @@ def take_snapshot(
     *,
     update: int,
     progress: Mapping[str, Any],
+    tokenizer: Mapping[str, bytes] | None = None,
     copied: bool = True,
 ) -> Snapshot:
     """A snapshot of model, optimizer and generators.
 
     progress: other values to remember, as JSON.
+    tokenizer: the files of the tokenizer, by name.
     copied: whether tensors are copied to host memory, so that training may go on. The copy takes as many bytes as model
         and optimizer keep. Otherwise the snapshot holds the tensors of the run, and must be written before they change.
     Raises ValueError or TypeError if `progress` uses a key of RESERVED or is not JSON.
@@ -62,7 +66,8 @@ def take_snapshot(
     quantized = {name: _settings(p) for p, name in names.items() if isinstance(p, QuantizedWeight)}
     held = {MODEL: weights, OPTIMIZER: tensors, RNG: _rng_states()}
     held = _to_host(held) if copied else held
-    files: dict[str, str | TensorFile] = {
+    files: dict[str, str | bytes | TensorFile] = {
+        **{f"{TOKENIZER}/{name}": content for name, content in (tokenizer or {}).items()},
         CONFIG: model.config.to_json_string(),
         MODEL: TensorFile(held[MODEL], {"format": "pt", "quantized": json.dumps(quantized)}),
         OPTIMIZER: TensorFile(held[OPTIMIZER], {"optimizer": _title(optimizer)}),

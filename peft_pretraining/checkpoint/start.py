@@ -9,7 +9,14 @@ from typing import Any
 from loguru import logger
 from transformers import PreTrainedConfig
 
-from peft_pretraining.checkpoint.files import CONFIG, Checkpoint, complete_checkpoints, find_checkpoint, newest_sound
+from peft_pretraining.checkpoint.files import (
+    CONFIG,
+    TOKENIZER,
+    Checkpoint,
+    complete_checkpoints,
+    find_checkpoint,
+    newest_sound,
+)
 from peft_pretraining.checkpoint.weights import is_transformers_folder
 from peft_pretraining.data.fingerprint import describe_change
 from peft_pretraining.errors import UserError
@@ -140,6 +147,22 @@ def check_validation(now: dict[str, str], *, start: StartingPoint) -> None:
         logger.warning(f"the validation data has changed: {change}. Losses before and after cannot be compared.")
 
 
+def check_tokenizer(digest: str, *, start: StartingPoint, args: argparse.Namespace) -> None:
+    """Raises UserError if the tokenizer is not that of the checkpoint, whatever its path is.
+
+    digest: that of the tokenizer, see Tokenizer.digest.
+    """
+    if start.checkpoint is None or "tokenizer" in (args.allow_changed or "").split(","):
+        return
+    saved, name = start.saved.get("tokenizer"), start.saved["args"]["tokenizer"]
+    if name != args.tokenizer if saved is None else saved != digest:
+        raise UserError(
+            f"--tokenizer {args.tokenizer} gives other ids than the one that {start.folder} was trained with ({name}). "
+            f"Take that one (a copy is in {start.folder / TOKENIZER if start.folder else TOKENIZER}), or allow it: "
+            "--allow_changed tokenizer"
+        )
+
+
 def inherited_args(path: str) -> dict[str, Any]:
     """What an evaluation of a checkpoint, a run's folder or a transformers folder takes from there."""
     if is_transformers_folder(path):
@@ -148,4 +171,5 @@ def inherited_args(path: str) -> dict[str, Any]:
     checkpoint = Checkpoint.open(find_checkpoint(Path(path)))
     kept = {name: value for name, value in checkpoint.state["args"].items() if name not in INHERITED_NOT}
     sizes = {"batch_size": EVALUATION_BATCH, "total_batch_size": None, "gradient_accumulation": None}
-    return kept | sizes | {"model_config": str(checkpoint.folder / CONFIG)}
+    tokenizer = {"tokenizer": str(checkpoint.tokenizer)} if checkpoint.tokenizer else {}
+    return kept | sizes | tokenizer | {"model_config": str(checkpoint.folder / CONFIG)}

@@ -14,6 +14,7 @@ from peft_pretraining.model.adapters import LORA_KINDS
 from peft_pretraining.schedules import check_schedule
 from qgalore.factory import Recipe, find_recipe
 from qgalore.options import GROUP_OPTIONS, Settings, declared
+from qgalore.rules.rules import RULES
 from qgalore.subspace.projector import LEARNERS, SIDE_TYPES
 
 
@@ -177,7 +178,7 @@ def _conditions(args: argparse.Namespace, recipe: Recipe) -> dict[str, tuple[boo
     return {
         "projected": (recipe.projected, optimizer),
         "rank": (recipe.projected or args.peft is not None, optimizer),
-        "scaled": (recipe.projected or "scale" in recipe.uses, optimizer),
+        "scaled": ((recipe.projected and RULES[recipe.rule].finish is None) or "scale" in recipe.uses, optimizer),
         "beta1": ("beta1" in recipe.uses, optimizer),
         "beta2": ("beta2" in recipe.uses, optimizer),
         "moments8": (recipe.state_bits == 8, optimizer),

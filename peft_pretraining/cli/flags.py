@@ -73,7 +73,8 @@ class RunOptions:
         "without such names", unit="PATH", section=DATA,
         shown="the dataset's validation files, else one document in a hundred")
     tokenizer: str | None = option(None, "tokenizer: a sentencepiece .model file, a transformers folder, or a name "
-        "on the hub", unit="NAME|PATH", section=DATA, shown="t5-base; for pydocs its own")
+        "on the hub", unit="NAME|PATH", section=DATA, shown="t5-base; for pydocs its own",
+        may_change=True)
     max_length: int = option(256, "tokens in a sequence", unit="TOKENS", section=DATA, range=at_least(1))
     packing: str = option("concat", "how documents become sequences. concat: joined by EOS tokens and cut, without "
         "padding or loss; truncate: one document per sequence, cut or padded, as the reference does", section=DATA,

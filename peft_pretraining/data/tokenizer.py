@@ -5,7 +5,10 @@ special tokens, and neither lets a document forge one: "</s>" inside a text is f
 Both can be pickled, so they travel to DataLoader workers.
 """
 
+import hashlib
+import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +20,7 @@ OFFLINE_WAYS = (
     "or, with no data at hand either, --dataset pydocs --tokenizer pydocs"
 )
 HUB_TIMEOUT = 5.0  # seconds
+SAMPLE = "The quick  brown fox;\n\tnaïve façade, Ελληνικά, 日本語, ﬁ ½ 12,345.67 😀 don't re-read CamelCase __init__()"
 
 
 class Tokenizer(Protocol):
@@ -24,8 +28,17 @@ class Tokenizer(Protocol):
 
     name: str  # as the user gave it
     vocab_size: int  # 1 + the largest id that encode() returns, or eos_id, or pad_id
+    bos_id: int | None
     eos_id: int
     pad_id: int  # eos_id where there is none
+
+    def files(self) -> dict[str, bytes]:
+        """The files that the tokenizer is made of, by name: in a folder, load_tokenizer makes the same one of them."""
+        ...
+
+    def digest(self) -> str:
+        """A hash that two tokenizers share if they give the same ids."""
+        ...
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """The ids of every text, all below vocab_size, with no special tokens appended."""
@@ -81,11 +94,18 @@ class SentencePieceTokenizer:
                 "For a transformers tokenizer, give its folder."
             ) from error
         self.name = name
+        self.bos_id = self.processor.bos_id() if self.processor.bos_id() >= 0 else None
         self.eos_id = self.processor.eos_id()
         if self.eos_id < 0:
             raise _no_eos(name)
         self.pad_id = self.processor.pad_id() if self.processor.pad_id() >= 0 else self.eos_id
         self.vocab_size = self.processor.vocab_size()
+
+    def files(self) -> dict[str, bytes]:
+        return {"tokenizer.model": self.processor.serialized_model_proto()}
+
+    def digest(self) -> str:
+        return hashlib.sha256(self.processor.serialized_model_proto()).hexdigest()
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         # One thread: 6M tokens a second are enough, and the workers of the data loader are parallel already.
@@ -115,11 +135,22 @@ class TransformersTokenizer:
             )
         if tokenizer.eos_token_id is None:
             raise _no_eos(name)
+        self.bos_id: int | None = tokenizer.bos_token_id
         self.eos_id: int = tokenizer.eos_token_id
         self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.vocab_size = 1 + max(*ordinary, self.eos_id, self.pad_id, tokenizer.unk_token_id or 0)
         forged = special - {tokenizer.unk_token_id, None}  # texts may well have unknown characters
         self._spelled = {i: self._spell(tokenizer.convert_ids_to_tokens(i), forged) for i in forged}
+
+    def files(self) -> dict[str, bytes]:
+        with tempfile.TemporaryDirectory() as folder:
+            self.tokenizer.save_pretrained(folder)
+            return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
+
+    def digest(self) -> str:
+        """Of the vocabulary and of what becomes of SAMPLE, because other versions write other files."""
+        known = [sorted(self.tokenizer.get_vocab().items()), self.encode([SAMPLE]), self.eos_id, self.pad_id]
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         return [self._without_special(ids) for ids in self._ids(texts)]

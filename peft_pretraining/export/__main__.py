@@ -18,7 +18,6 @@ from transformers import (
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.utils.logging import disable_progress_bar
 
@@ -26,8 +25,7 @@ from peft_pretraining.checkpoint.files import CONFIG, STATE, Checkpoint, find_ch
 from peft_pretraining.checkpoint.weights import StoredWeights, load_weights, open_checkpoint
 from peft_pretraining.data.tokenizer import Tokenizer, check_fits, load_tokenizer
 from peft_pretraining.errors import Parser, UserError
-from peft_pretraining.export.folder import SHARD, appearing, write_weights
-from peft_pretraining.export.tokenizer import save_tokenizer, to_transformers
+from peft_pretraining.export.folder import SHARD, appearing, write_description, write_weights
 from peft_pretraining.model.adapters import Adapters, merging
 from peft_pretraining.model.build import build_model, meta_model
 from peft_pretraining.model.config import read_config
@@ -74,7 +72,7 @@ def export(
     dtype = dtype or trained
     config.dtype, config.use_cache = dtype, True
     with appearing(out) as folder:
-        _write_config_and_tokenizer(config, folder, checkpoint=opened)
+        _write_description(config, folder, checkpoint=opened)
         like: dict[str, Tensor] = dict(meta_model(config, dtype=dtype).named_parameters())
         read = merging(weights.read, adapters, names=weights.names())
         write_weights(like, folder, read=read, max_shard_size=max_shard_size)
@@ -83,30 +81,27 @@ def export(
         return _compare_logits(folder, weights, adapters=adapters, dtype=dtype, trained=trained)
 
 
-def _write_config_and_tokenizer(config: PreTrainedConfig, folder: Path, *, checkpoint: Checkpoint) -> None:
-    """config.json, generation_config.json and the tokenizer's files; says so where the tokenizer has to be left out."""
-    pad = config.pad_token_id
+def _write_description(config: PreTrainedConfig, folder: Path, *, checkpoint: Checkpoint) -> None:
+    """Says so if the tokenizer has to be left out."""
     try:
-        original, converted = _tokenizer_of(checkpoint, config=config)
-        config.bos_token_id, config.eos_token_id = converted.bos_token_id, converted.eos_token_id
-        pad = converted.pad_token_id  # not in the config, where it would freeze the padding's row
-        config.save_pretrained(folder)  # AutoTokenizer looks there, too
-        save_tokenizer(converted, folder, original=original)
+        problem = write_description(config, folder, tokenizer=_tokenizer_of(checkpoint, config=config))
     except UserError as error:
-        print(f"warning: the tokenizer is left out: {error}", file=sys.stderr)
-    config.save_pretrained(folder)
-    ids = dict(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=pad)
-    GenerationConfig(**ids).save_pretrained(folder)
+        problem = str(error)
+        config.save_pretrained(folder)
+        ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        GenerationConfig(**ids).save_pretrained(folder)
+    if problem:
+        print(f"warning: the tokenizer is left out: {problem}", file=sys.stderr)
 
 
-def _tokenizer_of(checkpoint: Checkpoint, *, config: PreTrainedConfig) -> tuple[Tokenizer, PreTrainedTokenizerBase]:
-    """The run's tokenizer, and its counterpart in transformers. Raises UserError where one of them does not exist."""
-    spec = _args_of(checkpoint).get("tokenizer")
+def _tokenizer_of(checkpoint: Checkpoint, *, config: PreTrainedConfig) -> Tokenizer:
+    """The run's tokenizer, from the checkpoint or by its name. Raises UserError if it cannot be found."""
+    spec = checkpoint.tokenizer or _args_of(checkpoint).get("tokenizer")
     if spec is None:
         raise UserError(f"{checkpoint.folder / STATE} does not name it.")
-    original = load_tokenizer(spec)
-    check_fits(original, vocab_size=config.vocab_size)
-    return original, to_transformers(original, max_length=config.max_position_embeddings)
+    tokenizer = load_tokenizer(str(spec))
+    check_fits(tokenizer, vocab_size=config.vocab_size)
+    return tokenizer
 
 
 def _args_of(checkpoint: Checkpoint) -> dict[str, Any]:

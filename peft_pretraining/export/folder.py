@@ -4,6 +4,7 @@ Memory holds one tensor in plain form, never the model: a machine that trains a 
 """
 
 import contextlib
+import copy
 import json
 import shutil
 from collections.abc import Callable, Generator, Mapping
@@ -13,10 +14,12 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from peft_pretraining.checkpoint.tensor_file import write_tensors
+from peft_pretraining.data.tokenizer import Tokenizer
 from peft_pretraining.errors import UserError
+from peft_pretraining.export.tokenizer import save_tokenizer, to_transformers
 from peft_pretraining.model.adapters import Adapters, merging
 from peft_pretraining.model.build import meta_model
 from qgalore.storage.quantized_weight import QuantizedWeight
@@ -80,15 +83,41 @@ def _plain(weight: Tensor, *, dtype: torch.dtype) -> Tensor:
     return values.detach().cpu().contiguous()
 
 
-def save_model(model: PreTrainedModel, folder: Path, *, adapters: Adapters | None = None) -> None:
-    """The live model in its own dtype, for AutoModelForCausalLM. An older folder of that name is replaced.
+def write_description(config: PreTrainedConfig, folder: Path, *, tokenizer: Tokenizer) -> str | None:
+    """config.json, generation_config.json and the tokenizer, for AutoModelForCausalLM and AutoTokenizer.
 
-    adapters: those in the model, which are merged into its weights on the way.
+    config: the model's; the ids of the tokenizer's special tokens are put into it.
+    Returns why transformers' form of the tokenizer had to be left out; None if it is there.
+    """
+    problem, pad = None, config.pad_token_id
+    config.use_cache, config.bos_token_id, config.eos_token_id = True, tokenizer.bos_id, tokenizer.eos_id
+    config.save_pretrained(folder)  # AutoTokenizer looks there, too
+    try:
+        converted = to_transformers(tokenizer, max_length=config.max_position_embeddings)
+        pad = converted.pad_token_id  # not in the config, where it would freeze the padding's row
+        save_tokenizer(converted, folder, original=tokenizer)
+    except UserError as error:
+        problem = str(error)
+    for name, content in tokenizer.files().items():
+        if name.endswith(".model"):  # sentencepiece's own, which other tools read
+            (folder / name).write_bytes(content)
+    ids = dict(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=pad)
+    GenerationConfig(**ids).save_pretrained(folder)
+    return problem
+
+
+def save_model(
+    model: PreTrainedModel, folder: Path, *, tokenizer: Tokenizer, adapters: Adapters | None = None
+) -> str | None:
+    """Writes the live model in its own dtype as a transformers folder, as the export does. Replaces an older one.
+
+    adapters: the adapters in the model, which are merged into its weights on the way.
+    Returns what write_description does.
     """
     weights: dict[str, Tensor] = dict(model.named_parameters())
     like: dict[str, Tensor] = dict(meta_model(model.config, dtype=model.dtype).named_parameters())
+    config = copy.deepcopy(model.config)
     with appearing(folder, replace=True) as beside:
-        model.config.save_pretrained(beside)
-        assert model.generation_config is not None
-        model.generation_config.save_pretrained(beside)
+        problem = write_description(config, beside, tokenizer=tokenizer)
         write_weights(like, beside, read=merging(weights.__getitem__, adapters, names=weights))
+    return problem

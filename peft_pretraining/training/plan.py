@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from peft_pretraining.checkpoint.lock import only_run_in
-from peft_pretraining.checkpoint.start import StartingPoint, check_data, check_validation, choose_start
+from peft_pretraining.checkpoint.start import StartingPoint, check_data, check_tokenizer, check_validation, choose_start
 from peft_pretraining.checkpoint.writer import CheckpointWriter, check_save_dir, make_save_dir
 from peft_pretraining.cli.args import settings_of
 from peft_pretraining.cli.flags import MAY_CHANGE
@@ -90,6 +90,7 @@ def make_plan(args: argparse.Namespace, *, world: World, cleanup: ExitStack) -> 
     fingerprint, validation_fingerprint = source.fingerprint(), held_out.fingerprint()
     check_data(fingerprint, start=start, args=args)
     check_validation(validation_fingerprint, start=start)
+    check_tokenizer(tokenizer.digest(), start=start, args=args)
     if trains and not resumes:
         save_dir = make_save_dir(args.save_dir, model_config=args.model_config, checkpoint=start.folder)
         cleanup.enter_context(only_run_in(save_dir))
@@ -189,7 +190,7 @@ def open_run(plan: Plan, *, interruption: Interruption, cleanup: ExitStack) -> R
     return Run(
         args=args, world=world, save_dir=save_dir, model=model, updates=updates, batches=batches, validation=validation,
         record=record, interruption=interruption, writer=writer if world.is_main else None,
-        fingerprint=plan.fingerprint, validation_fingerprint=plan.validation_fingerprint,
+        tokenizer=plan.tokenizer, fingerprint=plan.fingerprint, validation_fingerprint=plan.validation_fingerprint,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from peft_pretraining.batch import Batch
 from peft_pretraining.checkpoint.writer import CheckpointWriter
+from peft_pretraining.data.tokenizer import Tokenizer
 from peft_pretraining.data.validation import ValidationSet
 from peft_pretraining.distributed import World
 from peft_pretraining.training.evaluate import Evaluation
@@ -61,6 +62,7 @@ class Run:
     record: Record  # takes the figures of the run
     interruption: Interruption  # knows whether a signal has asked this process to stop
     writer: CheckpointWriter | None  # writes checkpoints; None except on the main rank
+    tokenizer: Tokenizer  # the tokenizer of both
     fingerprint: dict[str, str]  # identifies the training data, see DocumentSource
     validation_fingerprint: dict[str, str]  # identifies the validation data
     state: State = field(default_factory=State)  # how far the run has come

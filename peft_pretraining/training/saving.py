@@ -40,6 +40,7 @@ def save(run: Run) -> None:
         "positions": positions,
         "fingerprint": run.fingerprint,
         "validation_fingerprint": run.validation_fingerprint,
+        "tokenizer": run.tokenizer.digest(),
         "processes": run.world.size,
         "wandb_id": run.record.wandb_id,
         "versions": versions(),
@@ -48,7 +49,12 @@ def save(run: Run) -> None:
     run.writer.wait()  # so that only one copy of model and optimizer exists at a time
     in_background = not _training_waits(run)
     snapshot = take_snapshot(
-        run.model, run.updates.optimizer, update=state.update, progress=progress, copied=in_background
+        run.model,
+        run.updates.optimizer,
+        update=state.update,
+        progress=progress,
+        tokenizer=run.tokenizer.files(),
+        copied=in_background,
     )
     run.writer.save(snapshot, in_background=in_background)
 

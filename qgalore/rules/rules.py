@@ -109,6 +109,11 @@ def sgd_direction(R: Tensor, M: Moment, *, beta1: float, **unused: Any) -> Tenso
     return m.clone()
 
 
+def descent_direction(R: Tensor, **unused: Any) -> Tensor:
+    """Gradient descent: the gradient itself."""
+    return R.clone()
+
+
 def muon_direction(R: Tensor, M: Moment, *, beta1: float, **unused: Any) -> Tensor:
     """Muon's direction: the momentum with its singular values made one, as far as five Newton-Schulz steps go.
 
@@ -200,4 +205,5 @@ RULES = {
     "scale_head": Rule(normalized_direction, _first, matrices_only=True),
     "foam": Rule(foam_direction, _blocks, betas=(0.9, 0.95), matrices_only=True),
     "sgd": Rule(sgd_direction, _first),
+    "descent": Rule(descent_direction, lambda shape: ()),
 }

@@ -42,7 +42,7 @@ LEARNERS = {
     "continuous_adam8bit": Learner("adam", 8, "8-bit Adam"),
     "continuous_lion": Learner("lion", 32, "Lion"),
     "continuous_adafactor": Learner("adafactor", 32, "Adafactor"),
-    "continuous_sgd": Learner("sgd", 32, "SGD"),
+    "continuous_sgd": Learner("descent", 32, "SGD"),
 }
 PROJ_TYPES = (*SIDE_TYPES, *LEARNERS, "random")
 

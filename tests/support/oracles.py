@@ -65,7 +65,14 @@ class Sgd(Adam):
         return self.m
 
 
-ORACLES = {"adam": Adam, "lion": Lion, "adafactor": Adafactor, "sgd": Sgd}
+class Descent(Adam):
+    """The gradient itself."""
+
+    def step(self, g):
+        return g
+
+
+ORACLES = {"descent": Descent, "adam": Adam, "lion": Lion, "adafactor": Adafactor, "sgd": Sgd}
 
 
 class GaLore:
@@ -115,7 +122,7 @@ class GaLore:
         if first or (self.learner is None and self.t in self.refreshes):
             self.refresh(G)
         N = self.rule.step(self.P.T @ G @ self.Q)
-        U = self.scale * self.rule.finish(self.P @ N @ self.Q.T)
+        U = self.rule.finish(self.scale * self.P @ N @ self.Q.T)
         self.W = self.W - self.lr * self.weight_decay * self.W - self.lr * U
         if self.learner is not None and not first:
             self.learn(G)
