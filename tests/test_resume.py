@@ -196,7 +196,7 @@ def test_nothing_to_go_on_from(tiny, tmp_path, capsys, path, message):
 def test_what_alters_training_may_not_change():
     """Declared with each flag: where and how a run goes on, what it records and when it saves are its own affair."""
     decisive = "optimizer lr rank proj_type weight_quant seed num_training_steps total_batch_size text_field".split()
-    free = "batch_size dataset tokenizer model_config save_every keep_last workers num_threads log_details wandb_mode".split()
+    free = "batch_size dataset tokenizer model_config save_every workers num_threads log_details wandb_mode".split()
     assert not MAY_CHANGE & set(decisive) and set(free) <= MAY_CHANGE < FLAGS.keys()
 
 
