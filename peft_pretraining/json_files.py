@@ -14,7 +14,7 @@ def read_json(path: Path, *, advice: str | None = None) -> dict[str, Any]:
         write: the message then names the place of the mistake, or the files that do exist.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:  # ValueError: not JSON, or not UTF-8
         if advice is None:
             raise UserError(_describe(error, path)) from error
