@@ -19,8 +19,7 @@ from peft_pretraining.batch import IGNORED, Batch
 from peft_pretraining.cli.args import parse_args, schedule_of
 from peft_pretraining.distributed import World, make_deterministic, use_threads
 from peft_pretraining.errors import UserError
-from peft_pretraining.export.folder import save_model
-from peft_pretraining.model.adapters import Adapters, reset_if_due
+from peft_pretraining.model.adapters import reset_if_due
 from peft_pretraining.model.loss import token_loss_sum
 from peft_pretraining.schedules import lr_ratio
 from peft_pretraining.training.evaluate import evaluate_only
@@ -30,7 +29,7 @@ from peft_pretraining.training.metrics import set_up_log
 from peft_pretraining.training.plan import make_plan, open_model, open_run, open_validation
 from peft_pretraining.training.report import evaluate_and_log, log_step, report_end
 from peft_pretraining.training.run import Run, State
-from peft_pretraining.training.saving import begin, give_up, last_checkpoint, save
+from peft_pretraining.training.saving import begin, give_up, last_checkpoint, save, save_result
 from qgalore.factory import set_lr
 
 
@@ -47,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         # What is it going to do?
         plan = make_plan(args, world=world, cleanup=cleanup)
         if args.dry_run:
+            open_validation(plan)
             return
         cleanup.enter_context(world.connected())
         interruption = cleanup.enter_context(Interruption().listening())
@@ -84,11 +84,7 @@ def loop(run: Run) -> None:
         checkpoint = last_checkpoint(run)
         logger.info(f"stopped after update {state.update}; go on with --continue_from {checkpoint} or --resume auto")
         raise Interrupted(run.interruption.status)
-    if run.world.is_main:
-        adapters = Adapters.of(vars(args))
-        problem = save_model(run.model, run.save_dir / "model", tokenizer=run.tokenizer, adapters=adapters)
-        if problem:
-            logger.warning(f"{run.save_dir}/model has no tokenizer for transformers: {problem}")
+    save_result(run)
 
 
 def due(state: State, every: int) -> bool:

@@ -1,7 +1,10 @@
 """The one exception whose message is written for the user."""
 
 import argparse
-from typing import NoReturn
+import difflib
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 
 class UserError(ValueError):
@@ -19,3 +22,21 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}. See --help.")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Parses a command line. Raises UserError, with a suggestion for a misspelt flag."""
+        for text in sys.argv[1:] if args is None else args:
+            if any("\ud800" <= letter <= "\udfff" for letter in text):
+                shown = text.encode("ascii", "backslashreplace").decode()
+                self.error(f"{shown} has letters that this system's locale does not know: set PYTHONUTF8=1")
+        known, unknown = self.parse_known_args(args, namespace)
+        if flags := [text for text in unknown if text.startswith("--")]:
+            self.error(". ".join(map(self._unknown, flags)))
+        if unknown:
+            self.error(f"unexpected {', '.join(map(repr, unknown))}: every value needs a flag before it")
+        return known
+
+    def _unknown(self, flag: str) -> str:
+        name = flag.partition("=")[0]
+        close = difflib.get_close_matches(name, self._option_string_actions, n=1)
+        return f"unknown flag {name}" + (f" (did you mean {close[0]}?)" if close else "")

@@ -29,6 +29,11 @@ class Range(NamedTuple):
     words: str  # the range in an error message: "it must ..."
 
 
+def between(least: int, most: int) -> Range:
+    """Numbers from `least` to `most`."""
+    return Range(lambda value: least <= value <= most, f"must lie between {least} and {most}")
+
+
 def at_least(least: float) -> Range:
     """Finite numbers, not below `least`."""
     words = "must be 0 or more" if least == 0 else f"must be at least {least:g}"

@@ -33,10 +33,14 @@ class FakeWandb:
     """A wandb run that remembers what it is given."""
 
     def __init__(self):
-        self.config, self.logged, self.finished = {}, [], False
+        self.config, self.logged, self.axes, self.finished = {}, [], {}, False
 
-    def log(self, fields, step):
-        self.logged.append((fields, step))
+    def define_metric(self, name, step_metric=None):
+        self.axes[name] = step_metric
+
+    def log(self, fields):
+        """By wandb's own step, which counts calls: a step that is given and is not larger is thrown away."""
+        self.logged.append(fields)
 
     def finish(self):
         self.finished = True
@@ -86,7 +90,17 @@ def test_wandb_gets_the_configuration_and_the_curves():
     sink.event("end", {"updates": 3})
     sink.close()
     assert run.config == {"args": {"lr": None}} and run.finished
-    assert run.logged == [({"loss": 1.0}, 3), ({"eval/perplexity": 2.0}, 3)]
+    assert run.logged == [{"loss": 1.0, "update": 3}, {"eval/perplexity": 2.0, "update": 3}]
+
+
+def test_in_wandb_updates_that_are_done_again_count():
+    """After a rollback or a resume the update goes back; the curves are drawn over it."""
+    run = FakeWandb()
+    sink = WandbSink(run)
+    for update in (1, 2, 3, 2, 3):
+        sink.event("update", {"update": update, "loss": 1.0})
+    assert run.axes == {"update": None, "*": "update"}
+    assert [fields["update"] for fields in run.logged] == [1, 2, 3, 2, 3]
 
 
 @pytest.mark.parametrize("updates", [True, False])

@@ -21,6 +21,7 @@ from qgalore.options import (
     Declared,
     Settings,
     at_least,
+    between,
     declared,
     one_of,
     option,
@@ -75,7 +76,7 @@ class RunOptions:
     tokenizer: str | None = option(None, "tokenizer: a sentencepiece .model file, a transformers folder, or a name "
         "on the hub", unit="NAME|PATH", section=DATA, shown="t5-base; for pydocs its own",
         may_change=True)
-    max_length: int = option(256, "tokens in a sequence", unit="TOKENS", section=DATA, range=at_least(1))
+    max_length: int = option(256, "tokens in a sequence", unit="TOKENS", section=DATA, range=at_least(2))
     packing: str = option("concat", "how documents become sequences. concat: joined by EOS tokens and cut, without "
         "padding or loss; truncate: one document per sequence, cut or padded, as the reference does", section=DATA,
         choices=("concat", "truncate"))
@@ -95,7 +96,7 @@ class RunOptions:
     grad_clipping: float = option(0.0, "maximum norm of the gradients: global, or per parameter with a per-layer "
         "optimizer; 0: no clipping", unit="NORM", section=TRAINING, range=at_least(0))
     seed: int = option(0, "decides the initial weights, the order of the data, random bases and stochastic rounding",
-        unit="INTEGER", section=TRAINING, range=at_least(0))
+        unit="INTEGER", section=TRAINING, range=between(0, 2**63 - 1))
     num_threads: int | None = option(None, "CPU threads per process", unit="THREADS", section=TRAINING,
         range=at_least(1), shown="cores / processes of this machine", may_change=True)
     compile: bool = option(False, "compile the decoder layers and the updates of our own optimizers: a minute or so "

@@ -95,17 +95,24 @@ class JsonlSink(Sink):
 
 
 class WandbSink(Sink):
-    """A wandb run: the start event is its configuration, updates and evaluations are its curves."""
+    """A wandb run: the start event is its configuration, updates and evaluations are its curves.
+
+    The horizontal axis is the update, not wandb's own step, which only grows: after a rollback or a resume, it would
+    throw away the updates that are done again, and keep the undone ones.
+    """
 
     def __init__(self, run: Any) -> None:
         self._run = run
+        run.define_metric("update")
+        run.define_metric("*", step_metric="update")
 
     def event(self, name: str, fields: dict[str, Any]) -> None:
         if name == "start":
             self._run.config.update(finite(fields))
         elif name in ("update", "eval"):
             prefix = "" if name == "update" else "eval/"
-            self._run.log({prefix + key: value for key, value in fields.items() if key != "update"}, fields["update"])
+            values = {prefix + key: value for key, value in fields.items() if key != "update"}
+            self._run.log({**values, "update": fields["update"]})
 
     def close(self) -> None:
         self._run.finish()

@@ -1,5 +1,6 @@
 """What a run records and logs after an update, after an evaluation and at its end."""
 
+import math
 import resource
 import sys
 import time
@@ -11,6 +12,7 @@ from loguru import logger
 from torch import Tensor
 
 from peft_pretraining.batch import Batch
+from peft_pretraining.errors import UserError
 from peft_pretraining.model.build import meta_model
 from peft_pretraining.training.evaluate import evaluate
 from peft_pretraining.training.run import Run
@@ -80,7 +82,10 @@ def evaluate_and_log(run: Run) -> None:
 
 
 def report_end(run: Run) -> None:
-    """Writes the last line of the record; logs the memory and where the results are."""
+    """Writes the last line of the record; logs the memory and where the results are.
+
+    Raises UserError if the model is of no use, because its validation perplexity is not finite.
+    """
     state = run.state
     assert state.evaluation is not None
     perplexity, seconds = state.evaluation.perplexity, time.monotonic() - state.began
@@ -108,6 +113,11 @@ def report_end(run: Run) -> None:
     logger.info(
         f"validation perplexity {perplexity:.2f}; record: {run.save_dir}/metrics.jsonl; model: {run.save_dir}/model"
     )
+    if not math.isfinite(perplexity):
+        raise UserError(
+            f"the validation perplexity at the end is {perplexity}: the model in {run.save_dir}/model is of no use. A "
+            "lower --lr or --grad_clipping 1.0 may help."
+        )
 
 
 def _summarize_refreshes(matrices: Sequence[dict[str, Any]]) -> str:

@@ -11,7 +11,9 @@ from peft_pretraining.checkpoint.snapshot import restore_model, restore_optimize
 from peft_pretraining.checkpoint.start import StartingPoint, same_folder
 from peft_pretraining.checkpoint.weights import load_initial_weights
 from peft_pretraining.errors import UserError
+from peft_pretraining.export.folder import save_model
 from peft_pretraining.host_memory import free_host_memory
+from peft_pretraining.model.adapters import Adapters
 from peft_pretraining.training.provenance import git_commit, versions
 from peft_pretraining.training.run import Run, State
 from qgalore.memory import kept_bytes
@@ -69,6 +71,16 @@ def _training_waits(run: Run) -> bool:
         logger.warning(f"{free / 1e9:.1f} GB of host memory are free, a copy takes {needed / 1e9:.1f}: training waits")
         return True
     return False
+
+
+def save_result(run: Run) -> None:
+    """Writes SAVE_DIR/model, on the main rank."""
+    if run.writer is None:
+        return
+    folder, adapters = run.save_dir / "model", Adapters.of(vars(run.args))
+    problem = save_model(run.model, folder, tokenizer=run.tokenizer, adapters=adapters)
+    if problem:
+        logger.warning(f"{folder} has no tokenizer for transformers: {problem}")
 
 
 def begin(run: Run, start: StartingPoint) -> None:
