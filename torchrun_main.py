@@ -11,6 +11,10 @@ import warnings
 
 # Deterministic cuBLAS needs this before the first CUDA call: https://docs.nvidia.com/cuda/cublas/#results-reproducibility
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# Threads that wait for others spin before they sleep. Where another process is busy on the same cores, torch's default
+# makes them take turns with the very threads they wait for: see docs/notebook.md, "A busy machine".
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 from loguru import logger

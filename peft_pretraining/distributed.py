@@ -114,9 +114,12 @@ def _check_launch(rank: int, size: int) -> None:
 def use_threads(world: World, *, num_threads: int | None) -> int:
     """Sets the CPU threads of this process and returns their number.
 
-    num_threads: the number to set; None for this process's share of the machine's cores.
+    num_threads: the number to set; None for OMP_NUM_THREADS, and without it for this process's share of the cores.
+        torchrun sets OMP_NUM_THREADS to 1 for several processes; there, a 1 counts as not set.
     """
-    threads = num_threads or max(1, len(os.sched_getaffinity(0)) // world.local_size)
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    chosen = int(wanted) if wanted.isdecimal() and not (wanted == "1" and world.local_size > 1) else 0
+    threads = num_threads or chosen or max(1, len(os.sched_getaffinity(0)) // world.local_size)
     torch.set_num_threads(threads)
     return threads
 

@@ -45,6 +45,9 @@ def test_a_run_leaves_its_record_and_a_model(tiny, tmp_path):
         "config.json",
         "generation_config.json",
         "model.safetensors",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
     ]
 
 
@@ -180,7 +183,8 @@ def test_a_resumed_run_is_the_same_run_in_wandb(tiny, tmp_path, monkeypatch):
 
     def init(**options):
         asked.append(options)
-        return types.SimpleNamespace(id=options["id"] or "abc", config={}, log=lambda *_: None, finish=lambda: None)
+        ignored = dict.fromkeys(("log", "finish", "define_metric"), lambda *_, **__: None)
+        return types.SimpleNamespace(id=options["id"] or "abc", config={}, **ignored)
 
     known = types.SimpleNamespace(init=init, Settings=dict, api=types.SimpleNamespace(api_key="key"))
     monkeypatch.setitem(sys.modules, "wandb", known)

@@ -98,7 +98,7 @@ class RunOptions:
     seed: int = option(0, "decides the initial weights, the order of the data, random bases and stochastic rounding",
         unit="INTEGER", section=TRAINING, range=between(0, 2**63 - 1))
     num_threads: int | None = option(None, "CPU threads per process", unit="THREADS", section=TRAINING,
-        range=at_least(1), shown="cores / processes of this machine", may_change=True)
+        range=at_least(1), shown="OMP_NUM_THREADS, else cores / processes of this machine", may_change=True)
     compile: bool = option(False, "compile the decoder layers and the updates of our own optimizers: a minute or so "
         "at the start, faster afterwards", section=TRAINING, may_change=True)
     single_gpu: bool = option(False, "refuse to run as more than one process", section=TRAINING, may_change=True)
