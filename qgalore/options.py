@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -58,7 +58,7 @@ class Option:
     help: str
     unit: str = ""  # the unit of the value, or its kind
     section: str = ""  # its heading in a list of options
-    choices: tuple[str, ...] | None = None  # possible words
+    choices: Collection[str] | None = None  # possible words; a table counts as it is when a value is checked
     range: Range | None = None  # possible numbers
     flag: str | None = None  # name on a command line; None for the name of the field
     flag_choices: tuple[str, ...] | None = None  # possible words on a command line; None for `choices`
@@ -125,13 +125,13 @@ class ProjectionOptions:
         "with AdamW, or with the optimizer in the name) and random (the basis is drawn)", section=PROJECTION,
         choices=PROJ_TYPES, needs=("projected",))
     subspace: str = option("iterate", "how a basis is computed. iterate: warm orthogonal iteration; svd: exact "
-        "singular vectors at every refresh", section=PROJECTION, choices=tuple(METHODS), flag_choices=SUBSPACE_METHODS,
+        "singular vectors at every refresh", section=PROJECTION, choices=METHODS, flag_choices=SUBSPACE_METHODS,
         needs=("projected", "computed"))
     moments_on_refresh: str = option("project", "what happens to the moments at a refresh. project: the first moment "
         "is carried into the new basis; keep: both stay as they are (the reference); reset: both become zero",
         section=PROJECTION, choices=MOMENT_POLICIES, needs=("projected", "refreshed"))
     lift: str = option("none", "fira: add what the projection leaves out of the gradient to the update, scaled like "
-        "the rest; only for AdamW", section=PROJECTION, choices=tuple(LIFTS), flag="residual", flag_choices=RESIDUALS,
+        "the rest; only for AdamW", section=PROJECTION, choices=LIFTS, flag="residual", flag_choices=RESIDUALS,
         needs=("projected",))
     proj_lr: float | None = option(None, "step size of online PCA; it follows the schedule of the learning rate",
         unit="RATE", section=PROJECTION, range=at_least(0), shown="1 / --update_proj_gap",
@@ -156,7 +156,7 @@ class ProjectionOptions:
 class GroupOptions:
     """The options of a parameter group of a LowRankOptimizer besides ProjectionOptions."""
 
-    rule: str = option("adam", "how gradients become directions", choices=tuple(RULES))
+    rule: str = option("adam", "how gradients become directions", choices=RULES)
     state_bits: int = option(32, "bits of the moments, 8 or 32", range=one_of(8, 32))
     decoupled: bool = option(True, "whether weight decay is decoupled; if not, it is added to the gradient")
     clip: float = option(0.0, "maximum norm of the gradient of each parameter, as projected; 0: no limit",

@@ -11,6 +11,7 @@ from peft_pretraining.cli.flags import FLAGS, RunOptions
 from qgalore.factory import OPTIMIZERS
 from qgalore.optimizer import LowRankOptimizer
 from qgalore.options import GROUP_OPTIONS, ProjectionOptions, Settings, complete_group, declared
+from qgalore.rules.rules import RULES
 
 
 def matrix() -> torch.nn.Parameter:
@@ -131,3 +132,13 @@ def test_settings_are_named_as_groups_are():
     names = {field.name for field in dataclasses.fields(Settings)}
     assert {each.name for each in declared(ProjectionOptions)} <= names
     assert complete_group({"params": [matrix()], **dataclasses.asdict(ProjectionOptions(rank=3))})["rank"] == 3
+
+
+def test_a_rule_from_outside_is_a_choice(monkeypatch):
+    """The tables are looked into when a group is checked, not copied when the module is imported."""
+    monkeypatch.setitem(RULES, "mine", RULES["sgd"])
+    p = torch.nn.Parameter(torch.zeros(3))
+    optimizer = LowRankOptimizer([{"params": [p], "rule": "mine"}], lr=0.5)
+    p.grad = torch.ones(3)
+    optimizer.step()
+    assert torch.equal(p.detach(), torch.full((3,), -0.5))

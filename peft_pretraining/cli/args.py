@@ -94,7 +94,8 @@ def _complete_optimizer(args: argparse.Namespace, given: argparse.Namespace) -> 
         raise UserError(str(error).replace("unknown optimizer", "unknown --optimizer", 1)) from None
     if args.weight_quant and not recipe.low_rank_engine:
         raise UserError(
-            f"--weight_quant with --optimizer {args.optimizer}: only galore_*, q_galore_*, lion and *8bit can."
+            f"--weight_quant with --optimizer {args.optimizer}: torch's own optimizers cannot write quantized weights. "
+            "Take another one, such as q_galore_adamw8bit."
         )
     without_effect = _without_effect(args, recipe)
     args.ignored = {f"--{name}": why for name, why in without_effect.items() if hasattr(given, name)}
@@ -127,7 +128,7 @@ def _check_adapters(args: argparse.Namespace) -> None:
     if find_recipe(args.optimizer).projected:
         raise UserError(
             f"--peft {args.peft} with --optimizer {args.optimizer}, which projects gradients: factors are small "
-            "already. Take one without galore in its name, such as adamw."
+            "already. Take one that does not project, such as adamw."
         )
     if args.weight_quant:
         raise UserError(f"--peft {args.peft} with --weight_quant: adapters and INT8 weights exclude each other.")
