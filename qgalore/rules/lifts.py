@@ -1,10 +1,10 @@
-"""From a direction in the subspace back to an update of the weight: free functions, and a table of what each needs.
+"""Lifts: free functions from a direction in the subspace to an update of the weight, and their table.
 
-D is what a rule made of R = project(G). Every lift takes the same arguments:
+Every lift takes the same arguments:
 
-    D, R    (m, r) or (r, n), float32 or wider; R before the rule
-    G       (m, n), the whole gradient, in the parameter's dtype; None for lifts that do not need it
-    way     how to get back
+    D, R    (m, r) or (r, n), float32 or wider: the direction that a rule made of R = project(G), and R
+    G       (m, n), the whole gradient in the parameter's dtype; None unless the lift needs it
+    way     the way back
 
 and returns U (m, n) in D's dtype.
 """
@@ -20,20 +20,16 @@ from torch import Tensor
 from qgalore.storage.stored import Stored
 from qgalore.subspace.projector import Projector
 
-MAX_GROWTH = 1.01  # of a limited norm, from one update to the next
-MIN_NORM = 1e-30  # a row of R whose norm is smaller says nothing of the scale of D
+MAX_GROWTH = 1.01  # largest growth of a limited norm from one update to the next
+MIN_NORM = 1e-30  # the norm below which a row of R does not count
 
 
 class Way(NamedTuple):
-    """The way back out of a subspace.
-
-    projector, bases: see subspace.projector.
-    last: (), float32: the norm that the lift remembers from update to update, written in place; 0: none yet.
-    """
+    """The way back out of a subspace."""
 
     projector: Projector
     bases: Mapping[str, Stored]
-    last: Tensor | None = None
+    last: Tensor | None = None  # () float32: the norm that the lift keeps, written in place; 0 before the first update
 
     def back(self, D: Tensor) -> Tensor:
         """P D Q^T. (m, n)"""
@@ -42,16 +38,11 @@ class Way(NamedTuple):
 
 @dataclass(frozen=True)
 class Lift:
-    """One entry of the table.
+    """One row of the table."""
 
-    function: (D, R, G, way) -> U, see above.
-    needs_whole: whether it needs G.
-    remembers: the name of its norm in a parameter's state; None where it has none.
-    """
-
-    function: Callable[..., Tensor]
-    needs_whole: bool = False
-    remembers: str | None = None
+    function: Callable[..., Tensor]  # (D, R, G, way) -> U, see above
+    needs_whole: bool = False  # whether it needs G
+    remembers: str | None = None  # the name in a parameter's state of the norm that it keeps, if it keeps one
 
 
 def bring_back(D: Tensor, R: Tensor, G: Tensor | None, way: Way) -> Tensor:
@@ -60,7 +51,7 @@ def bring_back(D: Tensor, R: Tensor, G: Tensor | None, way: Way) -> Tensor:
 
 
 def recover_residual(D: Tensor, R: Tensor, G: Tensor, way: Way) -> Tensor:
-    """What the projection leaves out of G, brought back into the update.
+    """Adds what the projection leaves out of G to the update.
 
         U = back(D) + k * phi * (G - back(R))       phi_j = ||D_j|| / ||R_j||      j: along the side not projected
 
@@ -80,9 +71,9 @@ def recover_residual(D: Tensor, R: Tensor, G: Tensor, way: Way) -> Tensor:
 
 
 def scale_gradient(D: Tensor, R: Tensor, G: Tensor, way: Way, *, alpha: float | None = None) -> Tensor:
-    """G, each row or column j scaled by ||D_j|| / ||R_j||, as the rule has scaled its sketch. The norm is limited.
+    """Scales each row or column j of G by ||D_j|| / ||R_j||, as the rule has scaled its sketch. The norm is limited.
 
-    alpha: scales all of G by alpha ||D|| / ||R|| instead, as APOLLO-Mini does, whose sketch has rank 1.
+    alpha: if given, all of G is scaled by alpha ||D|| / ||R||, as in APOLLO-Mini, whose sketch has rank 1.
     Source: Zhu et al. 2024, "APOLLO", arXiv 2412.05270, algorithm 1 and section 4.2.
     """
     if alpha is None:
@@ -94,15 +85,17 @@ def scale_gradient(D: Tensor, R: Tensor, G: Tensor, way: Way, *, alpha: float | 
 
 
 def scaling(D: Tensor, R: Tensor, way: Way) -> tuple[Tensor, int]:
-    """How much the rule has scaled each row or column of R, ||D_j|| / ||R_j||, (m, 1) or (1, n), and along which
-    dimension that was summed: the projected one."""
+    """The factors ||D_j|| / ||R_j|| by which the rule has scaled the rows or columns of R, (m, 1) or (1, n).
+
+    Returns them and the dimension of the sums, which is the projected one.
+    """
     across = 1 if "right" in way.projector.sides else 0
     r, d = (torch.linalg.vector_norm(X, dim=across, keepdim=True) for X in (R, D))
     return torch.where(r > MIN_NORM, d / r, 0.0), across
 
 
 def limiter(norm: Tensor, way: Way) -> Tensor:
-    """The factor, at most 1, with which a norm grows by MAX_GROWTH at most; remembers the limited norm."""
+    """The factor, at most 1, by which the norm grows by MAX_GROWTH at most. Keeps the limited norm in way.last."""
     last = way.last
     assert last is not None
     limit = torch.where(last > 0, MAX_GROWTH * last, torch.inf)

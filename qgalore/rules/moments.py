@@ -1,7 +1,7 @@
 """The moments of a parameter, or of a basis that learns, as entries of a parameter's state.
 
-A rule names its moments and says what shape each has. In which precision they are kept is decided here; the rule reads
-and writes them as `Moment`s. Those of a basis have its side before their names: `right.exp_avg`.
+A rule declares the names and shapes of its moments, and reads and writes them as `Moment`s. Their precision is decided
+here. The moments of a basis have its side before their names: `right.exp_avg`.
 """
 
 import zlib
@@ -21,41 +21,33 @@ MOMENT_POLICIES = ("project", "keep", "reset")
 
 
 class MomentKind(NamedTuple):
-    """One moment that a rule keeps.
-
-    signed: an average of gradients or directions, which turns with the basis; else of squares, which cannot.
-    shape: of its tensor.
-    """
+    """One moment that a rule keeps."""
 
     name: str
-    signed: bool
+    signed: bool  # whether it averages gradients or directions, which turn with the basis; else squares, which do not
     shape: torch.Size
 
 
 @dataclass(frozen=True)
 class Moment:
-    """A moment in one update: what a rule reads and writes, in `dtype`, whatever it is kept in.
-
-    seed: 64 bits, for the rounding of what is written.
-    """
+    """A moment in one update."""
 
     stored: Stored
-    dtype: torch.dtype
-    seed: Seed | None
+    dtype: torch.dtype  # the dtype in which the rule reads and writes it
+    seed: Seed | None  # 64 bits, for rounding
 
     def read(self) -> Tensor:
-        """Its values. The tensor may be worked on in place; only `write` makes that count."""
+        """Its values, in a tensor that may be changed in place. Only `write` stores them."""
         return self.stored.read(self.dtype)
 
     def write(self, values: Tensor) -> None:
-        """Stores new values."""
         self.stored.write(values, seed=self.seed)
 
 
 def moment_codec(kind: MomentKind, *, bits: int, dtype: torch.dtype) -> Codec:
-    """How a moment is kept. bits: 8, or 32 for `dtype` itself (float32 or float64).
+    """The codec of a moment. bits: 8, or 32 for `dtype` itself (float32 or float64).
 
-    Vectors, and tensors of fewer than MIN_ELEMENTS elements, are not packed. Raises ValueError for other bits.
+    Vectors and tensors of fewer than MIN_ELEMENTS elements have 32 bits in any case. Raises ValueError for other bits.
     """
     if bits not in (8, 32):
         raise ValueError(f"moments are kept in 8 or 32 bits, not {bits}")
@@ -73,7 +65,7 @@ def create_moments(
     device: torch.device,
     prefix: str = "",
 ) -> None:
-    """Puts moments of zeros into a state. dtype: of the gradients that they average, float32 or float64."""
+    """Puts moments of zeros into a state. dtype: dtype of the gradients that they average, float32 or float64."""
     for kind in kinds:
         codec = moment_codec(kind, bits=bits, dtype=dtype)
         put(state, prefix + kind.name, Stored.zeros(codec, kind.shape, device=device))
@@ -88,10 +80,10 @@ def open_moments(
     compiled: bool = False,
     prefix: str = "",
 ) -> list[Moment]:
-    """The moments in whatever form the state holds them; writing to them writes the state's tensors.
+    """The moments in a state. Writing to them writes the tensors of the state.
 
-    seed: of this update of this parameter, the same for all its moments: each mixes in its name.
-    compiled: whether compiled code will work on them, which needs seeds as tensors.
+    seed: 64 bits for this update of this parameter; each moment mixes in its name.
+    compiled: whether they are for compiled code, which needs seeds as tensors.
     """
     moments = []
     for kind in kinds:
@@ -104,9 +96,9 @@ def open_moments(
 
 
 def follow_basis(moments: Sequence[Moment], kinds: Sequence[MomentKind], turn: Turn, *, policy: str) -> None:
-    """What becomes of the moments when the basis turns.
+    """Changes the moments after a refresh has turned the basis.
 
-    policy: `project` carries first moments over by P_new^T P_old; `keep` leaves all as they are; `reset` zeroes all.
+    policy: `project` multiplies first moments by P_new^T P_old; `keep` changes nothing; `reset` sets all to zero.
     """
     for kind, moment in zip(kinds, moments, strict=True):
         if policy == "project" and kind.signed:

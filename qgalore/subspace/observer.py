@@ -1,4 +1,4 @@
-"""Who may watch a parameter's subspace at work: told of refreshes and projections, without a part in either."""
+"""Observers of a parameter's subspace: they are called around refreshes and projections, and change nothing."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -12,9 +12,9 @@ from qgalore.subspace.projector import Projector
 
 
 class Observer:
-    """Notes the seconds that refreshes take, as the host sees them, and nothing else.
+    """Sums the seconds that refreshes take, as the host sees them.
 
-    No part of the optimizer's state: after a resume the seconds begin at 0.
+    They are not part of the optimizer's state: after a resume they begin at 0.
     """
 
     def __init__(self) -> None:
@@ -22,22 +22,22 @@ class Observer:
 
     @contextmanager
     def refreshing(self, projector: Projector, state: Mapping[str, Any]) -> Iterator[None]:
-        """Around a refresh of the bases in a parameter's state."""
+        """A context around a refresh of the bases in a parameter's state."""
         began = time.perf_counter()
         yield
         self.refresh_seconds += time.perf_counter() - began
 
     def projecting(self, G: Tensor, *, step: int) -> AbstractContextManager:
-        """Around a projection of G (m, n), a gradient or a micro-batch's. step: 1-based update."""
+        """A context around a projection of G (m, n). step: number of the update, from 1."""
         return nullcontext()
 
     def projected(self, G: Tensor, R: Tensor, bases: Mapping[str, Stored], *, projector: Projector) -> None:
-        """After a projection of G (m, n) to R = P^T G Q."""
+        """Called after a projection of G (m, n) to R = P^T G Q."""
 
     def lifting(self) -> AbstractContextManager | None:
-        """To be put around the way back, in eager code; None where nobody wants to know."""
+        """A context around the lift, in eager code; None if it is not measured."""
         return None
 
     def figures(self, state: Mapping[str, Any], *, projector: Projector) -> dict[str, Any] | None:
-        """What was measured in the last update, to be read once; None where nothing was."""
+        """The figures measured in the last update, which can be read once; None if there are none."""
         return None

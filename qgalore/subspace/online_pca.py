@@ -3,7 +3,7 @@
     loss(P) = ||G^ - G^ P P^T||_F^2 + reg * ||P^T P - I||_F^2        G^ = G / ||G||_F
 
 Source: Liang et al. 2024, "Memory-Efficient LLM Training with Online Subspace Descent", arXiv 2408.12857. The paper's
-reg is 0.1; its code leaves the second term out. Which rule makes the gradient a step is update_rules' business.
+reg is 0.1; its code leaves the second term out. A rule makes the gradient a step, see projector.LEARNERS.
 """
 
 import torch
@@ -18,7 +18,7 @@ def pca_gradient(G: Tensor, R: Tensor, P: Tensor, *, reg: float) -> Tensor:
     G: (m, n), any floating dtype.
     R: G @ P, (m, r), float32 or wider.
     P: (n, r), R's dtype.
-    For a basis of the left side pass G.mT and R.mT. The result is not finite where the norm of G is not.
+    For a basis of the left side pass G.mT and R.mT. The result is not finite if the norm of G is not.
 
     With R^ = G^ P and S = G^^T R^ it is -2 [2 S - S (P^T P) - P (R^^T R^)] + 4 reg P (P^T P - I): one product with G,
     two of (n, r) by (r, r), and nothing of G's size, where autograd would build the (n, n) projector and the (m, n)

@@ -1,14 +1,14 @@
-"""What a subspace is worth: how much of a gradient it misses, how far it has turned, what it costs.
+"""Figures of a subspace: how much of a gradient it misses, how far it has turned, and what it costs.
 
-In each update one matrix is measured, all of them in turn: the cost is the same small share of every update, whatever
-the size of the model, and which matrix comes when follows from the count of updates alone, so a run that is repeated or
-resumed measures the same. Only refreshes, which are rare, are always asked how far they have turned a basis.
+One matrix is measured in each update, all of them in turn. So the cost is the same small share of every update, for
+every size of model; and the count of updates alone decides which matrix is measured, so a run that is repeated or
+resumed measures the same. Refreshes are rare: the overlap of the bases is measured at each of them.
 
-Bases that are packed or that learn are not orthonormal. For whatever is used as P and Q, with R = P^T G Q,
+Bases that are packed or that learn are not orthonormal. For any P and Q, with R = P^T G Q,
 
     ||G - P R Q^T||^2 = ||G||^2 - <R, 2 R - (P^T P) R (Q^T Q)>
 
-which takes matrices of R's size and smaller, nothing of G's.
+which needs no matrix of G's size.
 """
 
 import itertools
@@ -28,12 +28,12 @@ from qgalore.subspace.projector import Projector
 
 
 def reconstruction_error(G: Tensor, R: Tensor, *, left: Tensor | None = None, right: Tensor | None = None) -> Tensor:
-    """||G - P R Q^T||_F / ||G||_F. () float64; NaN where G is zero or not finite.
+    """||G - P R Q^T||_F / ||G||_F, () float64. NaN if G is zero or not finite.
 
     G: (m, n), any floating dtype.
     R: P^T G Q, float32 or wider.
-    left, right: P^T P and Q^T Q, (r, r), R's dtype; None where that side is not projected.
-    From float32 the square is right to 1e-6: so is the error itself where it is not small; one below 1e-3 means 0.
+    left, right: P^T P and Q^T Q, (r, r), R's dtype; None for a side that is not projected.
+    In float32 the square is right to 1e-6, so an error below 1e-3 means 0.
     """
     rows = torch.linalg.vector_norm(G, dim=1, dtype=R.dtype)  # a float32 sum over the whole of G would lose digits
     norm = torch.linalg.vector_norm(rows, dtype=torch.float64)
@@ -54,7 +54,7 @@ def overlap(new: Tensor, old: Tensor) -> Tensor:
     """The mean squared cosine of the principal angles between two spans, 0 to 1. (m, r) each -> ()
 
     ||new^T old||_F^2 / r of columns that are made orthonormal first, by Cholesky factors of the Gram matrices: nothing
-    tall is factorized. NaN where columns depend on each other.
+    tall is factorized. NaN if columns depend on each other.
     """
     between = new.mT @ old  # (r, r)
     for basis in (new, old):
@@ -65,14 +65,14 @@ def overlap(new: Tensor, old: Tensor) -> Tensor:
 
 
 class Stopwatch:
-    """Seconds spent in laps: on a CPU by its clock; a GPU stamps its own time, which nobody waits for but `seconds`."""
+    """Sums the seconds of laps. On a GPU they are measured by events, so only `seconds` waits for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._laps = device, list[tuple[Any, Any]]()
 
     @contextmanager
     def lap(self) -> Iterator[None]:
-        """What is done inside counts."""
+        """A context whose duration counts."""
         began = self._now()
         yield
         self._laps.append((began, self._now()))
@@ -85,7 +85,7 @@ class Stopwatch:
         return event
 
     def seconds(self) -> float:
-        """Of all laps so far. Waits until the GPU has come that far."""
+        """The duration of all laps so far. Waits for a GPU."""
         if self._device.type != "cuda":
             return sum(end - began for began, end in self._laps)
         for _, end in self._laps:
@@ -94,29 +94,22 @@ class Stopwatch:
 
 
 def measuring_period(count: int, *, gap: int) -> int:
-    """Updates between two measurements of one of `count` matrices, one of which is measured in an update.
+    """Updates between two measurements of the same one of `count` matrices.
 
-    Without a divisor in common with the gap between refreshes: else each basis would always be seen at the same age.
+    It has no divisor in common with the gap between refreshes, or each basis would always be measured at the same age.
     """
     return next(period for period in itertools.count(count) if math.gcd(period, gap) == 1)
 
 
 @dataclass
 class Sample:
-    """What was measured of a matrix in one update.
+    """The measurements of a matrix in one update."""
 
-    step: the update.
-    watch: the time that projecting took.
-    projections: how many there were.
-    figures: those of the first.
-    before: the basis, if it is about to learn.
-    """
-
-    step: int
-    watch: Stopwatch
-    projections: int = 0
-    figures: dict[str, Tensor] = field(default_factory=dict)
-    before: Tensor | None = None
+    step: int  # number of the update
+    watch: Stopwatch  # time spent in projecting and lifting
+    projections: int = 0  # number of projections
+    figures: dict[str, Tensor] = field(default_factory=dict)  # figures of the first projection
+    before: Tensor | None = None  # the basis before it learns, if it does
 
 
 class Probe(Observer):
@@ -125,13 +118,13 @@ class Probe(Observer):
     def __init__(self, *, turn: int, period: int) -> None:
         super().__init__()
         self.turn, self.period = turn, period
-        self._sample: Sample | None = None  # of this update, if it is the matrix' turn, until it is read
-        self._overlap: Tensor | None = None  # of the last two bases,
-        self._refreshes = 0  # the count of refreshes at that time: a resume or a rollback may have undone them
+        self._sample: Sample | None = None  # measurements of this update, if it is the matrix' turn
+        self._overlap: Tensor | None = None  # overlap of the last two bases
+        self._refreshes = 0  # refreshes at that time; a resume or a rollback may have undone them
 
     @contextmanager
     def refreshing(self, projector: Projector, state: Mapping[str, Any]) -> Iterator[None]:
-        """Notes the overlap of the new bases with the old ones, multiplied over the sides."""
+        """Measures the overlap of the new bases with the old ones, multiplied over the sides."""
         old = projector.open(state)
         before = read_bases(old, projector)
         with super().refreshing(projector, state):
@@ -144,7 +137,7 @@ class Probe(Observer):
 
     @contextmanager
     def projecting(self, G: Tensor, *, step: int) -> Iterator[None]:
-        """In the matrix' turn, takes the time of all projections of the update."""
+        """Measures the time of every projection in an update, if it is the matrix' turn."""
         if (step - 1) % self.period != self.turn:
             self._sample = None
             yield
@@ -155,7 +148,7 @@ class Probe(Observer):
             yield
 
     def projected(self, G: Tensor, R: Tensor, bases: Mapping[str, Stored], *, projector: Projector) -> None:
-        """In the matrix' turn, measures the first projection of the update."""
+        """Measures the first projection of an update, if it is the matrix' turn."""
         sample = self._sample
         if sample is None:
             return
@@ -173,16 +166,17 @@ class Probe(Observer):
             sample.before = P.clone()
 
     def lifting(self) -> AbstractContextManager | None:
-        """In the matrix' turn, takes the time of the way back, too."""
+        """Measures the time of the lift, if it is the matrix' turn."""
         return None if self._sample is None else self._sample.watch.lap()
 
     def figures(self, state: Mapping[str, Any], *, projector: Projector) -> dict[str, Any] | None:
-        """What was measured in the last update, to be read once; None where it was not this matrix' turn.
+        """The figures of the last update, which can be read once; None if it was not the matrix' turn.
 
-        reconstruction_error, orthonormality_error: see above; the larger of the two sides'.
-        overlap: of the last two bases; None where it is not known. Of a basis that learns: before and after the update.
-        projection_seconds: into the subspace and back.
-        projections: in this update. More than one are of micro-batches, and the reconstruction is that of the first.
+        reconstruction_error: see reconstruction_error.
+        orthonormality_error: see orthonormality_error; the larger one of two sides.
+        overlap: overlap of the last two bases, or of a learning basis before and after the update; None if unknown.
+        projection_seconds: time spent in projecting and lifting.
+        projections: number of projections; the other figures are those of the first one.
         Waits for the device.
         """
         sample, self._sample = self._sample, None
@@ -201,12 +195,12 @@ class Probe(Observer):
 
 
 def read_bases(bases: Mapping[str, Stored], projector: Projector) -> dict[str, Tensor]:
-    """The bases by side, as they are used: in the parameter's dtype, then in float32 or wider."""
+    """The values of the bases by side, as products use them, in float32 or wider."""
     return {side: basis.read(projector.dtype).to(projector.wide) for side, basis in bases.items()}
 
 
 def observers(projectors: Mapping[Tensor, Projector], *, details: bool) -> dict[Tensor, Observer]:
-    """One observer a parameter. details: whether those that are projected are measured, in turn."""
+    """An observer for each parameter. details: whether projected parameters are measured, in turn."""
     turns = [p for p, projector in projectors.items() if projector.sides] if details else []
     found: dict[Tensor, Observer] = {p: Observer() for p in projectors}
     for turn, p in enumerate(turns):

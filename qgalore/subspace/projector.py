@@ -1,9 +1,8 @@
 """How a gradient enters a low-rank subspace and how a direction comes back out of it.
 
-A projector holds settings only. Its tensors, the bases, live in the optimizer's state of the parameter under the names
-`left` (m, r) and `right` (n, r), plain or packed, so that they are saved and loaded like every other state. Which of
-the two are there is the projection's side, decided once from the shape and `proj_type`. With none, the projector is the
-identity.
+A projector holds settings only. Its tensors, the bases, are in the optimizer's state of the parameter under the names
+`left` (m, r) and `right` (n, r), plain or packed, so they are saved and loaded like every other state. The shape of the
+gradient and `proj_type` decide which sides have a basis. Without any, the projector is the identity.
 """
 
 import warnings
@@ -25,16 +24,11 @@ SIDES = ("left", "right")
 
 
 class Learner(NamedTuple):
-    """How a basis learns by online PCA.
+    """How a basis learns by online PCA."""
 
-    rule: of rules.RULES.
-    bits: of its moments.
-    title: what the log calls it.
-    """
-
-    rule: str
-    bits: int
-    title: str
+    rule: str  # of rules.RULES
+    bits: int  # bits of the moments
+    title: str  # name in the log
 
 
 LEARNERS = {
@@ -48,7 +42,7 @@ PROJ_TYPES = (*SIDE_TYPES, *LEARNERS, "random")
 
 
 def projection_sides(shape: torch.Size | tuple[int, ...], *, proj_type: str) -> tuple[str, ...]:
-    """Which sides of an (m, n) gradient are projected, as the reference names them.
+    """The sides of an (m, n) gradient that are projected, by the reference's names.
 
     std: the shorter side (the right one where m >= n), so that R keeps the longer one.
     reverse_std: the longer side.
@@ -67,19 +61,19 @@ def projection_sides(shape: torch.Size | tuple[int, ...], *, proj_type: str) -> 
 
 
 class Turn(NamedTuple):
-    """What a refresh did to the coordinates: P_new^T P_old, (r, r); None for a side that stayed."""
+    """The change of coordinates by a refresh: P_new^T P_old, (r, r), for each side; None for a side that stayed."""
 
     left: Tensor | None = None
     right: Tensor | None = None
 
     @property
     def overlap(self) -> Tensor:
-        """||P_new^T P_old||_F^2 / r in [0, 1], multiplied over the sides. ()"""
+        """||P_new^T P_old||_F^2 / r, from 0 to 1, multiplied over the sides. ()"""
         sides = [T.square().sum() / T.shape[0] for T in self if T is not None]
         return torch.stack(sides).prod()
 
     def carry(self, M: Tensor) -> Tensor:
-        """The part of M that the new bases see, in their coordinates. M has the shape of R."""
+        """M, of the shape of R, in the coordinates of the new bases. What they do not span is lost."""
         if self.left is not None:
             M = self.left @ M
         if self.right is not None:
@@ -91,32 +85,23 @@ class Turn(NamedTuple):
 class Projector:
     """The projection of one parameter's gradient.
 
-    shape: of the gradient, (m, n) where it is projected.
-    dtype: of the parameter; products with the bases run in it, and bases that are not packed are kept in it.
-    sides: of `left`, `right`; none is the identity, for any shape.
-    rank: columns of each basis.
-    method: of bases.METHODS.
-    learns: whether the basis learns after the first refresh, which then is the last.
-    seed: 64 bits, decides what is drawn.
-    bits: 4 or 8 packs the bases, in groups of at most group_size elements; None keeps them plain.
-
-    At gaps too short for the moments, a refresh goes only part of the way (RefreshSchedule.share).
+    If the gap is too short for the moments, a refresh turns a basis part of the way only (RefreshSchedule.share).
     """
 
-    shape: torch.Size
-    dtype: torch.dtype
-    sides: tuple[str, ...] = ()
-    rank: int = 0
-    method: str = "iterate"
-    learns: bool = False
+    shape: torch.Size  # shape of the gradient; (m, n) if it is projected
+    dtype: torch.dtype  # dtype of the parameter, of products with the bases, and of bases that are not packed
+    sides: tuple[str, ...] = ()  # `left`, `right`, both or none
+    rank: int = 0  # columns of each basis
+    method: str = "iterate"  # of bases.METHODS
+    learns: bool = False  # whether the basis learns after its first refresh, which is then the only one
     schedule: RefreshSchedule = RefreshSchedule(gap=1, offset=1)
-    seed: int = 0
-    bits: int | None = None
-    group_size: int = 256
+    seed: int = 0  # 64 bits; decides what is drawn
+    bits: int | None = None  # bits of a packed basis, 4 or 8; None keeps bases plain
+    group_size: int = 256  # largest number of elements that share a scale in a packed basis
 
     @property
     def sees_gradient(self) -> bool:
-        """Whether bases are computed from the values of the gradient, the whole of it."""
+        """Whether bases are computed from the whole gradient."""
         return bool(self.sides) and self._method.sees_gradient
 
     @property
@@ -142,7 +127,6 @@ class Projector:
 
     @property
     def codec(self) -> Codec:
-        """How a basis is kept."""
         if self.bits is None:
             return Plain(self.dtype)
         return Affine.fitting(self.rank, bits=self.bits, at_most=self.group_size)
@@ -160,24 +144,22 @@ class Projector:
         for side in self.sides:
             put(state, side, Stored.zeros(self.codec, self.basis_shape(side), device=device))
 
-    # A gradient's way
-
     def due(self, state: Mapping[str, Any], *, step: int) -> bool:
-        """Whether bases must be computed for this update. step: 1-based."""
+        """Whether bases must be computed for this update. step: its number, from 1."""
         if not self.sides or (self.learns and "refreshes" in state):
             return False
         return self.schedule.due(state, step=step)
 
     def refresh(self, G: Tensor, state: dict[str, Any], *, step: int) -> Turn | None:
-        """Computes the bases from G (m, n) and notes it in the schedule.
+        """Computes the bases from G (m, n) and counts the refresh in the schedule.
 
-        Returns how the coordinates changed, or None where the bases are as before (or are the first ones).
-        A gradient that is not finite, or a factorization that fails, leaves the old basis in place, counts in
-        `failed_refreshes` and warns.
+        Returns the change of coordinates, or None if the bases stayed or are the first ones.
+        If the gradient is not finite or a factorization fails, the old basis stays, `failed_refreshes` counts it, and
+        there is a warning.
         """
         turns = {side: self._refresh_side(G, state, side) for side in self.sides}
         turn = Turn(**turns) if any(T is not None for T in turns.values()) else None
-        # Only a lazy schedule reads the overlap back from the device.
+        # Reading the overlap waits for the device, so only a lazy schedule does it.
         overlap = float(turn.overlap) if turn is not None and self.schedule.lazy else None
         self.schedule.record(state, step=step, overlap=overlap)
         return turn
@@ -201,10 +183,8 @@ class Projector:
             D = product(bases["right"].read(self.dtype), D.mT).mT
         return D
 
-    # A refresh, one side at a time
-
     def _refresh_side(self, G: Tensor, state: dict[str, Any], side: str) -> Tensor | None:
-        """Replaces one basis. Returns P_new^T P_old (r, r), or None where it is the first one or stays as it was."""
+        """Replaces one basis. Returns P_new^T P_old (r, r), or None if it is the first one or stays."""
         bases = self.open(state)
         old = self._as_used(bases[side]) if side in bases else None
         draw = mix_seed(self.seed, side == "left", state.get("refreshes", 0))
@@ -217,7 +197,7 @@ class Projector:
             )
             if old is not None:
                 return None
-            # The very first gradient was useless: a random basis serves until the next refresh.
+            # Without a first gradient, a random basis serves until the next refresh.
             new = METHODS["random"].compute(G, None, rank=self.rank, share=1.0, seed=self.seed, draw=draw)
         stored = Stored.zeros(self.codec, self.basis_shape(side), device=G.device)  # contiguous, as a checkpoint has it
         stored.write(new)
@@ -225,11 +205,11 @@ class Projector:
         return None if old is None else self._as_used(stored).mT @ old
 
     def _as_used(self, basis: Stored) -> Tensor:
-        """A basis as products see it, in the parameter's dtype, and then in that of the arithmetic."""
+        """The values of a basis as products use them, in the dtype of the arithmetic in the subspace."""
         return basis.read(self.dtype).to(self.wide)
 
     def _compute(self, G: Tensor, old: Tensor | None, *, share: float, draw: int) -> Tensor | None:
-        """The left basis (m, r) for this G, or None where it cannot be computed."""
+        """The left basis (m, r) of G, or None if it cannot be computed."""
         if self._method.sees_gradient and not G.isfinite().all():
             return None
         try:
@@ -240,6 +220,6 @@ class Projector:
 
 
 def is_basis(name: str) -> bool:
-    """Whether an entry of a parameter's state is a basis or a part of a packed one. The moments of a basis are not."""
+    """Whether the entry of a parameter's state is a basis, or a part of a packed one."""
     side, _, part = name.partition(".")
     return side in SIDES and part in ("", *Affine.PARTS)
