@@ -19,7 +19,7 @@ from peft_pretraining.data import position as data_position
 from peft_pretraining.data.hub import HubDocuments
 from peft_pretraining.data.loader import train_batches
 from peft_pretraining.data.order import Document, OrderedDocuments
-from peft_pretraining.data.position import Layout, Position, Progress, owner, resume_progress
+from peft_pretraining.data.position import EarlierReaders, Position, Progress, owner, resume_progress
 from peft_pretraining.data.sources import LocalDocuments
 from peft_pretraining.errors import UserError
 
@@ -213,8 +213,8 @@ def test_what_was_cut_is_read_again_and_nothing_else(tmp_path: Path, kind: str, 
 
 
 def test_layouts_that_no_longer_matter_are_dropped() -> None:
-    old = Layout((Position(epoch=1), Position(epoch=2)))
-    kept = Layout((Position(epoch=2), Position(epoch=3)))
+    old = EarlierReaders((Position(epoch=1), Position(epoch=2)))
+    kept = EarlierReaders((Position(epoch=2), Position(epoch=3)))
     progress = Progress((Position(epoch=3),), world_size=1, earlier=(old, kept))
     for workers in (1, 2):
         earlier = resume_progress([progress.to_json()], rank=0, world_size=1, workers=workers).earlier

@@ -148,7 +148,7 @@ def _put_in_place(partial: Path, folder: Path) -> None:
 def tidy(save_dir: Path) -> None:
     """Removes what unfinished saves and deletions left behind; a checkpoint that was to be replaced gets its name back.
 
-    Nothing may be writing there. Raises OSError where that name cannot be given.
+    Nothing may be writing there. Raises OSError if that name cannot be given.
     """
     for path in sorted(save_dir.glob(".checkpoint-*.*")):
         name, _, state = path.name[1:].rpartition(".")
@@ -214,7 +214,7 @@ def newest_sound(save_dir: Path) -> Checkpoint | None:
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint that `path` is, or the newest complete one in it.
 
-    Raises UserError where there is none, or where `path` is an incomplete one.
+    Raises UserError if there is none, or where `path` is an incomplete one.
     """
     if not path.is_dir():
         raise UserError(f"{path}: there is no such folder. Name a checkpoint or a folder with checkpoints.")
@@ -242,7 +242,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
-        """Reads the manifest and compares the sizes of the files. Raises UserError where one is missing or differs."""
+        """Reads the manifest and compares the sizes of the files. Raises UserError if one is missing or differs."""
         manifest = _read_manifest(folder)
         for name, entry in manifest["files"].items():
             _check_size(folder / name, entry["bytes"])
@@ -255,7 +255,7 @@ class Checkpoint:
         return self
 
     def file(self, name: str) -> Path:
-        """The path of a file whose checksum is right. Raises UserError where it is not."""
+        """The path of a file whose checksum is right. Raises UserError if it is not."""
         path = self.folder / name
         if name not in self._verified:
             _check_hash(path, self._files[name]["sha256"])
@@ -274,7 +274,7 @@ class Checkpoint:
 
     @cached_property
     def state(self) -> dict[str, Any]:
-        """The object in state.json. Raises UserError where it is damaged."""
+        """The object in state.json. Raises UserError if it is damaged."""
         state = read_json(self.file(STATE), advice=ADVICE)
         return upgrade_progress(state) if state.get("format") == 1 else state
 
@@ -295,7 +295,7 @@ def open_tensors(path: Path, *, advice: str = "") -> Iterator[Any]:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, with an entry for each of FILES. Raises UserError where it is broken."""
+    """The manifest, with an entry for each of FILES. Raises UserError if it is broken."""
     path = folder / MANIFEST
     if not path.exists():
         raise UserError(f"{path} is missing: the checkpoint is not complete. {ADVICE}")

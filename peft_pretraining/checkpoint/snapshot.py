@@ -133,7 +133,7 @@ def _host_copy(tensor: Tensor) -> Tensor:
 def restore_model(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """Fills the parameters of a model with those of a checkpoint, in place and one by one.
 
-    Raises UserError where names, shapes, dtypes or the settings of INT8 weights differ, or where the file is damaged.
+    Raises UserError if names, shapes, dtypes or the settings of INT8 weights differ, or where the file is damaged.
     """
     parameters = dict(model.named_parameters())
     targets = {key: tensor for name, p in parameters.items() for key, tensor in _pieces(name, p).items()}
@@ -157,7 +157,7 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _compare(checkpoint: Checkpoint, what: str, *, saved: Any, here: Any) -> None:
-    """Raises UserError where a checkpoint and what is to be restored are not of the same kind."""
+    """Raises UserError if a checkpoint and what is to be restored are not of the same kind."""
     if saved == here:
         return
     if isinstance(saved, list):
@@ -174,7 +174,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint, 
 
     names: the name of each of its parameters.
     The optimizer is built as the saved one was; learning rates and other settings are not saved and stay.
-    Raises UserError where it is another optimizer or another model's, or where a file is damaged.
+    Raises UserError if it is another optimizer or another model's, or where a file is damaged.
     """
     scalars = checkpoint.state.get("optimizer", {})
     parameters = {name: p for p, name in names.items()}
@@ -204,7 +204,7 @@ def _read_states(
 
 
 def restore_rng(checkpoint: Checkpoint) -> None:
-    """Sets torch's generators to where they were. Raises UserError where the file is damaged."""
+    """Sets torch's generators to where they were. Raises UserError if the file is damaged."""
     with checkpoint.tensors(RNG) as file:
         torch.set_rng_state(file.get_tensor("cpu").clone())
         if "cuda" in file.keys() and torch.cuda.is_available():

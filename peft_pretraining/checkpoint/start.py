@@ -23,19 +23,15 @@ from peft_pretraining.errors import UserError
 from peft_pretraining.model.config import read_config
 
 INHERITED_NOT = ("continue_from", "eval_only", "dry_run", "save_dir", "resume", "ignored", "batch_size", "single_gpu")
-EVALUATION_BATCH = 8  # sequences, where nobody says
+EVALUATION_BATCH = 8  # default number of sequences
 
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """Where a run begins. With neither of these it is a new run with weights drawn from its seed.
+    """Where a run begins. With neither of these it is a new run with weights drawn from its seed."""
 
-    checkpoint: that of the run that goes on, all of its files verified.
-    weights: a transformers folder, whose weights a new run begins with.
-    """
-
-    checkpoint: Checkpoint | None = None
-    weights: Path | None = None
+    checkpoint: Checkpoint | None = None  # the checkpoint of the run that goes on, with all files verified
+    weights: Path | None = None  # a transformers folder with the weights of a new run
 
     @property
     def folder(self) -> Path | None:
@@ -49,9 +45,9 @@ class StartingPoint:
 
 
 def choose_start(args: argparse.Namespace, *, config: PreTrainedConfig, may_change: Collection[str]) -> StartingPoint:
-    """What --continue_from and --resume ask for. What --resume auto finds comes first.
+    """The starting point that --continue_from and --resume ask for. A checkpoint that --resume auto finds comes first.
 
-    Raises UserError where there is nothing, where it is damaged, or where the arguments would alter training.
+    Raises UserError if there is nothing, where it is damaged, or where the arguments would alter training.
     """
     if args.eval_only:
         return StartingPoint()
@@ -109,7 +105,7 @@ def check_unchanged(
 
 
 def _shape(config: PreTrainedConfig) -> dict[str, Any]:
-    """What makes two models different; names, versions and dtypes do not."""
+    """The fields that make two models different; names, versions and dtypes do not."""
     ignored = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
     return {name: value for name, value in config.to_dict().items() if name not in ignored}
 
@@ -164,7 +160,7 @@ def check_tokenizer(digest: str, *, start: StartingPoint, args: argparse.Namespa
 
 
 def inherited_args(path: str) -> dict[str, Any]:
-    """What an evaluation of a checkpoint, a run's folder or a transformers folder takes from there."""
+    """The arguments that an evaluation takes from a checkpoint, a run's folder or a transformers folder."""
     if is_transformers_folder(path):
         own = {"tokenizer": path} if (Path(path) / "tokenizer_config.json").exists() else {}
         return {"model_config": str(Path(path) / "config.json"), "batch_size": EVALUATION_BATCH} | own

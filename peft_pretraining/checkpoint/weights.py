@@ -35,10 +35,10 @@ FLOATS = {
 
 @dataclass(frozen=True)
 class Quantized:
-    """How a checkpoint holds a quantized weight. dtype: what it appears as."""
+    """How a checkpoint holds a quantized weight."""
 
     codec: Affine
-    dtype: torch.dtype
+    dtype: torch.dtype  # the dtype that it appears in
 
     def part_names(self, name: str) -> list[str]:
         return [part_key(name, part) for part in self.codec.PARTS]
@@ -50,19 +50,14 @@ class Quantized:
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """The weights in a folder.
-
-    folder: where they are, for messages.
-    files: the file of each tensor, by the tensor's name.
-    quantized: the 8-bit weights, by name.
-    """
+    """The weights in a folder."""
 
     folder: Path
-    files: Mapping[str, Path]
-    quantized: Mapping[str, Quantized]
+    files: Mapping[str, Path]  # the file of each tensor, by its name
+    quantized: Mapping[str, Quantized]  # the quantized weights, by name
 
     def names(self) -> set[str]:
-        """The weights' names; an 8-bit weight counts once."""
+        """The weights' names; a quantized weight counts once."""
         parts = {part for name, settings in self.quantized.items() for part in settings.part_names(name)}
         return self.files.keys() - parts | self.quantized.keys()
 
@@ -136,7 +131,7 @@ def load_initial_weights(model: PreTrainedModel, folder: str | Path) -> None:
 
     Each is cast to its parameter's dtype, or rounded to nearest where the parameter is in 8 bits. Adapters stay as
     they are: at the start, LoRA's add nothing.
-    Raises UserError where files, architecture, names or shapes do not fit; the model is then as it was. Only NaN, or a
+    Raises UserError if files, architecture, names or shapes do not fit; the model is then as it was. Only NaN, or a
     damaged file, may be found after some weights have been copied.
     """
     _load(base_parameters(model), Path(folder), config=model.config, open_weights=open_transformers)
@@ -154,7 +149,7 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
 
 
 def open_checkpoint(folder: Path) -> StoredWeights:
-    """The weights of a checkpoint of ours. Raises UserError where it cannot be read."""
+    """The weights of a checkpoint of ours. Raises UserError if it cannot be read."""
     path = folder / "model.safetensors"
     with open_tensors(path) as file:
         files, metadata = dict.fromkeys(file.keys(), path), file.metadata() or {}
@@ -177,7 +172,7 @@ def _described(entry: dict[str, Any]) -> Quantized:
 
 
 def open_transformers(folder: Path) -> StoredWeights:
-    """The weights of a transformers folder, in one file or in shards. Raises UserError where it cannot be read."""
+    """The weights of a transformers folder, in one file or in shards. Raises UserError if it cannot be read."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.is_file():
         with open_tensors(whole) as file:
@@ -216,7 +211,7 @@ def _load(
 
 
 def _check_config(ours: PreTrainedConfig, theirs: PreTrainedConfig, *, folder: Path) -> None:
-    """Raises UserError where the folder's model computes something else than ours would with its weights."""
+    """Raises UserError if the folder's model computes something else than ours would with its weights."""
     wanted, found = _architecture(ours), _architecture(theirs)
     for name in wanted | found:
         if wanted.get(name) != found.get(name):
@@ -233,7 +228,7 @@ def _architecture(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _untie(weights: StoredWeights, family: Family) -> StoredWeights:
-    """Leaves out the head, which is the embedding. Raises UserError where it is another matrix."""
+    """Leaves out the head, which is the embedding. Raises UserError if it is another matrix."""
     files, head, embedding = dict(weights.files), family.head_weight, family.embedding_weight
     if {embedding, head} <= files.keys() and not torch.equal(weights.read(head), weights.read(embedding)):
         raise UserError(f"{weights.folder}: its config ties {head} to {embedding}, but the two differ.")

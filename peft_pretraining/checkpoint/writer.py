@@ -102,7 +102,7 @@ class CheckpointWriter:
         self._thread.start()
 
     def wait(self) -> Path | None:
-        """Waits for the last save. Returns its folder; None where it failed or there was none."""
+        """Waits for the last save. Returns its folder; None if it failed or there was none."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

@@ -215,7 +215,7 @@ def describe(each: Declared) -> str:
 
 
 def shown_default(each: Declared) -> str | None:
-    """The default in words; None where there is none to be told."""
+    """The default in words; None if there is none to be told."""
     if flag_type(each) is bool or each.option.required:
         return None
     default = each.option.shown or each.default

@@ -19,7 +19,7 @@ class Preset:
 
     about: what it is.
     source: where it is published or measured.
-    perplexity: the published perplexity on C4; None where nothing is published.
+    perplexity: the published perplexity on C4; None if nothing is published.
     flags: the value of each flag by its name, as after parsing; paths are relative to the repository.
     measured: what we found with it, in words.
     """

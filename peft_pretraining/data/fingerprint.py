@@ -27,7 +27,7 @@ def fingerprint_files(files: Sequence[Path]) -> dict[str, str]:
 
 
 def describe_change(saved: Mapping[str, str], now: Mapping[str, str]) -> str | None:
-    """One line that names the files changed, missing or added since; None where there is none, or one is unknown."""
+    """One line that names the files changed, missing or added since; None if there is none, or one is unknown."""
     if not saved or not now:
         return None
     kinds = {

@@ -59,7 +59,7 @@ class HubRecord(NamedTuple):
         return len(self.raw) if isinstance(self.raw, str) else 0
 
     def text(self) -> str:
-        """The document. Raises UserError where the row holds none."""
+        """The document. Raises UserError if the row holds none."""
         if not isinstance(self.raw, str):
             raise UserError(f'{self.shard} row {self.line}: "text" is not a string but {str(self.raw)[:40]!r}.')
         return self.raw
@@ -130,9 +130,9 @@ def limit_inner_retries() -> None:
 
 
 def probe_hub() -> str | None:
-    """Asks the hub for the dataset and returns its revision, or None where the hub is too busy to say.
+    """Asks the hub for the dataset and returns its revision, or None if the hub is too busy to say.
 
-    Raises UserError where `datasets` is missing or nobody answers in seconds.
+    Raises UserError if `datasets` is missing or nobody answers in seconds.
     """
     try:
         import datasets  # noqa: F401
@@ -195,7 +195,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def http_status(error: BaseException) -> int | None:
-    """The HTTP status behind an error, None where no server has answered."""
+    """The HTTP status behind an error, None if no server has answered."""
     response = _response(error)
     return None if response is None else int(response.status_code)
 

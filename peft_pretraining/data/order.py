@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
-from peft_pretraining.data.position import Block, Layout, Position, owner
+from peft_pretraining.data.position import Block, EarlierReaders, Position, owner
 from peft_pretraining.errors import UserError
 
 F = TypeVar("F")
@@ -22,51 +22,43 @@ BUFFER_BYTES = 64 * 2**20
 
 
 class Document(NamedTuple):
-    """A document, or a piece of a long one.
-
-    text: what it says.
-    position: where it is in the data.
-    last: whether the document ends here.
-    """
+    """A document, or a piece of a long one."""
 
     text: str
-    position: Position
-    last: bool = True
+    position: Position  # its place in the data
+    last: bool = True  # whether the document ends with it
 
 
 class Skipped(NamedTuple):
-    """In place of a document that cannot be read.
+    """Stands in the place of a document that cannot be read."""
 
-    reason: one line that names the file and the line.
-    """
-
-    reason: str
+    reason: str  # one line that names the file and the line
 
 
 class Undecoded(Protocol):
-    """A record: a document that nobody has decoded yet."""
+    """A record: a document that has not been decoded yet."""
 
     @property
     def line(self) -> int:
-        """1-based line or row; reading can begin at it."""
+        """Number of the line or row, from 1, at which reading can begin."""
 
     @property
     def size(self) -> int:
-        """In bytes, about."""
+        """Approximate size in bytes."""
 
     def text(self) -> str:
         """Decodes. Raises UserError."""
 
 
 class OrderedDocuments(Generic[F]):
-    """Documents in parts, files and records. A subclass says what these are; `F` is what it knows a file by."""
+    """Documents in parts, files and records, which a subclass defines. `F` is its type of a file."""
 
     def __init__(self, *, seed: int, shuffle: bool) -> None:
         self.seed = seed
         self.shuffle = shuffle
 
     def parts(self, epoch: int) -> list[list[F]]:
-        """The files of each part, in the epoch's order. There are as many parts in each epoch."""
+        """The files of each part, in the order of the epoch. Every epoch has the same number of parts."""
         raise NotImplementedError
 
     def records(self, file: F, *, line: int) -> Iterator[Undecoded]:
@@ -84,7 +76,7 @@ class OrderedDocuments(Generic[F]):
         reader: int,
         readers: int,
         start: Position | None = None,
-        earlier: Sequence[Layout] = (),
+        earlier: Sequence[EarlierReaders] = (),
     ) -> Iterator[Document | Skipped]:
         """See DocumentSource.read."""
         start = start or Position(epoch=epoch)

@@ -5,7 +5,7 @@ The order of documents is a pure function of the seed, so that a position needs 
 on, a reader opens the file at the line where its block begins, reads this block again and skips what it has read.
 
 Readers (ranks x workers) share documents by a rule, `owner`. A run with another number of readers keeps the old
-readers' positions as a `Layout`: a document has been read where its owner in some earlier layout was past it.
+readers' positions as `EarlierReaders`: a document has been read if its owner among earlier readers was past it.
 """
 
 from __future__ import annotations
@@ -76,22 +76,22 @@ class Position(NamedTuple):
 
 
 def owner(epoch: int, part: int, document: int, *, parts: int, readers: int) -> int:
-    """The one of `readers` that reads this document: whole parts where they go round, else every n-th document.
+    """The reader of this document. Readers take whole parts if there are enough of them, else every n-th document.
 
-    Turns move on with the epoch, so that readers that outnumber the documents all get some.
+    Turns move on with the epoch, so that readers all get some documents even if they outnumber them.
     """
     turn = part if readers <= parts else part + document
     return (turn - epoch) % readers
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How far each reader of an earlier run had come when the number of readers changed."""
+class EarlierReaders:
+    """The positions of the readers before their number changed."""
 
     positions: tuple[Position, ...]
 
     def has_read(self, epoch: int, part: int, document: int, *, parts: int) -> bool:
-        """Whether the document's reader was past it. One that was cut in the middle is read again from its start."""
+        """Whether the document's reader was past it. A document that was cut in the middle is read again."""
         reader = owner(epoch, part, document, parts=parts, readers=len(self.positions))
         return (epoch, part, document) < self.positions[reader].place
 
@@ -106,28 +106,24 @@ class Layout:
         return [position.to_json() for position in self.positions]
 
     @classmethod
-    def from_json(cls, saved: list[dict[str, Any]]) -> Layout:
+    def from_json(cls, saved: list[dict[str, Any]]) -> EarlierReaders:
         return cls(tuple(map(Position.from_json, saved)))
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What one rank has consumed.
+    """How far one rank has come in the data."""
 
-    positions: the position of each of its workers.
-    world_size: the number of ranks.
-    turn: the worker that the next sequence comes from.
-    earlier: the earlier layouts that still matter, oldest first.
-    """
-
-    positions: tuple[Position, ...]
-    world_size: int
-    turn: int = 0
-    earlier: tuple[Layout, ...] = ()
+    positions: tuple[Position, ...]  # position of each of its workers
+    world_size: int  # number of ranks
+    turn: int = 0  # the worker that the next sequence comes from
+    earlier: tuple[EarlierReaders, ...] = ()  # earlier readers that still matter, oldest first
 
     @classmethod
-    def at_start(cls, *, world_size: int, workers: int, epoch: int = 0, earlier: tuple[Layout, ...] = ()) -> Progress:
-        """The progress of a rank that has consumed nothing but what `earlier` tells.
+    def at_start(
+        cls, *, world_size: int, workers: int, epoch: int = 0, earlier: tuple[EarlierReaders, ...] = ()
+    ) -> Progress:
+        """The progress of a rank at its start.
 
         workers: number of its workers, at least 1.
         epoch: the epoch that it begins with.
@@ -140,19 +136,19 @@ class Progress:
         return replace(self, positions=positions, turn=(self.turn + 1) % len(positions))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON of a few integers a worker; the earlier layouts are shared, not copied."""
+        """Plain JSON of a few integers a worker; earlier readers are shared, not copied."""
         return {
             "world_size": self.world_size,
             "turn": self.turn,
             "readers": [position.to_json() for position in self.positions],
-            "earlier": [layout.json for layout in self.earlier],
+            "earlier": [readers.json for readers in self.earlier],
         }
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> Progress:
         """The inverse of to_json."""
         positions = tuple(map(Position.from_json, saved["readers"]))
-        earlier = tuple(map(Layout.from_json, saved["earlier"]))
+        earlier = tuple(map(EarlierReaders.from_json, saved["earlier"]))
         return cls(positions, world_size=saved["world_size"], turn=saved["turn"], earlier=earlier)
 
 
@@ -162,14 +158,14 @@ def resume_progress(saved: Sequence[dict[str, Any]], *, rank: int, world_size: i
     The same ranks and workers go on exactly where they were. Others share out what is left, document by document: the
     documents that were cut in the middle, at most one a reader, are read again from their start, with a warning.
 
-    Raises UserError where `saved` is not the position of a whole run.
+    Raises UserError if `saved` is not the position of a whole run.
     """
     try:
         ranks = [Progress.from_json(one) for one in saved]
         if not ranks or {one.world_size for one in ranks} != {len(ranks)}:
             raise ValueError(f"{len(ranks)} ranks of {ranks[0].world_size if ranks else 'none'}")
         turns = zip(*(one.positions for one in ranks), strict=True)
-        before = Layout(tuple(position for turn in turns for position in turn))
+        before = EarlierReaders(tuple(position for turn in turns for position in turn))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the saved data position cannot be used ({error}). Resume from another checkpoint.") from error
     epoch = min(position.epoch for position in before.positions)
@@ -185,6 +181,6 @@ def resume_progress(saved: Sequence[dict[str, Any]], *, rank: int, world_size: i
     return Progress.at_start(world_size=world_size, workers=workers, epoch=epoch, earlier=earlier)
 
 
-def _that_matter(layouts: tuple[Layout, ...], *, epoch: int) -> tuple[Layout, ...]:
+def _that_matter(layouts: tuple[EarlierReaders, ...], *, epoch: int) -> tuple[EarlierReaders, ...]:
     """The layouts that had reached this epoch, which is the first one that is still being read."""
     return tuple(layout for layout in layouts if max(position.epoch for position in layout.positions) >= epoch)

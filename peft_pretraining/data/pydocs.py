@@ -49,7 +49,7 @@ SCOPES = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 def pydocs_files(split: str) -> list[Path]:
     """The files of one split, "train" or "validation": gzipped JSON lines with one field, "text".
 
-    Builds the corpus where it is missing (half a minute). Raises UserError where no folder can be written to.
+    Builds the corpus where it is missing (half a minute). Raises UserError if no folder can be written to.
     """
     assert split in SPLITS, split
     return [_corpus_folder() / f"{split}.jsonl.gz"]
@@ -115,7 +115,7 @@ def ensure_built(folder: Path, *, roots: Mapping[str, Path], vocab_size: int = V
 
     Any number of processes may call this at once: one builds and the others wait. The folder is renamed into place when
     it is complete, so a process that dies leaves no half corpus, even on file systems where the lock does not hold.
-    Raises OSError where the folder cannot be written, UserError where `roots` hold no documentation.
+    Raises OSError if the folder cannot be written, UserError where `roots` hold no documentation.
     """
     if folder.is_dir():
         return folder

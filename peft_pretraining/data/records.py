@@ -1,8 +1,8 @@
 """Text files, one record at a time: what a format is, where a document starts, what can be wrong with it.
 
-A record is a document that nobody has decoded yet. Reading a record is cheap and decoding it is not, so the readers of
-a data-parallel run all walk the same records and each decodes only its own. What is wrong with a file beyond one record
-becomes a record, too: the last one that a damaged file gives cannot be decoded and says so.
+A record is a document that has not been decoded. Reading a record is cheap and decoding it is not, so all readers of a
+data-parallel run walk the same records, and each decodes only its own. A damaged file ends with a record that cannot be
+decoded and says why.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 from peft_pretraining.data.fingerprint import fingerprint_files
 from peft_pretraining.data.folders import Split, find_files, naming_advice
 from peft_pretraining.data.order import Document, OrderedDocuments, Skipped
-from peft_pretraining.data.position import Layout, Position
+from peft_pretraining.data.position import EarlierReaders, Position
 from peft_pretraining.data.records import TEXT_FIELD, Record, read_records
 from peft_pretraining.errors import UserError
 
@@ -37,18 +37,18 @@ class DocumentSource(Protocol):
         reader: int,
         readers: int,
         start: Position | None = None,
-        earlier: Sequence[Layout] = (),
+        earlier: Sequence[EarlierReaders] = (),
     ) -> Iterator[Document | Skipped]:
         """This reader's documents of this 0-based epoch: over all `readers`, each document exactly once.
 
         start: documents before this position are left out, without reading more than the block it is in.
         earlier: what these layouts have read is left out, too.
         A document that cannot be decoded, or the rest of a damaged file, comes as Skipped, in its place in the order.
-        Raises UserError where a file is gone or cannot be opened.
+        Raises UserError if a file is gone or cannot be opened.
         """
 
     def check(self) -> None:
-        """Cheap test before anything slow. Raises UserError where there is nothing to read."""
+        """Cheap test before anything slow. Raises UserError if there is nothing to read."""
 
     def fingerprint(self) -> dict[str, str]:
         """What the data is, by name of its files, to be compared after a resume; empty where unknown."""
@@ -67,7 +67,7 @@ def open_documents(
         opened with the same value.
     text_field: the field or column of local files that holds the text, see records.Record.
 
-    Raises UserError where the path does not exist, holds no usable file, or has a suffix we cannot read.
+    Raises UserError if the path does not exist, holds no usable file, or has a suffix we cannot read.
     """
     if split == "validation" and validation is not None:
         return _open_validation(validation, seed=seed, text_field=text_field)

@@ -30,7 +30,7 @@ class Tokenizer(Protocol):
     vocab_size: int  # 1 + the largest id that encode() returns, or eos_id, or pad_id
     bos_id: int | None
     eos_id: int
-    pad_id: int  # eos_id where there is none
+    pad_id: int  # eos_id if there is no token for padding
 
     def files(self) -> dict[str, bytes]:
         """The files that the tokenizer is made of, by name: in a folder, load_tokenizer makes the same one of them."""
@@ -53,7 +53,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
     """The tokenizer that `spec` names.
 
     spec: "pydocs" (the embedded corpus' own), the path of a sentencepiece model, a transformers tokenizer folder, or a
-    name on the Hugging Face hub.  Raises UserError where it cannot be found, reached or used.
+    name on the Hugging Face hub.  Raises UserError if it cannot be found, reached or used.
     """
     if spec == "pydocs":
         return SentencePieceTokenizer(pydocs.pydocs_tokenizer_model(), name=spec)
@@ -148,7 +148,7 @@ class TransformersTokenizer:
             return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
 
     def digest(self) -> str:
-        """Of the vocabulary and of what becomes of SAMPLE, because other versions write other files."""
+        """A hash of the vocabulary and of the ids of SAMPLE; other versions of transformers write other files."""
         known = [sorted(self.tokenizer.get_vocab().items()), self.encode([SAMPLE]), self.eos_id, self.pad_id]
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
@@ -182,7 +182,7 @@ class TransformersTokenizer:
 
 
 def _load_folder(folder: Path, *, name: str) -> Tokenizer:
-    """The tokenizer in `folder`, by sentencepiece where there is only its model: transformers may misread that."""
+    """The tokenizer in `folder`. A folder with only a sentencepiece model is one that transformers may misread."""
     if not (folder / "tokenizer.json").is_file():
         models = sorted(folder.glob("*.model"))
         if models:

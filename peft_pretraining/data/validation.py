@@ -41,7 +41,7 @@ class ValidationSet:
         world_size: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Reads and packs the documents. Raises UserError where there is none.
+        """Reads and packs the documents. Raises UserError if there is none.
 
         tokens: how many target tokens to keep.
         batch_size: sequences in a batch, B.

@@ -58,7 +58,7 @@ def export(
     max_shard_size: the size of the largest file, such as "500MB".
     verify: loads what was written and compares its logits with those of the trained weights, 8-bit ones in place.
     Returns the largest difference to the logits as trained: 0, or what another `dtype` or the rounding of merged
-    weights makes of them; None where not verified. Raises UserError where something cannot be read or written,
+    weights makes of them; None if not verified. Raises UserError if something cannot be read or written,
     NotTheSameModel where the logits differ from those of the trained weights in the same dtype by anything at all, or
     where merging moves logits in float32 by more than MERGED of the largest.
     """

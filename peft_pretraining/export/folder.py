@@ -31,7 +31,7 @@ SHARD = "5GB"  # the largest file
 def appearing(folder: Path, *, replace: bool = False) -> Generator[Path, None, None]:
     """Gives an empty folder to write to, which becomes `folder` at the end, or vanishes on an error.
 
-    replace: whether an older `folder` makes way. Raises UserError where it may not, or where nothing can be written.
+    replace: whether an older `folder` makes way. Raises UserError if it may not, or where nothing can be written.
     """
     folder = folder.resolve()
     beside = folder.with_name(f".{folder.name}.incomplete")
@@ -58,7 +58,7 @@ def write_weights(
 
     like: for each name a tensor of the shape and dtype to write, which may be on the meta device.
     read: gives the weight of a name, a QuantizedWeight or an ordinary tensor.
-    max_shard_size: the size of the largest file. Raises UserError where it is not a size.
+    max_shard_size: the size of the largest file. Raises UserError if it is not a size.
     """
     try:
         split = split_torch_state_dict_into_shards(dict(like), max_shard_size=max_shard_size)

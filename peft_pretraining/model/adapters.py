@@ -97,7 +97,7 @@ class LowRankLinear(nn.Module):
 def insert(model: PreTrainedModel, adapters: Adapters) -> None:
     """Gives a model on the meta device its final structure, and freezes what is not trained.
 
-    Raises UserError where the package peft is needed and missing.
+    Raises UserError if the package peft is needed and missing.
     """
     names = [name for group in split_parameters(model) if group.kind == "matrix" for name in group.names]
     ranks = {name: min(adapters.rank, *model.get_parameter(name).shape) for name in names}

@@ -99,7 +99,7 @@ def prepare_model(
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raises UserError where torch.compile would find no C++ compiler, which it needs for a CPU."""
+    """Raises UserError if torch.compile would find no C++ compiler, which it needs for a CPU."""
     if device.type == "cpu" and not any(
         shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")
     ):

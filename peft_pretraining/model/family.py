@@ -21,28 +21,17 @@ from transformers import (
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture. Parts are named as attributes of the model, such as `model.embed_tokens`.
+    """One architecture. Parts are named as attributes of the model, such as `model.embed_tokens`."""
 
-    config: transformers' class of its configurations.
-    model: transformers' class of the model with its head.
-    body: the part that turns token ids into the last hidden states.
-    layers: the list of its decoder layers, which are alike.
-    embedding: the token embedding, an nn.Embedding.
-    rotary: the rotary embedding, whose buffers are computed from the configuration and are in no checkpoint.
-    head: the linear layer from hidden states to logits.
-    norm: the end of the names of its norms' classes; their weights begin as ones.
-    own_shape: fields of the configuration that, besides those in SHAPE, change what the weights compute.
-    """
-
-    config: type[PreTrainedConfig]
-    model: type[PreTrainedModel]
-    body: str = "model"
-    layers: str = "model.layers"
-    embedding: str = "model.embed_tokens"
-    rotary: str = "model.rotary_emb"
-    head: str = "lm_head"
-    norm: str = "RMSNorm"
-    own_shape: tuple[str, ...] = ()
+    config: type[PreTrainedConfig]  # transformers' class of the configuration
+    model: type[PreTrainedModel]  # transformers' class of the model with its head
+    body: str = "model"  # turns token ids into the last hidden states
+    layers: str = "model.layers"  # the decoder layers, which are alike
+    embedding: str = "model.embed_tokens"  # an nn.Embedding
+    rotary: str = "model.rotary_emb"  # its buffers are computed from the configuration and are in no checkpoint
+    head: str = "lm_head"  # the linear layer from hidden states to logits
+    norm: str = "RMSNorm"  # the end of the names of the norms' classes; their weights begin as ones
+    own_shape: tuple[str, ...] = ()  # fields besides those in SHAPE that change what the weights compute
 
     def part(self, name: str, model: nn.Module) -> Any:
         """The part of a model that a field names, such as "embedding"."""
@@ -55,7 +44,7 @@ class Family:
 
     @property
     def head_weight(self) -> str:
-        """The name of the head's parameter; where it is tied, the embedding's stands for both."""
+        """The name of the head's parameter. If it is tied, the embedding's parameter stands for both."""
         return f"{self.head}.weight"
 
     @property

@@ -1,8 +1,8 @@
-"""From a gradient to a direction: free functions on moments, and a table that says what each of them needs.
+"""Rules: free functions from a gradient to a direction, and their table.
 
-A rule does not know whether its gradient is a whole matrix or lives in a subspace, nor in how many bits its moments are
-kept, and never touches a parameter. Moments are updated in place; the caller scales the direction by -lr.
-Every rule takes the same keywords, so that whoever calls it need not know which it is:
+A rule does not know whether its gradient is a whole matrix or projected, nor in how many bits its moments are kept, and
+it never touches a parameter. Moments are updated in place; the caller scales the direction by -lr.
+Every rule takes the same keywords:
 
     beta1, beta2    decay rates of the first and the second moment
     eps             added to Adam's divisor
@@ -28,22 +28,16 @@ ADAFACTOR_EPS = 1e-30  # added to squares, so that rows and columns of zeros div
 
 @dataclass(frozen=True)
 class Rule:
-    """One entry of the table.
+    """One row of the table."""
 
-    direction: (gradient, *moments, **keywords) -> direction, see above.
-    moments: what it keeps for a gradient of a shape, in the order in which `direction` takes them.
-    betas: their usual decay rates.
-    decay: the second moment's decay rate at update t, where it is not beta2.
-    finish: what becomes of the direction once it is back in the full space.
-    matrices_only: whether it makes no sense for a vector.
-    """
-
-    direction: Callable[..., Tensor]
-    moments: Callable[[torch.Size], tuple[MomentKind, ...]]
-    betas: tuple[float, float] = (0.9, 0.999)
-    decay: Callable[[int], float] | None = None
-    finish: Callable[[Tensor], Tensor] | None = None
-    matrices_only: bool = False
+    direction: Callable[..., Tensor]  # (gradient, *moments, **keywords) -> direction, see above
+    moments: Callable[
+        [torch.Size], tuple[MomentKind, ...]
+    ]  # moments for a shape, in the order of direction's arguments
+    betas: tuple[float, float] = (0.9, 0.999)  # usual decay rates
+    decay: Callable[[int], float] | None = None  # decay rate of the second moment at update t, if it is not beta2
+    finish: Callable[[Tensor], Tensor] | None = None  # last step, in the full space
+    matrices_only: bool = False  # whether vectors are refused
 
 
 def adam_direction(
@@ -138,7 +132,7 @@ def orthogonalize(X: Tensor, *, steps: int = 5) -> Tensor:
 
 
 def normalized_direction(R: Tensor, *M: Moment, beta1: float, dim: int = 1, **unused: Any) -> Tensor:
-    """The gradient (m, n), or its momentum M where there is one, with the root mean square of each output made one.
+    """The gradient (m, n), or its momentum if M is given, with the root mean square of each output made one.
 
     dim: the dimension of the inputs, 0 for an embedding (vocabulary, hidden), 1 for a linear layer (out, in).
     Source: Glentis et al. 2025, "SCALE", arXiv 2506.16659, algorithm 1, whose matrices are (in, out).

@@ -146,7 +146,7 @@ class Simulated(Affine):
 
 
 def check_finite(magnitudes: Tensor, *, name: str) -> None:
-    """Raises ValueError where a group held NaN or infinity. magnitudes: see Affine. Waits for the device."""
+    """Raises ValueError if a group held NaN or infinity. magnitudes: see Affine. Waits for the device."""
     bad = magnitudes.numel() - int(magnitudes.isfinite().sum())
     if bad:
         raise ValueError(f"{name}: {bad} of {magnitudes.numel()} groups hold NaN or infinity and cannot be quantized")

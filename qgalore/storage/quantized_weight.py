@@ -125,7 +125,7 @@ class QuantizedWeight(Tensor):
         return self
 
     def check_finite(self, *, name: str = "the weight") -> None:
-        """Raises ValueError where the weight holds NaN or infinity. Waits for the device."""
+        """Raises ValueError if the weight holds NaN or infinity. Waits for the device."""
         check_finite(self.codec.magnitudes(self.stored().parts), name=name)
 
     def _decode(self, dtype: torch.dtype) -> Tensor:

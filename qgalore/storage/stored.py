@@ -1,7 +1,7 @@
-"""One kind of stored tensor: whatever is kept between updates, weights, bases and moments, in any precision.
+"""Stored tensors: everything that is kept between updates, weights, bases and moments, in any precision.
 
-A `Codec` says how values become a few plain tensors, its parts, and back; a `Stored` is a codec with the parts of one
-tensor. It alone knows how values are rounded: the road of an update reads and writes, and never asks for bits.
+A `Codec` turns values into a few plain tensors, its parts, and back. A `Stored` is a codec with the parts of a tensor.
+Only codecs know how values are rounded; an update reads and writes, and never asks for bits.
 
     codec       parts                               serves
     Plain       "": the values in their own dtype   weights, bases, moments
@@ -90,10 +90,10 @@ def build_codec(described: Mapping[str, Any]) -> Codec:
 class Stored:
     """A tensor kept by a codec.
 
-    parts: the plain tensors, written in place.
-    shape: of the values.
-    row_start: index of the first row within the whole, where this is a shard: its noise is that of the whole. Dynamic8,
-        whose blocks span rows, can be cut at multiples of its block only.
+    parts: the plain tensors, which are written in place.
+    shape: shape of the values.
+    row_start: index of the first row within the whole tensor, for a shard, whose noise is that of the whole. The blocks
+        of Dynamic8 span rows, so it can be cut at multiples of its block only.
     """
 
     codec: Codec

@@ -57,7 +57,7 @@ class RefreshSchedule:
     def record(self, state: dict[str, Any], *, step: int, overlap: float | None) -> None:
         """Notes that the basis was refreshed (or that it was tried) at this update.
 
-        overlap: of the new basis with the old one; None where there was none, or where nobody asked.
+        overlap: overlap of the new basis with the old one; None if there was no old one or it was not computed.
         """
         gap = state.get("gap", self.gap)
         if self.threshold is not None and overlap is not None:
