@@ -60,7 +60,7 @@ def randomized_basis(G: Tensor, *, rank: int, seed: int, oversampling: int = 8, 
         Q = iterate_basis(G, Q)
     B = product(G.mT, Q)  # (n, width), the gradient seen from Q
     B = B / B.norm().clamp_min(torch.finfo(dtype).tiny)
-    # In float32, the squares of directions below 3e-4 of the strongest would be noise, and so would their rotation. Adam
+    # In float32, squares of directions below 3e-4 of the strongest would be noise, and so would their rotation. Adam
     # gives every coordinate the same size, so the last bit of a gradient would decide an update: docs/notebook.md.
     rotation = torch.linalg.eigh(B.double().mT @ B.double()).eigenvectors[:, -rank:].flip(-1)  # (width, rank)
     return Q @ rotation.to(dtype)
