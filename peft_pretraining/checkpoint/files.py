@@ -68,7 +68,7 @@ class Snapshot:
 
 
 def checkpoint_folder(save_dir: Path, *, update: int) -> Path:
-    """Where the checkpoint of that update belongs."""
+    """The folder of the checkpoint of that update."""
     return save_dir / f"checkpoint-{update:08d}"
 
 
@@ -86,9 +86,9 @@ def _update(folder: Path) -> int | None:
 
 
 def write_checkpoint(save_dir: Path, snapshot: Snapshot) -> Path:
-    """Writes a checkpoint into `save_dir`, which may be missing; one of the same update is replaced.
+    """Writes a checkpoint into `save_dir`, which is made if it is missing. Replaces one of the same update.
 
-    Returns its folder, which is on the disk for good. Raises OSError; `tidy` then removes what there is of it.
+    Returns its folder, which is synced to the disk. Raises OSError; `tidy` then removes the rest.
     """
     assert all(name in FILES or _EXTRA.fullmatch(name) for name in snapshot.files) and snapshot.files.keys() >= FILES
     folder = checkpoint_folder(save_dir, update=snapshot.update)
@@ -136,7 +136,7 @@ def _sync(path: Path) -> None:
 
 
 def _put_in_place(partial: Path, folder: Path) -> None:
-    """Gives a whole folder its name."""
+    """Gives a complete folder its name."""
     replaced = _hidden(folder, "replaced")
     if folder.exists():
         os.replace(folder, replaced)
@@ -146,9 +146,9 @@ def _put_in_place(partial: Path, folder: Path) -> None:
 
 
 def tidy(save_dir: Path) -> None:
-    """Removes what unfinished saves and deletions left behind; a checkpoint that was to be replaced gets its name back.
+    """Removes the rests of unfinished saves and deletions. A checkpoint that was being replaced gets its name back.
 
-    Nothing may be writing there. Raises OSError if that name cannot be given.
+    Call it while nothing is being written there. Raises OSError if the name cannot be given.
     """
     for path in sorted(save_dir.glob(".checkpoint-*.*")):
         name, _, state = path.name[1:].rpartition(".")
@@ -159,10 +159,11 @@ def tidy(save_dir: Path) -> None:
 
 
 def prune(save_dir: Path, *, newest: Path, keep_last: int, keep_every: int) -> None:
-    """Deletes the complete checkpoints before `newest` but for the last keep_last, `newest` being one of these.
+    """Deletes old complete checkpoints.
 
-    keep_last: how many to keep, `newest` included; 0 keeps all.
-    keep_every: checkpoints whose update is a multiple of it stay; 0 spares none for that reason.
+    newest: the newest checkpoint, which stays.
+    keep_last: number of checkpoints to keep, `newest` included; 0 keeps all.
+    keep_every: checkpoints whose update is a multiple of it stay, too; 0 for none.
     Checkpoints after `newest`, from an earlier run that got further, stay. Raises OSError.
     """
     latest = _update(newest)
@@ -185,7 +186,7 @@ def complete_checkpoints(save_dir: Path) -> list[Path]:
 
 
 def _candidates(save_dir: Path) -> list[Path]:
-    """Folders with a checkpoint's name, by update. One that was moved aside counts where nothing has its name."""
+    """Folders with a checkpoint's name, by update. One that was moved aside counts if no other has its name."""
     found: dict[int, Path] = {}
     for path in sorted(save_dir.glob("*checkpoint-*")):  # hidden names come first
         if (update := _update(path)) is not None and path.is_dir():
@@ -214,7 +215,7 @@ def newest_sound(save_dir: Path) -> Checkpoint | None:
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint that `path` is, or the newest complete one in it.
 
-    Raises UserError if there is none, or where `path` is an incomplete one.
+    Raises UserError if there is none, or if `path` is an incomplete one.
     """
     if not path.is_dir():
         raise UserError(f"{path}: there is no such folder. Name a checkpoint or a folder with checkpoints.")
@@ -229,11 +230,7 @@ def find_checkpoint(path: Path) -> Path:
 
 
 class Checkpoint:
-    """A complete checkpoint that is read. Every file is hashed before it is read, and at most once.
-
-    folder: where it is.
-    update: the update after which it was saved.
-    """
+    """A complete checkpoint to read from. Every file is hashed once, before it is read."""
 
     def __init__(self, folder: Path, *, update: int, files: Mapping[str, Mapping[str, Any]]) -> None:
         self.folder, self.update = folder, update
@@ -283,7 +280,7 @@ class Checkpoint:
 def open_tensors(path: Path, *, advice: str = "") -> Iterator[Any]:
     """A safetensors file with its header read; tensors are read one by one, and nothing is unpickled.
 
-    advice: what to do about a damaged file. Raises UserError, also from inside the block, where it is damaged.
+    advice: what to do about a damaged file. Raises UserError, also from inside the block, if it is damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:

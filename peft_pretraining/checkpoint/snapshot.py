@@ -88,7 +88,7 @@ def _split_states(states: dict[str, dict[str, Any]]) -> tuple[dict[str, Tensor],
 
 
 def _title(optimizer: torch.optim.Optimizer) -> str:
-    """Which optimizers can go on from each other's states."""
+    """A title that optimizers share if they can go on from each other's states."""
     inner = f" of {optimizer.kind.__name__}" if isinstance(optimizer, MasterWeights) else ""
     return type(optimizer).__name__ + inner
 
@@ -99,7 +99,7 @@ def _pieces(name: str, p: Tensor) -> dict[str, Tensor]:
 
 
 def _settings(p: QuantizedWeight) -> dict[str, Any]:
-    """What is needed beside the parts to build a quantized weight."""
+    """The settings that build a quantized weight from its parts."""
     return {**describe_codec(p.codec), "dtype": str(p.dtype).removeprefix("torch.")}
 
 
@@ -119,7 +119,7 @@ def _to_host(files: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]
 
 
 def _host_copy(tensor: Tensor) -> Tensor:
-    """From a GPU it is under way when this returns."""
+    """A copy in host memory. From a GPU, it is not complete before the device is synchronized."""
     if not tensor.is_cuda:
         return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     try:
@@ -133,7 +133,7 @@ def _host_copy(tensor: Tensor) -> Tensor:
 def restore_model(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """Fills the parameters of a model with those of a checkpoint, in place and one by one.
 
-    Raises UserError if names, shapes, dtypes or the settings of INT8 weights differ, or where the file is damaged.
+    Raises UserError if names, shapes, dtypes or the settings of INT8 weights differ, or if the file is damaged.
     """
     parameters = dict(model.named_parameters())
     targets = {key: tensor for name, p in parameters.items() for key, tensor in _pieces(name, p).items()}
@@ -173,8 +173,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint, 
     """Gives an optimizer the state of a checkpoint.
 
     names: the name of each of its parameters.
-    The optimizer is built as the saved one was; learning rates and other settings are not saved and stay.
-    Raises UserError if it is another optimizer or another model's, or where a file is damaged.
+    The optimizer must be built as the saved one was. Learning rates and other settings are not saved, and stay.
+    Raises UserError if it is another optimizer or another model's, or if a file is damaged.
     """
     scalars = checkpoint.state.get("optimizer", {})
     parameters = {name: p for p, name in names.items()}

@@ -122,15 +122,15 @@ def is_checkpoint(path: str | Path) -> bool:
 
 
 def is_transformers_folder(path: str | Path) -> bool:
-    """Whether a folder holds a model in transformers' format, of whatever kind. A checkpoint of ours does not."""
+    """Whether a folder holds a model in transformers' format. Our checkpoints do not."""
     return (Path(path) / "config.json").is_file() and not is_checkpoint(path)
 
 
 def load_initial_weights(model: PreTrainedModel, folder: str | Path) -> None:
     """Copies the weights of a model in transformers' format (config.json and safetensors) into `model`.
 
-    Each is cast to its parameter's dtype, or rounded to nearest where the parameter is in 8 bits. Adapters stay as
-    they are: at the start, LoRA's add nothing.
+    Each is cast to its parameter's dtype, or rounded to nearest if the parameter is quantized. Adapters stay as
+    they are: at the start, those of LoRA add nothing.
     Raises UserError if files, architecture, names or shapes do not fit; the model is then as it was. Only NaN, or a
     damaged file, may be found after some weights have been copied.
     """
@@ -164,7 +164,7 @@ def open_checkpoint(folder: Path) -> StoredWeights:
 
 
 def _described(entry: dict[str, Any]) -> Quantized:
-    """From what a checkpoint says of a quantized weight. Raises KeyError, TypeError or ValueError."""
+    """The description of a quantized weight in a checkpoint, parsed. Raises KeyError, TypeError or ValueError."""
     codec = build_codec({key: value for key, value in entry.items() if key != "dtype"})
     if not isinstance(codec, Affine):
         raise ValueError(f"{type(codec).__name__} is not for weights")
@@ -222,13 +222,13 @@ def _check_config(ours: PreTrainedConfig, theirs: PreTrainedConfig, *, folder: P
 
 
 def _architecture(config: PreTrainedConfig) -> dict[str, Any]:
-    """What the weights' meaning depends on, by name."""
+    """The fields of a config that the meaning of the weights depends on."""
     fields = ("model_type", *family_of(config).shape)
     return {name: getattr(config, name, None) for name in fields} | dict(config.rope_parameters or {})
 
 
 def _untie(weights: StoredWeights, family: Family) -> StoredWeights:
-    """Leaves out the head, which is the embedding. Raises UserError if it is another matrix."""
+    """Leaves out the head, which is tied to the embedding. Raises UserError if it is another matrix."""
     files, head, embedding = dict(weights.files), family.head_weight, family.embedding_weight
     if {embedding, head} <= files.keys() and not torch.equal(weights.read(head), weights.read(embedding)):
         raise UserError(f"{weights.folder}: its config ties {head} to {embedding}, but the two differ.")

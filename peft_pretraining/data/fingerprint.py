@@ -1,4 +1,4 @@
-"""Whether the data is still the same after a resume: a cheap hash of each file, and what to say where it is not."""
+"""A cheap hash of each data file, to find out after a resume whether the data is still the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""C4 streamed from the Hugging Face hub: who reads which shard, and how a stream survives a bad connection.
+"""C4 streamed from the Hugging Face hub: the shards of each reader, and streams that survive a bad connection.
 
 `datasets` splits an iterable dataset by DataLoader worker on its own, which divides the data twice when it is already
 divided by reader. So each reader opens its shards one by one, through `IterableDataset.iter`, which knows nothing of
@@ -48,7 +48,7 @@ OFFLINE_WAYS = "--dataset PATH (a folder of C4 shards, or your own text) or --da
 
 
 class HubRecord(NamedTuple):
-    """One row of a shard, which the network has brought already decoded."""
+    """One row of a shard, which arrives decoded."""
 
     raw: Any
     shard: str
@@ -118,7 +118,7 @@ def load_stream(split: str) -> IterableDataset:
 
 
 def limit_inner_retries() -> None:
-    """Leaves patience to `resilient`: the retries of `datasets` sleep for up to 20 minutes, seen in no log of ours.
+    """Turns off the retries of `datasets`, which sleep for up to 20 minutes without a log line; `resilient` retries.
 
     The hub client below them keeps its own: five for each block of a file, resumed at the byte.
     """
@@ -132,7 +132,7 @@ def limit_inner_retries() -> None:
 def probe_hub() -> str | None:
     """Asks the hub for the dataset and returns its revision, or None if the hub is too busy to say.
 
-    Raises UserError if `datasets` is missing or nobody answers in seconds.
+    Raises UserError if `datasets` is missing or there is no answer within seconds.
     """
     try:
         import datasets  # noqa: F401
@@ -153,7 +153,7 @@ def probe_hub() -> str | None:
 
 
 def resilient(open_stream: Callable[[], Iterator[T]], *, name: str, first: int = 0) -> Iterator[T]:
-    """The items of a stream that always gives the same ones, reopened and resumed where the network broke it.
+    """The items of a stream, which is opened again and resumed where the network broke it.
 
     first: 0-based item to begin with.
     Raises UserError after TRIES failures without a new item; errors that are no network's fault pass unchanged.
@@ -177,7 +177,7 @@ def resilient(open_stream: Callable[[], Iterator[T]], *, name: str, first: int =
 
 
 def seconds_to_wait(error: BaseException, failures: int) -> float:
-    """Doubling from one second, spread by a quarter so that readers do not come back all at once; or what was asked."""
+    """The wait before a try: doubled each time from one second and spread by a quarter, or what the server asks for."""
     patience = min(2.0 ** (failures - 1), MAX_WAIT) * random.SystemRandom().uniform(0.75, 1.25)
     return max(patience, min(_retry_after(error), MAX_RETRY_AFTER))
 

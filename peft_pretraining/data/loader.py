@@ -61,8 +61,8 @@ def train_batches(
     batch_size: sequences in a batch, B.
     max_length: tokens of a sequence, L.
     workers: processes that read and tokenize; 0 for a thread of this one.
-    resume: `Batch.position` of the last batch of each rank, by rank. With as many ranks and workers (0 is 1), the
-        batches go on exactly; with others, no document is lost, and read twice are only those cut in the middle.
+    resume: `Batch.position` of the last batch of each rank. With the same number of ranks and workers (0 counts as 1),
+        the batches go on exactly. Otherwise no document is lost, and only those cut in the middle are read twice.
     Batches arrive on `device`, the next ones made in the background. Closing the iterator ends thread and workers.
 
     A document that cannot be read is left out and named in `Batch.skipped`.
@@ -88,7 +88,7 @@ def train_batches(
 
 
 class _Sequences(IterableDataset):
-    """The endless sequences of one reader; which reader it is depends on the worker it finds itself in."""
+    """The endless sequences of one reader, whose number depends on the worker that it runs in."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class _Sequences(IterableDataset):
         self.rank, self.progress = rank, progress
 
     def __iter__(self) -> Iterator[Sequence | UserError]:
-        """A UserError comes as a value, because DataLoader would wrap a raised one into a page of traceback."""
+        """Yields a UserError instead of raising it, because DataLoader would wrap it into a page of traceback."""
         info = get_worker_info()
         # DataLoader asks worker 0 first, so the new worker 0 goes on where it is whose turn it was.
         worker = ((info.id if info is not None else 0) + self.progress.turn) % len(self.progress.positions)
@@ -226,7 +226,7 @@ def _identity(item: T) -> T:
 
 
 def _leave_signals_to_the_main_process(worker_id: int) -> None:
-    """What the whole process group is told, the main process obeys: it needs its workers until the update is done.
+    """Lets a worker ignore signals to the whole process group: the main process needs it until the update is done.
 
     A second SIGTERM counts: it is how a worker that does not end by itself is ended.
     """

@@ -1,4 +1,4 @@
-"""Documents to sequences: cut long documents into pieces, tokenize, pack; each sequence knows where its reader is."""
+"""Documents to sequences: long documents are cut into pieces, tokenized and packed; sequences have positions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Piece(NamedTuple):
     """Token ids of a document or of a piece of it.
 
     ids: the token ids, without EOS.
-    position: where the first of them is in the data.
+    position: position of the first one in the data.
     last: whether EOS follows.
     """
 
@@ -34,11 +34,11 @@ class Piece(NamedTuple):
 
 
 class Sequence(NamedTuple):
-    """What a reader hands over.
+    """A packed sequence.
 
     tokens: (2, L) int32, input ids above targets.
-    position: where the reader is after this sequence.
-    skipped: why documents were skipped since the reader's previous sequence.
+    position: position of the reader after this sequence.
+    skipped: one line for each document that was skipped since the reader's previous sequence.
     """
 
     tokens: np.ndarray
@@ -47,7 +47,7 @@ class Sequence(NamedTuple):
 
 
 class Concat:
-    """Documents, each followed by EOS, as one stream cut into windows that share just their boundary token.
+    """Documents, each followed by EOS, as one stream, cut into windows that share their boundary token only.
 
     A window is `stream[k*L : (k+1)*L]` above `stream[k*L+1 : (k+1)*L+1]`, so every transition of the stream is a
     target exactly once.
@@ -80,7 +80,7 @@ class Concat:
         del self.stream[:start]
 
     def end(self) -> Iterator[np.ndarray]:
-        """What is left, (2, length) int32 padded with EOS above IGNORED, where that holds a target."""
+        """The rest, (2, length) int32, padded with EOS above IGNORED, if it has a target."""
         if len(self.stream) > 1:
             yield to_sequence(self.stream, length=self.length, pad_id=self.eos_id)
 
@@ -103,7 +103,7 @@ class Truncate:
             yield Sequence(to_sequence(tokens, length=self.length, pad_id=self.pad_id), piece.position.after())
 
     def end(self) -> Iterator[np.ndarray]:
-        """Nothing is left."""
+        """Nothing: no tokens wait for another document."""
         return iter(())
 
 
@@ -127,9 +127,9 @@ def to_sequence(tokens: list[int], *, length: int, pad_id: int) -> np.ndarray:
 def encode(
     documents: Iterable[Document | Skipped], tokenizer: Tokenizer, *, start: Position | None = None
 ) -> Iterator[Piece | Skipped]:
-    """Token ids of each document that has any, tokenized by the chunk. What is skipped passes, in its place.
+    """The pieces of documents that are not empty, tokenized in chunks. Skipped documents keep their place.
 
-    start: of the document at this position, what has been used is left out.
+    start: the position to begin at; the used part of its document is left out.
     """
     for chunk in _chunks(_cut(documents, start or Position())):
         texts = [item.text for item in chunk if isinstance(item, Document)]
@@ -170,9 +170,9 @@ def _cut(documents: Iterable[Document | Skipped], start: Position) -> Iterator[D
 
 
 def cut_text(text: str) -> Iterator[tuple[str, bool]]:
-    """Pieces of at most PIECE characters that make up the text, cut before white space where there is any.
+    """Cuts a text into pieces of at most PIECE characters, before white space if possible.
 
-    With each, whether it is the last one.
+    Yields each piece with whether it is the last one.
     """
     start = 0
     while len(text) - start > PIECE:

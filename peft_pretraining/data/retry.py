@@ -1,4 +1,4 @@
-"""Streams that are opened again where they broke: what a file server and the hub have in common."""
+"""Streams that are opened again where they broke, from a file server or from the hub."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -10,11 +10,11 @@ T = TypeVar("T")
 def retried(
     open_after: Callable[[int, T | None], Iterator[T]], *, wait_after: Callable[[Exception, int, int], float]
 ) -> Iterator[T]:
-    """The items of a stream that gives the same ones each time it is opened, each of them once.
+    """The items of a stream, each of them once, although the stream may break and be opened again.
 
-    open_after: opens the stream behind the items that have been given; called with their number and the last of them.
-    wait_after: says how many seconds to wait after a failure; called with the error, the number of failures since the
-        last new item, and the number of items given. It raises where trying again cannot help or has failed too often.
+    open_after: opens the stream behind the items that were yielded, given their number and the last one.
+    wait_after: returns the seconds to wait after a failure, given the error, the number of failures since the last
+        item, and the number of items. It raises if another try cannot help, or too many have failed.
     """
     given, failures = 0, 0
     last: T | None = None

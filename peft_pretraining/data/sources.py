@@ -1,4 +1,4 @@
-"""Where documents come from: local files, the embedded Python documentation, or C4 streamed from the hub.
+"""Sources of documents: local files, the embedded Python documentation, and C4 streamed from the hub.
 
 A source hands every document to exactly one of its readers in each epoch. The order of local files is global: it
 depends on the seed and the epoch alone, every reader walks it, and reader k of n decodes each n-th record. So a run on
@@ -42,7 +42,7 @@ class DocumentSource(Protocol):
         """This reader's documents of this 0-based epoch: over all `readers`, each document exactly once.
 
         start: documents before this position are left out, without reading more than the block it is in.
-        earlier: what these layouts have read is left out, too.
+        earlier: documents that these readers have read are left out, too.
         A document that cannot be decoded, or the rest of a damaged file, comes as Skipped, in its place in the order.
         Raises UserError if a file is gone or cannot be opened.
         """
@@ -51,7 +51,7 @@ class DocumentSource(Protocol):
         """Cheap test before anything slow. Raises UserError if there is nothing to read."""
 
     def fingerprint(self) -> dict[str, str]:
-        """What the data is, by name of its files, to be compared after a resume; empty where unknown."""
+        """A hash for each file, by its name, to be compared after a resume; empty if unknown."""
 
 
 def open_documents(
@@ -59,11 +59,11 @@ def open_documents(
 ) -> DocumentSource:
     """The documents of one split; call `check()` before the slow work.
 
-    dataset: `c4` (streamed from the hub), `pydocs` (embedded), or a PATH: a folder in C4's layout (files named
-        `*train*` and `*validation*` in it or in its `en/` folder), a single file, or a glob.
+    dataset: `c4` (streamed from the hub), `pydocs` (embedded), or a PATH: a folder (see
+        folders.find_files), a single file, or a glob.
     split: `train` comes in an order drawn from `seed` and the epoch, `validation` always in file order.
     validation: documents to validate on, given like `dataset`. Without it the dataset's own validation split is used;
-        where there is none, about one document in HELD_OUT is, and these are never trained on. Both splits must be
+        if there is none, about one document in HELD_OUT is held out, and never trained on. Both splits must be
         opened with the same value.
     text_field: the field or column of local files that holds the text, see records.Record.
 
@@ -151,7 +151,7 @@ class LocalDocuments(OrderedDocuments[Path]):
 
 
 def split_of(text: str) -> Split:
-    """The split of a document where nothing else decides: by a hash of its text, the same on every machine and run."""
+    """The split of a document in a data set without splits, by a hash of its text: the same on every machine."""
     digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
     return "validation" if int.from_bytes(digest, "big") % HELD_OUT == 0 else "train"
 

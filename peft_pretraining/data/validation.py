@@ -25,7 +25,7 @@ class ValidationSet:
     """The first target tokens of the validation stream, read once; iterates over this rank's batches.
 
     The targets are the same for any world size and batch size: sequence i belongs to rank i % world_size. All ranks
-    have equally many batches: where the sequences run out, a row has no target at all.
+    have equally many batches: if there are not enough sequences, the last rows have no target.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ def _validation_windows(
 
 
 def _take_targets(sequences: Iterator[np.ndarray], *, tokens: int) -> tuple[list[np.ndarray], int]:
-    """The first sequences that hold `tokens` targets, and how many they hold; what is beyond becomes IGNORED."""
+    """The first sequences that hold `tokens` targets, and their number of targets. Targets beyond become IGNORED."""
     taken: list[np.ndarray] = []
     missing = tokens
     for sequence in sequences:

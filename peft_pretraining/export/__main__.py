@@ -1,8 +1,8 @@
 """A checkpoint as a transformers folder: `python -m peft_pretraining.hf_export CHECKPOINT OUT`.
 
 OUT gets config.json, generation_config.json, the weights as safetensors, and the tokenizer where transformers has a
-counterpart; AutoModelForCausalLM and AutoTokenizer load it. 8-bit weights are written as the values that they stand
-for, adapters are merged into the weights. Tensors are read, decoded and written one at a time: memory never holds the
+counterpart; AutoModelForCausalLM and AutoTokenizer load it. Quantized weights are written as their values;
+adapters are merged into the weights. Tensors are read, decoded and written one at a time: memory never holds the
 model.
 """
 
@@ -59,8 +59,8 @@ def export(
     verify: loads what was written and compares its logits with those of the trained weights, 8-bit ones in place.
     Returns the largest difference to the logits as trained: 0, or what another `dtype` or the rounding of merged
     weights makes of them; None if not verified. Raises UserError if something cannot be read or written,
-    NotTheSameModel where the logits differ from those of the trained weights in the same dtype by anything at all, or
-    where merging moves logits in float32 by more than MERGED of the largest.
+    NotTheSameModel if the logits differ at all from those of the trained weights in the same dtype, or if merging moves
+    logits in float32 by more than MERGED of the largest.
     """
     opened = Checkpoint.open(find_checkpoint(checkpoint)).verify()
     config = read_config(opened.file(CONFIG))
@@ -82,7 +82,7 @@ def export(
 
 
 def _write_description(config: PreTrainedConfig, folder: Path, *, checkpoint: Checkpoint) -> None:
-    """Says so if the tokenizer has to be left out."""
+    """Prints a warning if the tokenizer has to be left out."""
     try:
         problem = write_description(config, folder, tokenizer=_tokenizer_of(checkpoint, config=config))
     except UserError as error:
@@ -114,10 +114,10 @@ def _compare_logits(
 ) -> float:
     """The largest difference of two logits, of the written model and of the trained one. One model exists at a time.
 
-    dtype: that of the written model.
-    trained: that in which the model was trained.
+    dtype: dtype of the written model.
+    trained: dtype in which the model was trained.
 
-    Raises NotTheSameModel unless the written model and the trained weights, merged where there are adapters, agree to
+    Raises NotTheSameModel unless the written model and the trained weights, with adapters merged, agree to
     the last bit in the same dtype. A tolerance for the rounding to bfloat16 would have to be wide: with random weights,
     it moved logits by 1% to 9%. For the same reason, whether merging is right is seen in float32.
     """

@@ -31,7 +31,7 @@ SHARD = "5GB"  # the largest file
 def appearing(folder: Path, *, replace: bool = False) -> Generator[Path, None, None]:
     """Gives an empty folder to write to, which becomes `folder` at the end, or vanishes on an error.
 
-    replace: whether an older `folder` makes way. Raises UserError if it may not, or where nothing can be written.
+    replace: whether an older `folder` is replaced. Raises UserError if it is in the way, or nothing can be written.
     """
     folder = folder.resolve()
     beside = folder.with_name(f".{folder.name}.incomplete")

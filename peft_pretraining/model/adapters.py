@@ -38,7 +38,7 @@ _DRAW, _MERGE = 2, 3  # tell the seeds of factors and of merged weights from eac
 
 @dataclass(frozen=True)
 class Adapters:
-    """Which adapters a model has.
+    """The adapters of a model.
 
     kind: one of KINDS.
     rank: r, clamped to the shorter side of each matrix.
@@ -53,13 +53,13 @@ class Adapters:
 
     @classmethod
     def of(cls, args: Mapping[str, Any]) -> "Adapters | None":
-        """What a run's arguments ask for, or those that a checkpoint remembers."""
+        """The adapters that the arguments of a run, or those in a checkpoint, ask for; None for no adapters."""
         if args.get("peft") is None:
             return None
         return cls(args["peft"], args["rank"], args["peft_alpha"], args["reset_every"])
 
     def describe(self) -> str:
-        """In a few words, for the table of who is trained how."""
+        """A description in a few words, for the table of parameter groups."""
         if self.kind == "low_rank":
             return f"factors of W = B A, rank {self.rank}"
         resets = f", merged and restarted every {self.reset_every} updates" if self.kind == "relora" else ""
@@ -75,7 +75,7 @@ class Adapters:
 
     @torch.no_grad()
     def product(self, A: Tensor, B: Tensor) -> Tensor:
-        """What the factors add to W, in float32. A (r, n), B (m, r) -> (m, n)"""
+        """The product that the factors add to W, in float32. A (r, n), B (m, r) -> (m, n)"""
         scale = self.alpha / len(A) if self.kind in LORA_KINDS else 1.0
         return (B.float() @ A.float()).mul_(scale)
 
@@ -178,7 +178,7 @@ def _fill_uniform(p: Tensor, *, bound: float, seed: int) -> None:
 def reset_if_due(
     args: argparse.Namespace, model: PreTrainedModel, optimizer: torch.optim.Optimizer, *, update: int
 ) -> None:
-    """ReLoRA's reset, where it is due after `update`. After the last one of the run, it never is."""
+    """Does ReLoRA's reset if it is due after `update`. It is not due after the last update of a run."""
     adapters = Adapters.of(vars(args))
     if adapters is None or adapters.reset_every is None or update == args.num_training_steps:
         return
@@ -217,7 +217,7 @@ def merging(
 ) -> Callable[[str], Tensor]:
     """A reader of the weights without adapters, W = W0 + (alpha / r) B A in float32, from one of the weights with them.
 
-    read: gives a weight by its name, of `names`. The others, and all where there are no adapters, come as they are.
+    read: gives a weight by its name, of `names`. Without adapters, every weight stays as it is.
     """
     if adapters is None:
         return read

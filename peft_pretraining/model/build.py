@@ -1,4 +1,4 @@
-"""The model, built without a second copy, quantized and compiled as the command line asks for."""
+"""The model: built without a second copy, quantized and compiled by the flags."""
 
 import argparse
 import copy
@@ -22,7 +22,7 @@ def meta_model(
 ) -> PreTrainedModel:
     """The model on the meta device: shapes, dtypes and names, but no memory. `config` is left as it is.
 
-    adapters: inserted, so that this is the structure that is trained.
+    adapters: adapters to insert.
     """
     config = copy.deepcopy(config)
     config.use_cache = False
@@ -83,7 +83,7 @@ def build_model(
 def prepare_model(
     args: argparse.Namespace, *, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    """The model on its device, with weights drawn from the seed; with adapters, quantized and compiled as asked for."""
+    """The model on its device with weights drawn from the seed; with adapters, quantized and compiled by the flags."""
     model = build_model(
         config,
         device=device,
@@ -117,7 +117,7 @@ def compile_layers(model: PreTrainedModel) -> None:
 
 
 def weight_quantizer(args: argparse.Namespace, *, groups: Sequence[ParameterGroup]) -> Callable[[str, nn.Module], None]:
-    """What --weight_quant does with a module that has just been initialised: its weight, if projected, becomes INT8."""
+    """The function by which --weight_quant quantizes the weight of an initialised module, if it is a matrix."""
     chosen = {name for group in groups if group.kind == "matrix" for name in group.names}
 
     def finish(name: str, module: nn.Module) -> None:

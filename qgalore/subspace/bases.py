@@ -102,7 +102,7 @@ def gaussian_matrix(rows: int, columns: int, *, seed: int, like: Tensor) -> Tens
 class BasisMethod:
     """One way to compute a basis at a refresh.
 
-    title: what the log calls it.
+    title: its name in the log.
     compute: (G, old, *, rank, share, seed, draw) -> basis (m, r), where
         G: (m, n), the whole gradient.
         old: (m, r), the basis so far; None at the first refresh.

@@ -17,13 +17,13 @@ class RefreshSchedule:
     offset: updates from the first refresh to the second, from 1 to gap; spread over the matrices, so that no single
         update refreshes them all.
 
-    Lazy where a `threshold` is given (Zhang et al. 2024, Q-GaLore, section 3.2): once the mean overlap of the last
+    It is lazy if a `threshold` is given (Zhang et al. 2024, Q-GaLore, section 3.2): once the mean overlap of the last
     `queue_size` pairs of successive bases reaches it, the gap is multiplied by `growth` and the queue cleared, up to
     MAX_GROWTH times the first gap. The overlap, ||P_new^T P_old||_F^2 / r in [0, 1], is the mean squared cosine of the
     principal angles: it does not depend on signs or rotations of the basis vectors.
 
-    What is remembered lives in the optimizer's state of the parameter: `refreshes` so far, the update at which the next
-    one is due, `next_refresh`, and where it is lazy the last `overlap`, the queue of `overlaps` and the present `gap`.
+    Its counts are in the optimizer's state of the parameter: `refreshes` so far, the update at which the next
+    one is due, `next_refresh`, and, if it is lazy, the last `overlap`, the queue of `overlaps` and the present `gap`.
     """
 
     gap: int
@@ -55,7 +55,7 @@ class RefreshSchedule:
         return step >= state.get("next_refresh", 1)
 
     def record(self, state: dict[str, Any], *, step: int, overlap: float | None) -> None:
-        """Notes that the basis was refreshed (or that it was tried) at this update.
+        """Counts a refresh, or a failed one, at this update.
 
         overlap: overlap of the new basis with the old one; None if there was no old one or it was not computed.
         """
