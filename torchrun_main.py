@@ -146,8 +146,8 @@ def command_line(argv: list[str] | None = None) -> int:
     try:
         main(argv)
     except UserError as error:
-        # Every rank finds what is wrong with the arguments; only one rank finds what is wrong with its documents.
-        if error.on_one_rank or os.environ.get("RANK", "0") in ("", "0"):
+        # All ranks of a machine find what is wrong with the arguments or its files; one, what is wrong with a document.
+        if error.on_one_rank or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
     except Interrupted as interrupted:

@@ -35,14 +35,16 @@ class World:
         Raises UserError if they contradict each other, and if the machine has fewer GPUs than processes.
         """
         names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-        rank, size, local_rank, local_size = (_read_number(name, default) for name, default in names.items())
-        _check_launch(rank, size)
-        if not torch.cuda.is_available():
+        with _known_to_one_rank():
+            rank, size, local_rank, local_size = (_read_number(name, default) for name, default in names.items())
+            _check_launch(rank, size)
+            gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            if gpus and local_rank >= gpus:
+                raise UserError(
+                    f"{local_size} processes on a machine with {gpus} GPU: start them with --nproc_per_node {gpus}."
+                )
+        if not gpus:
             return cls(rank, size, local_rank, local_size)
-        if local_rank >= (gpus := torch.cuda.device_count()):
-            raise UserError(
-                f"{local_size} processes on a machine with {gpus} GPU: start them with --nproc_per_node {gpus}."
-            )
         return cls(rank, size, local_rank, local_size, torch.device("cuda", local_rank))
 
     @property
@@ -58,10 +60,8 @@ class World:
         if self.size > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         try:
-            yield
-        except UserError as error:
-            error.on_one_rank = True
-            raise
+            with _known_to_one_rank():
+                yield
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -84,6 +84,16 @@ class World:
         texts[self.rank, : len(text)] = text
         rows = self.sum(texts)
         return [json.loads(bytes(row[:size].tolist())) for row, size in zip(rows, sizes, strict=True)]
+
+
+@contextmanager
+def _known_to_one_rank() -> Iterator[None]:
+    """Marks a UserError as one that perhaps only this rank finds, and that it has to print itself."""
+    try:
+        yield
+    except UserError as error:
+        error.on_one_rank = True
+        raise
 
 
 _START = "Start several processes with torchrun, which sets all of these variables; for one process, unset them."

@@ -72,8 +72,7 @@ class LowRankOptimizer(ResumableOptimizer):
         return {**complete_group({**group, "params": params}), "params": group["params"]}
 
     def load_value(self, value: Any, *, key: str, p: Tensor) -> Any:
-        norms = {lift.remembers for lift in LIFTS.values()}
-        if torch.is_tensor(value) and value.ndim == 0 and key not in norms:
+        if torch.is_tensor(value) and value.ndim == 0 and key not in (lift.remembers for lift in LIFTS.values()):
             return value.item()  # some savers make tensors of numbers
         return super().load_value(value, key=key, p=p)
 

@@ -32,15 +32,13 @@ def only_run_in(folder: Path) -> Iterator[None]:
     path = folder / NAME
     file, locked = _open(path)
     stop = threading.Event()
-    try:
-        _take(file, path, locked=locked)
+    with contextlib.ExitStack() as cleanup:  # in reverse order
+        cleanup.callback(os.close, file)
+        owner = _take(file, path, locked=locked)
+        cleanup.callback(_release, file, path, owner)
+        cleanup.callback(stop.set)
         threading.Thread(target=_beat, args=(path, stop), name="lock", daemon=True).start()
         yield
-    finally:
-        stop.set()
-        if _read(file).get("pid") == os.getpid():
-            path.unlink(missing_ok=True)
-        os.close(file)
 
 
 def _open(path: Path) -> tuple[int, bool]:
@@ -66,8 +64,11 @@ def _open(path: Path) -> tuple[int, bool]:
         os.close(file)  # the owner before has just deleted the file
 
 
-def _take(file: int, path: Path, *, locked: bool) -> None:
-    """Writes this process into the file. Raises UserError if an owner that no kernel can tell of may be alive."""
+def _take(file: int, path: Path, *, locked: bool) -> dict[str, Any]:
+    """Writes this process into the file, and returns what it wrote.
+
+    Raises UserError if an owner that no kernel can tell of may be alive.
+    """
     owner, here = _read(file), _this_process()
     if owner:
         elsewhere = any(owner.get(key) != here[key] for key in ("host", "boot"))
@@ -76,6 +77,13 @@ def _take(file: int, path: Path, *, locked: bool) -> None:
         logger.warning(f"{path.parent} belonged to {_name(owner)}, which is gone: taken over")
     os.ftruncate(file, 0)
     os.pwrite(file, json.dumps(here).encode(), 0)
+    return here
+
+
+def _release(file: int, path: Path, owner: dict[str, Any]) -> None:
+    """Deletes the file, unless another machine has taken it over, or this is a fork of the owner."""
+    if _read(file) == owner and owner["pid"] == os.getpid():
+        path.unlink(missing_ok=True)
 
 
 def _beat(path: Path, stop: threading.Event) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 EDGE = 64 * 2**10  # bytes hashed at either end of a file
@@ -35,7 +35,7 @@ def describe_change(saved: Mapping[str, str], now: Mapping[str, str]) -> str | N
         "missing": [name for name in saved if name not in now],
         "added": [name for name in now if name not in saved],
     }
-    return "; ".join(f"{kind}: {_list(names)}" for kind, names in kinds.items() if names) or None
+    return "; ".join(f"{kind}: {list_names(names)}" for kind, names in kinds.items() if names) or None
 
 
 def _digest(path: Path) -> str:
@@ -47,6 +47,8 @@ def _digest(path: Path) -> str:
     return f"{size}-{digest.hexdigest()}"
 
 
-def _list(names: list[str]) -> str:
-    more = len(names) - MAX_NAMES
-    return ", ".join(sorted(names)[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
+def list_names(names: Iterable[str]) -> str:
+    """The first MAX_NAMES names in alphabetical order, and how many more there are."""
+    ordered = sorted(names)
+    more = len(ordered) - MAX_NAMES
+    return ", ".join(ordered[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")

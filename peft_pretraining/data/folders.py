@@ -13,6 +13,7 @@ from typing import Literal
 
 from loguru import logger
 
+from peft_pretraining.data.fingerprint import list_names
 from peft_pretraining.data.records import SUFFIXES, is_data
 from peft_pretraining.errors import UserError
 
@@ -22,7 +23,6 @@ PLACES = (".", "en", "data")  # in a folder: its own files, C4's layout, a data 
 # Endings of files that hold data in a form that cannot be read here.
 FOREIGN = (".bz2", ".xz", ".lz4", ".zip", ".7z", ".tar", ".tgz", ".csv", ".tsv", ".arrow", ".feather", ".npy", ".bin")
 LFS = b"version https://git-lfs"
-MAX_NAMES = 3  # in one message
 
 
 def find_files(dataset: str, *, any_name: bool = False) -> dict[Split, list[Path]]:
@@ -63,17 +63,14 @@ def _find_in_folder(folder: Path, *, any_name: bool) -> dict[Split, list[Path]]:
         files = [entry for entry in entries if is_data(entry)]
         validation = [file for file in files if "valid" in file.name.lower()]
         train = [file for file in files if "train" in file.name.lower() and file not in validation]
-        if train or validation or (any_name and files):
-            used = [*train, *validation] or files
+        if any_name and not (train or validation):
+            train = files
+        if used := [*train, *validation]:
             _check_readable(used)
             _check_left_out(folder / place, [entry for entry in entries if entry not in used])
-            return (
-                {"train": train, "validation": validation}
-                if train or validation
-                else {"train": files, "validation": []}
-            )
+            return {"train": train, "validation": validation}
         seen += entries
-    found = f" Found: {_list(seen)}." if seen else ""
+    found = f" Found: {list_names(file.name for file in seen)}." if seen else ""
     if any_name:
         raise UserError(f"{folder} holds no file that can be read ({', '.join(SUFFIXES)}).{found}")
     raise UserError(f"no train files in {folder}, or in its folders en and data.{found} {naming_advice(folder)}")
@@ -92,7 +89,7 @@ def _check_readable(files: Sequence[Path]) -> None:
     """Raises UserError that names the files whose content is not there."""
     for problem, holds in _PROBLEMS.items():
         if bad := [file for file in files if holds(file)]:
-            raise UserError(problem.format(files=_list(bad), folder=bad[0].parent))
+            raise UserError(problem.format(files=list_names(file.name for file in bad), folder=bad[0].parent))
 
 
 def _is_empty(file: Path) -> bool:
@@ -121,13 +118,7 @@ def _check_left_out(folder: Path, entries: Sequence[Path]) -> None:
     foreign = [entry for entry in entries if entry.name.lower().endswith(FOREIGN)]
     shards = [entry for entry in foreign if "train" in entry.name.lower() or "valid" in entry.name.lower()]
     if shards:
-        raise UserError(
-            f"shards that cannot be read: {_list(shards)}. Convert them ({', '.join(SUFFIXES)}), or take them out."
-        )
-    if others := [entry for entry in entries if entry in foreign or is_data(entry)]:
-        logger.warning(f"not read in {folder}, because neither train nor valid is in the name: {_list(others)}")
-
-
-def _list(files: Sequence[Path]) -> str:
-    more = len(files) - MAX_NAMES
-    return ", ".join(file.name for file in files[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
+        names = list_names(file.name for file in shards)
+        raise UserError(f"shards that cannot be read: {names}. Convert them ({', '.join(SUFFIXES)}), or take them out.")
+    if others := [entry.name for entry in entries if entry in foreign or is_data(entry)]:
+        logger.warning(f"not read in {folder}, because neither train nor valid is in the name: {list_names(others)}")

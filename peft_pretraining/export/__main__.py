@@ -13,12 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from peft_pretraining.checkpoint.files import CONFIG, STATE, Checkpoint, find_checkpoint
@@ -83,14 +78,12 @@ def export(
 
 def _write_description(config: PreTrainedConfig, folder: Path, *, checkpoint: Checkpoint) -> None:
     """Prints a warning if the tokenizer has to be left out."""
+    tokenizer, missing = None, None
     try:
-        problem = write_description(config, folder, tokenizer=_tokenizer_of(checkpoint, config=config))
+        tokenizer = _tokenizer_of(checkpoint, config=config)
     except UserError as error:
-        problem = str(error)
-        config.save_pretrained(folder)
-        ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        GenerationConfig(**ids).save_pretrained(folder)
-    if problem:
+        missing = str(error)
+    if problem := write_description(config, folder, tokenizer=tokenizer) or missing:
         print(f"warning: the tokenizer is left out: {problem}", file=sys.stderr)
 
 

@@ -83,27 +83,40 @@ def _plain(weight: Tensor, *, dtype: torch.dtype) -> Tensor:
     return values.detach().cpu().contiguous()
 
 
-def write_description(config: PreTrainedConfig, folder: Path, *, tokenizer: Tokenizer) -> str | None:
+def write_description(config: PreTrainedConfig, folder: Path, *, tokenizer: Tokenizer | None) -> str | None:
     """config.json, generation_config.json and the tokenizer, for AutoModelForCausalLM and AutoTokenizer.
 
     config: the model's; the ids of the tokenizer's special tokens are put into it.
-    Returns why transformers' form of the tokenizer had to be left out; None if it is there.
+    tokenizer: None if there is none to write.
+    Returns why transformers' form of the tokenizer had to be left out; None if it is there, or none was given.
     """
     problem, pad = None, config.pad_token_id
-    config.use_cache, config.bos_token_id, config.eos_token_id = True, tokenizer.bos_id, tokenizer.eos_id
+    config.use_cache = True
+    if tokenizer:
+        config.bos_token_id, config.eos_token_id = tokenizer.bos_id, tokenizer.eos_id
     config.save_pretrained(folder)  # AutoTokenizer looks there, too
-    try:
-        converted = to_transformers(tokenizer, max_length=config.max_position_embeddings)
-        pad = converted.pad_token_id  # not in the config, where it would freeze the padding's row
-        save_tokenizer(converted, folder, original=tokenizer)
-    except UserError as error:
-        problem = str(error)
-    for name, content in tokenizer.files().items():
-        if name.endswith(".model"):  # sentencepiece's own, which other tools read
-            (folder / name).write_bytes(content)
+    if tokenizer:
+        try:
+            pad = _write_tokenizer(tokenizer, folder, max_length=config.max_position_embeddings)
+        except UserError as error:
+            problem = str(error)
     ids = dict(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=pad)
     GenerationConfig(**ids).save_pretrained(folder)
     return problem
+
+
+def _write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> int | None:
+    """The tokenizer's own `.model` file, which other tools read, and transformers' form.
+
+    Returns the id of the padding, which is not put into the model's config, where it would freeze the padding's row.
+    Raises UserError if transformers has no form for this tokenizer.
+    """
+    for name, content in tokenizer.files().items():
+        if name.endswith(".model"):
+            (folder / name).write_bytes(content)
+    converted = to_transformers(tokenizer, max_length=max_length)
+    save_tokenizer(converted, folder, original=tokenizer)
+    return converted.pad_token_id
 
 
 def save_model(
