@@ -1,12 +1,15 @@
 """The last part of an update, from the projected gradient to the written weight: a function of tensors.
 
-The same code runs eager or compiled. A Python number becomes a constant of compiled code, and another value means
-compiling again. So the numbers that change from update to update are `StepValues`: Python numbers in eager code, 0-d
-tensors on the CPU in compiled code, which a kernel on a GPU takes as arguments. `UpdateConstants` are compiled in, so
-there is one compilation for each distinct shape and set of constants.
+The same code runs eager or compiled; eager code works through chunks of rows that fit into a CPU's cache.
+
+A Python number becomes a constant of compiled code, and another value means compiling again. So the numbers that change
+from update to update are `StepValues`: Python numbers in eager code, 0-d tensors on the CPU in compiled code, which a
+kernel on a GPU takes as arguments. `UpdateConstants` are compiled in, so there is one compilation for each distinct
+shape and set of constants.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -17,6 +20,7 @@ from qgalore.clock import Clock
 from qgalore.rules.lifts import Lift, Way
 from qgalore.rules.moments import Moment
 from qgalore.rules.rules import Rule
+from qgalore.storage.chunks import GPU_ELEMENTS, row_chunks
 from qgalore.storage.rounding import Seed, seed_tensors
 from qgalore.storage.stored import Stored
 from qgalore.subspace.projector import Projector
@@ -79,41 +83,90 @@ def write_update(
     weight: Stored,
     moments: Sequence[Moment],
     *,
-    bases: Mapping[str, Stored],
     step: StepValues,
     constants: UpdateConstants,
-    G: Tensor | None = None,
-    last: Tensor | None = None,
-    watch: AbstractContextManager | None = None,
+    kernel: Callable[..., None],
+    **others: Any,
 ) -> Tensor:
     """Writes moments, weight and `last`, or nothing at all if the gradient is not finite.
 
     R: the projected gradient (r or m, r or n), float32 or float64.
     weight: the weight (m, n).
     moments: the moments that the rule keeps for the shape of R.
-    bases: the bases, see Projector.open.
-    G, last: arguments of the lift, see rules.lifts.
-    watch: measures the time of the lift, in eager code.
+    kernel: write_rows, compiled or not.
+    others: further arguments of write_rows.
     Returns the norm of R before clipping, ().
+
+    A weight that is not projected is written a few rows at a time if its rule allows it: embedding and head are the
+    largest tensors of a model, and their temporaries would be the peak of its memory.
     """
     norm = torch.linalg.vector_norm(R)
     finite = norm.isfinite()
-    extra: dict[str, Any] = dict(norm=norm, bases=bases, step=step, constants=constants, G=G, last=last, watch=watch)
-    if norm.device.type == "cpu" and not torch.compiler.is_compiling():
-        if finite:
-            _write_finite(R, weight, moments, **extra)
+    if norm.device.type == "cpu":
+        if not finite:
+            return norm
+        finite = None
+    shared: dict[str, Any] = dict(norm=norm, finite=finite, constants=constants, **others)
+    compiled, projected, parts = isinstance(step.lr, Tensor), bool(constants.projector.sides), constants.rule.parts
+    if parts == "elements":
+        R, weight, moments = _in_blocks(R, weight, moments, projected=projected)
+    if projected or parts is None or R.ndim != 2:
+        kernel(R, weight, moments, step=step, **shared)
         return norm
-    # To look at a value on a GPU would mean to wait for it. In compiled code the copies take no memory.
-    written = [tensor for kept in [*(m.stored for m in moments), weight] for tensor in kept.parts.values()]
-    written += [last] if last is not None else []
-    before = [tensor.clone() for tensor in written]
-    _write_finite(R, weight, moments, **extra)
-    for tensor, old in zip(written, before, strict=True):
-        tensor.copy_(torch.where(finite, tensor, old))
+    for rows in _chunks(R, moments, elements=GPU_ELEMENTS if compiled else None):
+        part, own, seed = weight.rows(rows), [moment.rows(rows) for moment in moments], step.seed
+        if compiled:
+            part, seed = part.at_start(seed)
+            own = [moment.at_start() for moment in own]
+        kernel(R[rows], part, own, step=step._replace(seed=seed), **shared)
     return norm
 
 
-def _write_finite(
+def _in_blocks(
+    R: Tensor, weight: Stored, moments: Sequence[Moment], *, projected: bool
+) -> tuple[Tensor, Stored, Sequence[Moment]]:
+    """R, weight and moments as rows of blocks, see Stored.in_blocks; of a projected weight the moments only."""
+    blocks = [moment.in_blocks() for moment in moments]
+    own = [moment for moment in blocks if moment is not None]
+    if len(own) < len(blocks):
+        return R, weight, moments
+    if projected:
+        return R, weight, own
+    rows = weight.in_blocks()
+    return (R, weight, own) if rows is None else (R.reshape(rows.shape), rows, own)
+
+
+def _chunks(R: Tensor, moments: Sequence[Moment], *, elements: int | None = None) -> Iterator[slice]:
+    """Ranges of rows at which R and the moments of its rows can be cut."""
+    multiple = math.lcm(*(moment.row_multiple for moment in moments))
+    return row_chunks(*R.shape, device=R.device, multiple=multiple, elements=elements)
+
+
+def write_rows(
+    R: Tensor,
+    weight: Stored,
+    moments: Sequence[Moment],
+    *,
+    finite: Tensor | None,
+    **others: Any,
+) -> None:
+    """Writes moments, weight and `last` from R.
+
+    finite: () bool, whether to leave them as they are after all; None if that is known already. On a GPU a value cannot
+        be looked at without waiting for it. In compiled code the copies take no memory.
+    others: see _write.
+    """
+    last = others["last"]
+    written = [tensor for kept in [*(m.stored for m in moments), weight] for tensor in kept.parts.values()]
+    written += [last] if last is not None else []
+    before = [] if finite is None else [tensor.clone() for tensor in written]
+    _write(R, weight, moments, **others)
+    if finite is not None:
+        for tensor, old in zip(written, before, strict=True):
+            tensor.copy_(torch.where(finite, tensor, old))
+
+
+def _write(
     R: Tensor,
     weight: Stored,
     moments: Sequence[Moment],
@@ -122,27 +175,65 @@ def _write_finite(
     bases: Mapping[str, Stored],
     step: StepValues,
     constants: UpdateConstants,
-    G: Tensor | None,
-    last: Tensor | None,
-    watch: AbstractContextManager | None,
+    G: Tensor | None = None,
+    last: Tensor | None = None,
+    watch: Callable[[], AbstractContextManager] = nullcontext,
 ) -> None:
-    projector, rule, lift, (beta1, beta2), eps, scale = constants
-    w, raw = weight.read(R.dtype), R
+    """
+    norm: norm of the whole of R, ().
+    bases: the bases, see Projector.open.
+    G, last: arguments of the lift, see rules.lifts.
+    watch: makes a context that measures the time of the way back, in eager code.
+    """
+    projector, rule, lift, _, _, scale = constants
+    raw = R
     if step.coupled_decay is not None:
-        R = _add_(R.clone(), w, factor=step.coupled_decay)
+        R = _add_(R.clone(), weight.read(R.dtype), factor=step.coupled_decay)
     if step.clip is not None:
         R = R * (step.clip / (norm + 1e-6)).clamp(max=1)
-    decays = dict(beta1=beta1, beta2=beta2 if step.beta2 is None else step.beta2)
-    D = rule.direction(R, *moments, **decays, eps=eps, mass=step.mass, mass_sq=step.mass_sq)
-    with nullcontext() if watch is None else watch:
+    D = _direction(R, moments, step=step, constants=constants)
+    with watch():
+        way = Way(projector, projector.read(bases), last)
         # Clipping would scale G and R alike, so the lift gets both unclipped.
-        U = lift.function(D, raw, G, Way(projector, bases, last))  # (m, n)
-    if scale != 1:
-        U = U.mul_(scale)
-    if rule.finish is not None:  # after the scale, as in the reference: a sign does not depend on it
-        U = rule.finish(U)
-    w = _add_(w * step.shrink, U, factor=-step.lr)
-    weight.write(w, seed=step.seed)
+        parts = lift.function(D, raw, G, way)
+    direction, phi = (part if part is None or scale == 1 else part * scale for part in parts)
+    for rows in row_chunks(*weight.shape, device=R.device) if projector.sides else [slice(None)]:
+        with watch():
+            U = _update_of(rows, direction, phi, G, way)
+        if rule.finish is not None:  # after the scale, as in the reference: a sign does not depend on it
+            U = rule.finish(U)
+        part = weight.rows(rows) if projector.sides else weight
+        part.write(_add_(part.read(R.dtype) * step.shrink, U, factor=-step.lr), seed=step.seed)
+
+
+def _direction(R: Tensor, moments: Sequence[Moment], *, step: StepValues, constants: UpdateConstants) -> Tensor:
+    """The rule's direction for R, made a few rows at a time where the rule allows it."""
+    rule, (beta1, beta2) = constants.rule, constants.betas
+    keywords: dict[str, Any] = dict(
+        beta1=beta1, beta2=beta2 if step.beta2 is None else step.beta2, eps=constants.eps, mass=step.mass,
+        mass_sq=step.mass_sq,
+    )  # fmt: skip
+    shape = R.shape
+    if rule.parts == "elements" and moments:
+        R = R.reshape(moments[0].stored.shape)
+    chunks = list(_chunks(R, moments)) if rule.parts and R.ndim == 2 else []
+    if len(chunks) < 2:
+        return rule.direction(R, *moments, **keywords).view(shape)
+    D = torch.empty_like(R)
+    for rows in chunks:
+        D[rows] = rule.direction(R[rows], *(moment.rows(rows) for moment in moments), **keywords)
+    return D.view(shape)
+
+
+def _update_of(rows: slice, D: Tensor | None, phi: Tensor | None, G: Tensor | None, way: Way) -> Tensor:
+    """Some rows of U = back(D) + phi * G, see rules.lifts."""
+    back = None if D is None else way.back(D, rows)
+    if phi is None:
+        assert back is not None
+        return back
+    assert G is not None
+    scaled = G[rows].to(phi.dtype) * (phi[rows] if phi.ndim == 2 and phi.shape[0] > 1 else phi)
+    return scaled if back is None else back.add_(scaled)
 
 
 def _add_(x: Tensor, y: Tensor, *, factor: float | Tensor) -> Tensor:
@@ -150,7 +241,7 @@ def _add_(x: Tensor, y: Tensor, *, factor: float | Tensor) -> Tensor:
     return x.add_(y * factor) if isinstance(factor, Tensor) else x.add_(y, alpha=factor)
 
 
-def compiled_update() -> Callable[..., Tensor]:
-    """write_update, compiled at the first use of each shape and set of constants."""
-    compiled = torch.compile(write_update, dynamic=False, fullgraph=True)
+def compiled_rows() -> Callable[..., None]:
+    """write_rows, compiled at the first use of each shape and set of constants."""
+    compiled = torch.compile(write_rows, dynamic=False, fullgraph=True)
     return torch._dynamo.config.patch(recompile_limit=MAX_COMPILES)(compiled)

@@ -17,6 +17,7 @@ the identity.
 
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from qgalore.clock import Clock
-from qgalore.kernel import StepValues, UpdateConstants, compiled_update, write_update
+from qgalore.kernel import StepValues, UpdateConstants, compiled_rows, write_rows, write_update
 from qgalore.rules.lifts import LIFTS, Lift
 from qgalore.rules.moments import create_moments, follow_basis, open_moments
 from qgalore.rules.rules import RULES, Rule
@@ -44,11 +45,11 @@ class Engine:
     seed: int  # decides the stochastic rounding
     sync: GradSync  # sums gradients over data-parallel ranks
     compiled: bool = False  # whether the kernel is compiled
-    kernel: Callable[..., Tensor] = field(init=False)  # write_update, compiled or not
+    kernel: Callable[..., None] = field(init=False)  # write_rows, compiled or not
     norms: dict[Tensor, Tensor] = field(default_factory=dict)  # norms of this update's projected gradients
 
     def __post_init__(self) -> None:
-        self.kernel = compiled_update() if self.compiled else write_update
+        self.kernel = compiled_rows() if self.compiled else write_rows
 
 
 class ParameterUpdate:
@@ -213,16 +214,17 @@ class ParameterUpdate:
         needs_whole, name = self.lift.needs_whole, self.lift.remembers
         # Writing a quantized weight may round it anew; at a learning rate of 0 it must stay as it is.
         still = None if group["lr"] else {part: tensor.clone() for part, tensor in weight.parts.items()}
-        norm = self.engine.kernel(
+        norm = write_update(
             R,
             weight,
             open_moments(state, self.kinds, dtype=R.dtype, seed=seed, compiled=compiled, prefix=self.prefix),
+            kernel=self.engine.kernel,
             bases=self.projector.open(state),
             step=step.as_tensors(R.dtype) if compiled else step,
             constants=UpdateConstants(self.projector, self.rule, self.lift, *options),
             G=G.to(self.p.dtype) if G is not None and needs_whole else None,
             last=state.setdefault(name, R.new_zeros(())) if name else None,
-            watch=None if compiled else self.observer.lifting(),
+            watch=nullcontext if compiled else self.observer.lifting,
         )
         for part, tensor in (still or {}).items():
             weight.parts[part].copy_(tensor)

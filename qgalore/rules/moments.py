@@ -6,13 +6,13 @@ here. The moments of a basis have its side before their names: `right.exp_avg`.
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from qgalore.storage.dynamic8 import MIN_ELEMENTS, Dynamic8
+from qgalore.storage.blockwise import MIN_ELEMENTS, Blockwise, Log, Power, row_multiple
 from qgalore.storage.rounding import Seed, mix_seed, seed_tensors
 from qgalore.storage.stored import Codec, Plain, Stored, find, put
 from qgalore.subspace.projector import Turn
@@ -43,6 +43,26 @@ class Moment:
     def write(self, values: Tensor) -> None:
         self.stored.write(values, seed=self.seed)
 
+    def rows(self, rows: slice) -> "Moment":
+        """Some rows of it."""
+        return replace(self, stored=self.stored.rows(rows))
+
+    def in_blocks(self) -> "Moment | None":
+        """See Stored.in_blocks."""
+        stored = self.stored.in_blocks()
+        return None if stored is None else replace(self, stored=stored)
+
+    def at_start(self) -> "Moment":
+        """See Stored.at_start."""
+        assert self.seed is not None
+        stored, seed = self.stored.at_start(self.seed)
+        return replace(self, stored=stored, seed=seed)
+
+    @property
+    def row_multiple(self) -> int:
+        """Rows can be cut at multiples of this number."""
+        return row_multiple(self.stored.shape[-1]) if isinstance(self.stored.codec, Blockwise) else 1
+
 
 def moment_codec(kind: MomentKind, *, bits: int, dtype: torch.dtype) -> Codec:
     """The codec of a moment. bits: 8, or 32 for `dtype` itself (float32 or float64).
@@ -53,7 +73,11 @@ def moment_codec(kind: MomentKind, *, bits: int, dtype: torch.dtype) -> Codec:
         raise ValueError(f"moments are kept in 8 or 32 bits, not {bits}")
     if bits == 32 or len(kind.shape) < 2 or kind.shape.numel() < MIN_ELEMENTS:
         return Plain(dtype)
-    return Dynamic8(kind.signed)
+    return _eight_bit(kind)
+
+
+def _eight_bit(kind: MomentKind) -> Codec:
+    return Power() if kind.signed else Log()
 
 
 def create_moments(
@@ -88,7 +112,7 @@ def open_moments(
     moments = []
     for kind in kinds:
         name = prefix + kind.name
-        codec: Codec = Plain(state[name].dtype) if name in state else Dynamic8(kind.signed)
+        codec: Codec = Plain(state[name].dtype) if name in state else _eight_bit(kind)
         stored = find(state, name, codec=codec, shape=kind.shape)
         own = mix_seed(seed, zlib.crc32(name.encode()))
         moments.append(Moment(stored, dtype, seed_tensors(own) if compiled else own))

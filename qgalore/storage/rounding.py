@@ -11,6 +11,7 @@ from torch import Tensor
 Seed = int | tuple[Tensor, Tensor]  # 64 bits, or their two halves as seed_tensors makes them
 
 _MASK32 = 0xFFFFFFFF
+_GOLDEN = 0x9E3779B9  # by which neighbours' hashes differ: 2**32 over the golden ratio
 
 
 def _as_int32(value: int) -> int:
@@ -41,51 +42,63 @@ def seed_tensors(seed: int) -> tuple[Tensor, Tensor]:
     return low, high
 
 
-def random_bits(count: int, *, seed: Seed, start: int = 0, device: torch.device | str = "cpu") -> Tensor:
+def advance(seed: Seed | None, elements: int) -> Seed | None:
+    """The seed with which the noise of element i is that of element i + elements. None stays None.
+
+    So a shard or a chunk rounds as it would inside the whole.
+    """
+    if seed is None or not elements:
+        return seed
+    step = elements * _GOLDEN
+    if isinstance(seed, int):
+        return (seed >> 32 << 32) | ((seed + step) & _MASK32)
+    low, high = seed
+    return low + _as_int32(step), high
+
+
+def random_bits(count: int, *, seed: Seed, device: torch.device | str = "cpu") -> Tensor:
     """32 random bits for each of `count` elements: a hash of (seed, element index).
 
     seed: 64 bits from mix_seed, or their seed_tensors.
-    start: index of the first element.
     Returns (count,) int32 on `device`.
 
     The mixing is MurmurHash3's 32-bit finalizer (Appleby, public domain), keyed at its start and in its middle, in
     int32 arithmetic that wraps around. Its right shifts must be logical, hence the masks.
     """
     low, high = (_as_int32(seed), _as_int32(seed >> 32)) if isinstance(seed, int) else seed
-    h = torch.arange(start, start + count, dtype=torch.int32, device=device)
-    h.mul_(_as_int32(0x9E3779B9)).add_(low)
+    h = torch.arange(count, dtype=torch.int32, device=device)
+    h.mul_(_as_int32(_GOLDEN)).add_(low)
     h.bitwise_xor_(h.bitwise_right_shift(16).bitwise_and_(0xFFFF)).mul_(_as_int32(0x85EBCA6B))
     h.bitwise_xor_(high)
     h.bitwise_xor_(h.bitwise_right_shift(13).bitwise_and_(0x7FFFF)).mul_(_as_int32(0xC2B2AE35))
     return h.bitwise_xor_(h.bitwise_right_shift(16).bitwise_and_(0xFFFF))
 
 
-def round_stochastic(values: Tensor, *, seed: Seed, start: int = 0) -> Tensor:
+def round_stochastic(values: Tensor, *, seed: Seed) -> Tensor:
     """Rounds to whole numbers in place: up with a probability equal to the fraction (to 24 bits of it), else down.
 
     values: float32, any shape.
     seed: 64 bits from mix_seed.
-    start: index of the first element within the whole tensor.
 
     The fraction is compared with the noise, not added to it: a sum near 100 would keep only 17 of the bits.
     """
-    noise = random_bits(values.numel(), seed=seed, start=start, device=values.device)
+    noise = random_bits(values.numel(), seed=seed, device=values.device)
     noise = noise.bitwise_right_shift_(8).bitwise_and_(0xFFFFFF).view(values.shape)
     floor = values.floor()
     fraction = values.sub_(floor)  # exact
     return fraction.sub_(noise.to(torch.float32).mul_(2.0**-24)).ceil_().add_(floor)  # ceil of (-1, 1): 0 or 1
 
 
-def round_stochastic_bfloat16(values: Tensor, *, seed: Seed, start: int = 0) -> Tensor:
+def round_stochastic_bfloat16(values: Tensor, *, seed: Seed) -> Tensor:
     """Rounds float32 to bfloat16, up or down at random, so that the expected value is the value itself.
 
     values: float32, any shape.
-    seed, start: as for round_stochastic.
+    seed: 64 bits from mix_seed.
     Returns a bfloat16 tensor of the same shape. Infinities and NaN stay what they are.
 
     A bfloat16 is the upper half of a float32: adding 16 random bits below the cut carries with the right probability.
     """
-    noise = random_bits(values.numel(), seed=seed, start=start, device=values.device).bitwise_and_(0xFFFF)
+    noise = random_bits(values.numel(), seed=seed, device=values.device).bitwise_and_(0xFFFF)
     bits = values.contiguous().view(torch.int32) + noise.view(values.shape)
     rounded = bits.bitwise_and_(-0x10000).view(torch.float32)  # exactly representable now
     return torch.where(values.isfinite(), rounded, values).to(torch.bfloat16)

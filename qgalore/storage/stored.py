@@ -7,21 +7,22 @@ Only codecs know how values are rounded; an update reads and writes, and never a
     Plain       "": the values in their own dtype   weights, bases, moments
     Affine      codes, scale, zero                  INT8 and INT4 weights and bases
     Simulated   values (float32)                    the numbers that Affine would have, in full size
-    Dynamic8    codes, absmax                       moments in 8 bits
+    Power       codes, scale                        first moments in 8 bits
+    Log         codes, scale, steps                 second moments in 8 bits
 
 To add a codec: a frozen dataclass with the members of `Codec`, and its row in CODECS.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from qgalore.storage.affine import Affine, Simulated
-from qgalore.storage.dynamic8 import Dynamic8
-from qgalore.storage.rounding import Seed, round_stochastic_bfloat16
+from qgalore.storage.blockwise import BLOCK, Blockwise, Log, Power
+from qgalore.storage.rounding import Seed, advance, round_stochastic_bfloat16
 
 Spec = dict[str, tuple[torch.Size, torch.dtype]]  # part: shape and dtype
 
@@ -35,17 +36,20 @@ class Codec(Protocol):
         """Shape and dtype of each part of a tensor of that shape."""
         ...
 
-    def encode_(self, values: Tensor, parts: Mapping[str, Tensor], *, seed: Seed | None, start: int) -> None:
+    def encode_(self, values: Tensor, parts: Mapping[str, Tensor], *, seed: Seed | None) -> None:
         """Writes values into parts, in place.
 
         values: float32 or float64.
         seed: 64 bits to round stochastically; None rounds to nearest.
-        start: index of the first element within the whole tensor of which this one may be a shard.
         """
         ...
 
     def decode(self, parts: Mapping[str, Tensor], *, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """The values that the parts stand for."""
+        ...
+
+    def rows(self, parts: Mapping[str, Tensor], rows: slice, *, width: int) -> dict[str, Tensor]:
+        """The parts of some rows of a matrix, as views. width: elements of a row."""
         ...
 
 
@@ -59,19 +63,22 @@ class Plain:
     def spec(self, shape: torch.Size) -> Spec:
         return {"": (shape, self.dtype)}
 
-    def encode_(self, values: Tensor, parts: Mapping[str, Tensor], *, seed: Seed | None, start: int) -> None:
+    def encode_(self, values: Tensor, parts: Mapping[str, Tensor], *, seed: Seed | None) -> None:
         target = parts[""]
         if values is target:  # the reader has worked in place
             return
         if self.dtype == torch.bfloat16 and seed is not None:
-            values = round_stochastic_bfloat16(values.float(), seed=seed, start=start)
+            values = round_stochastic_bfloat16(values.float(), seed=seed)
         target.copy_(values)
 
     def decode(self, parts: Mapping[str, Tensor], *, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         return parts[""].to(dtype)
 
+    def rows(self, parts: Mapping[str, Tensor], rows: slice, *, width: int) -> dict[str, Tensor]:
+        return {"": parts[""][rows]}
 
-CODECS: dict[str, Any] = {"plain": Plain, "affine": Affine, "simulated": Simulated, "dynamic8": Dynamic8}
+
+CODECS: dict[str, Any] = {"plain": Plain, "affine": Affine, "simulated": Simulated, "power": Power, "log": Log}
 
 
 def describe_codec(codec: Codec) -> dict[str, Any]:
@@ -93,7 +100,7 @@ class Stored:
     parts: the plain tensors, which are written in place.
     shape: shape of the values.
     row_start: index of the first row within the whole tensor, for a shard, whose noise is that of the whole. The blocks
-        of Dynamic8 span rows, so it can be cut at multiples of its block only.
+        of Power and Log span rows, so they can be cut at multiples of their block only.
     """
 
     codec: Codec
@@ -127,8 +134,44 @@ class Stored:
         seed: 64 bits from mix_seed to round stochastically; None rounds to nearest.
         """
         assert values.shape == self.shape, f"{tuple(values.shape)} is not {tuple(self.shape)}"
-        start = self.row_start * self.shape[1:].numel()
-        self.codec.encode_(values, self.parts, seed=seed, start=start)
+        self.codec.encode_(values, self.parts, seed=advance(seed, self.row_start * self.shape[1:].numel()))
+
+    def rows(self, rows: slice) -> "Stored":
+        """Some rows of a matrix: writing to them writes to it, with the noise that the whole would have there."""
+        start, stop, _ = rows.indices(self.shape[0])
+        if (start, stop) == (0, self.shape[0]):
+            return self
+        width = self.shape[1:].numel()
+        parts = self.codec.rows(self.parts, slice(start, stop), width=width)
+        return Stored(self.codec, parts, torch.Size((stop - start, *self.shape[1:])), self.row_start + start)
+
+    def in_blocks(self) -> "Stored | None":
+        """The same tensor as rows of BLOCK elements, for arithmetic that treats all elements alike.
+
+        Compiled code makes vectors of it, and not of blocks that lie across the rows of a matrix. None if the tensor
+        has no whole number of blocks, or a codec with rows of its own.
+        """
+        count, parts = self.shape.numel(), self.parts
+        if count % BLOCK or not all(part.is_contiguous() for part in parts.values()):
+            return None
+        if isinstance(self.codec, Blockwise):
+            parts = self.codec.in_blocks(parts)
+        elif isinstance(self.codec, Plain):
+            parts = {"": parts[""].view(-1, BLOCK)}
+        else:
+            return None
+        return Stored(
+            self.codec, parts, torch.Size((count // BLOCK, BLOCK)), self.row_start * self.shape[1:].numel() // BLOCK
+        )
+
+    def at_start(self, seed: Seed) -> tuple["Stored", Seed]:
+        """The same tensor with row_start 0, and the seed that gives it the same noise.
+
+        A row_start would be a constant of compiled code.
+        """
+        moved = advance(seed, self.row_start * self.shape[1:].numel())
+        assert moved is not None
+        return replace(self, row_start=0), moved
 
     def tensors(self) -> dict[str, Tensor]:
         """The plain tensors by the names of their parts; a plain tensor's only part has the name ''."""

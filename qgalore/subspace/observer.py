@@ -34,9 +34,9 @@ class Observer:
     def projected(self, G: Tensor, R: Tensor, bases: Mapping[str, Stored], *, projector: Projector) -> None:
         """Called after a projection of G (m, n) to R = P^T G Q."""
 
-    def lifting(self) -> AbstractContextManager | None:
-        """A context around the lift, in eager code; None if it is not measured."""
-        return None
+    def lifting(self) -> AbstractContextManager:
+        """A context around the lift, or a part of it, in eager code."""
+        return nullcontext()
 
     def figures(self, state: Mapping[str, Any], *, projector: Projector) -> dict[str, Any] | None:
         """The figures measured in the last update, which can be read once; None if there are none."""

@@ -15,7 +15,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -165,9 +165,9 @@ class Probe(Observer):
             (P,) = bases.values()
             sample.before = P.clone()
 
-    def lifting(self) -> AbstractContextManager | None:
+    def lifting(self) -> AbstractContextManager:
         """Measures the time of the lift, if it is the matrix' turn."""
-        return None if self._sample is None else self._sample.watch.lap()
+        return nullcontext() if self._sample is None else self._sample.watch.lap()
 
     def figures(self, state: Mapping[str, Any], *, projector: Projector) -> dict[str, Any] | None:
         """The figures of the last update, which can be read once; None if it was not the matrix' turn.

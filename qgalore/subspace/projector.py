@@ -16,7 +16,7 @@ from torch import Tensor
 from qgalore.storage.affine import Affine
 from qgalore.storage.rounding import mix_seed
 from qgalore.storage.stored import Codec, Plain, Stored, find, part_key, put
-from qgalore.subspace.bases import METHODS, BasisMethod, product
+from qgalore.subspace.bases import METHODS, BasisMethod
 from qgalore.subspace.schedule import RefreshSchedule
 
 SIDE_TYPES = ("std", "reverse_std", "left", "right", "full")
@@ -175,13 +175,23 @@ class Projector:
             R = R @ bases["right"].read(self.dtype)
         return R.to(self.wide)
 
-    def back(self, D: Tensor, bases: Mapping[str, Stored]) -> Tensor:
-        """P D Q^T: the direction in the full space, in D's dtype. (r or m, r or n) -> (m, n)"""
-        if "left" in self.sides:
-            D = product(bases["left"].read(self.dtype), D)
+    def read(self, bases: Mapping[str, Stored]) -> dict[str, Tensor]:
+        """The values of the bases, as products use them."""
+        return {side: basis.read(self.dtype) for side, basis in bases.items()}
+
+    def back(self, D: Tensor, bases: Mapping[str, Tensor], *, rows: slice = slice(None)) -> Tensor:
+        """P D Q^T: the direction in the full space, in D's dtype. (r or m, r or n) -> (m, n)
+
+        bases: their values, see `read`.
+        rows: the rows that are wanted, of the m, where there is a basis.
+        """
+        if not self.sides:
+            return D
+        U = D.to(self.dtype)
+        U = bases["left"][rows] @ U if "left" in self.sides else U[rows]
         if "right" in self.sides:
-            D = product(bases["right"].read(self.dtype), D.mT).mT
-        return D
+            U = U @ bases["right"].mT
+        return U.to(D.dtype)
 
     def _refresh_side(self, G: Tensor, state: dict[str, Any], side: str) -> Tensor | None:
         """Replaces one basis. Returns P_new^T P_old (r, r), or None if it is the first one or stays."""
