@@ -232,8 +232,8 @@ def _update_of(rows: slice, D: Tensor | None, phi: Tensor | None, G: Tensor | No
         assert back is not None
         return back
     assert G is not None
-    scaled = G[rows].to(phi.dtype) * (phi[rows] if phi.ndim == 2 and phi.shape[0] > 1 else phi)
-    return scaled if back is None else back.add_(scaled)
+    G, phi = G[rows].to(phi.dtype), phi[rows] if phi.ndim == 2 and phi.shape[0] > 1 else phi
+    return G * phi if back is None else back.addcmul_(G, phi)
 
 
 def _add_(x: Tensor, y: Tensor, *, factor: float | Tensor) -> Tensor:

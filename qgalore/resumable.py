@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from qgalore.storage.dynamic8 import upgrade_moments
+
 
 class ResumableOptimizer(torch.optim.Optimizer):
     """An optimizer whose state comes back as it was saved.
@@ -38,6 +40,7 @@ class ResumableOptimizer(torch.optim.Optimizer):
             known = {index for group in given["param_groups"] for index in group["params"]}
             self.state.update({key: value for key, value in given["state"].items() if key not in known})
             for p, state in self._states(given):
+                state = upgrade_moments(state)
                 self.state[p] = {key: self.load_value(value, key=key, p=p) for key, value in state.items()}
 
         hooks = (  # behind the user's hooks before loading, before those after it

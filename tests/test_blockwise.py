@@ -1,4 +1,4 @@
-"""Moments in 8 bits: the map of codes, how values are rounded to it, and Adam beside the published scheme."""
+"""Moments in 8 bits: what codes stand for, how values are rounded to them, and Adam beside the published scheme."""
 
 import math
 
@@ -7,16 +7,20 @@ import torch
 from support.gradients import relative_error
 
 from qgalore.rules.moments import MomentKind, create_moments, open_moments
-from qgalore.storage import dynamic8
-from qgalore.storage.dynamic8 import Dynamic8, dynamic_map
+from qgalore.storage import chunks
+from qgalore.storage.blockwise import Log, Power
 from qgalore.storage.rounding import mix_seed
 from qgalore.storage.stored import Stored
 
 BOTH = pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
 
 
+def codec(signed):
+    return Power() if signed else Log()
+
+
 def encoded(values, *, signed, seed=None):
-    stored = Stored.zeros(Dynamic8(signed), values.shape, device="cpu")
+    stored = Stored.zeros(codec(signed), values.shape, device="cpu")
     stored.write(values, seed=seed)
     return stored
 
@@ -31,36 +35,47 @@ def moments_like(count, *, signed, decades=4.0):
     return magnitudes * torch.randn(count).sign() if signed else magnitudes
 
 
-# The map
+# The codes
 
 
-def test_map_is_the_tree_read_bit_by_bit():
-    """Leading zeros are the decimal exponent, what follows the first 1 is the linear fraction."""
-
-    def read(code, bits):
-        text = f"{code:0{bits}b}"
-        if "1" not in text:
-            return 0.0
-        zeros, _, fraction = text.partition("1")
-        steps = (int(fraction, 2) if fraction else 0) + 1
-        return 10.0 ** -len(zeros) * (0.1 + 0.9 * steps / 2 ** len(fraction))
-
-    unsigned = dynamic_map(signed=False).double().sqrt()
-    assert torch.allclose(unsigned, torch.tensor([read(c, 8) for c in range(256)], dtype=torch.float64), rtol=1e-7)
-    signed = dynamic_map(signed=True).double()
-    assert torch.allclose(signed[:128], torch.tensor([read(c, 7) for c in range(128)], dtype=torch.float64), rtol=1e-7)
-    assert torch.equal(signed[128:], -signed[:128]), "both signs alike"
+def values_of(codes, *, signed, **others):
+    """What codes stand for, by the formulas at the top of blockwise.py, in float64."""
+    c = codes.double()
+    if signed:
+        return c.sign() * (c / 127) ** 4 * others["maximum"]
+    octaves = ((c - 1) / others["steps"]).floor()
+    straight = 2.0**octaves * (1 + (c - 1) / others["steps"] - octaves)
+    return torch.where(c > 0, others["lowest"] * straight, 0.0)
 
 
-@BOTH
-def test_map_has_a_zero_a_one_and_every_decade(signed):
-    values = dynamic_map(signed=signed)
-    assert values.shape == (256,) and values.dtype == torch.float32
-    positive = values[1:128] if signed else values[1:]
-    assert values[0] == 0 and positive[0] > 0 and positive[-1] == 1
-    assert (positive.diff() > 0).all()
-    decades = [10.0**-e for e in range(7)] if signed else [10.0 ** (-2 * e) for e in range(8)]
-    assert all(((positive / decade - 1).abs() < 1e-6).any() for decade in decades)
+def test_a_first_moments_code_is_a_fourth_root():
+    codes = torch.arange(-127, 128, dtype=torch.int8)
+    parts = {"codes": torch.cat([codes, codes[:1]]), "scale": torch.tensor([3.5 / 127**4])}
+    found = Power().decode(parts, shape=torch.Size((256,)), dtype=torch.float32)
+    expected = values_of(codes, signed=True, maximum=3.5)
+    assert torch.allclose(found[:255].double(), expected, rtol=1e-6, atol=0)
+    assert found[127] == 0 and found[0] == -found[254]
+
+
+@pytest.mark.parametrize("steps", [5, 32, 63, 254])
+def test_a_second_moments_code_is_a_logarithm_by_straight_lines(steps):
+    codes = torch.arange(256, dtype=torch.uint8)
+    parts = {"codes": codes, "scale": torch.tensor([2e-9]), "steps": torch.tensor([steps], dtype=torch.uint8)}
+    found = Log().decode(parts, shape=torch.Size((256,)), dtype=torch.float32)
+    expected = values_of(codes, signed=False, lowest=2e-9, steps=steps)
+    assert torch.allclose(found.double(), expected, rtol=1e-5, atol=0)
+    assert (found.diff() > 0).all()
+    assert torch.allclose(found[1::steps] / 2e-9, 2.0 ** torch.arange(len(found[1::steps])), rtol=1e-5), "octaves"
+
+
+@pytest.mark.parametrize("factor, steps", [(1.5, 254), (2, 254), (16, 63), (2.0**40, 6), (2.0**100, 5)])
+def test_second_moments_spend_their_codes_on_the_span_of_their_block(factor, steps):
+    x = torch.rand(1024).clamp_min(0.5) * 3e-5
+    x[0::256], x[1::256] = 1e-5, 1e-5 * factor
+    x[2:] = x[2:].clamp(1e-5, 1e-5 * factor)
+    stored = encoded(x, signed=False)
+    assert stored.parts["steps"].tolist() == [steps] * 4
+    assert stored.read(torch.float32)[1::256] == pytest.approx(1e-5 * factor, rel=1 / steps)
 
 
 # Encoding
@@ -68,42 +83,41 @@ def test_map_has_a_zero_a_one_and_every_decade(signed):
 
 @BOTH
 def test_nearest_is_the_nearest_of_all_codes(signed):
-    """The minimum of straight lines finds what a search over the whole map finds (by root, where unsigned)."""
-    x = moments_like(20 * 256, signed=signed)
-    absmax = x.view(-1, 256).abs().amax(1, keepdim=True).double()
-    wide, points = (x.view(-1, 256).double() / absmax).view(-1, 1), dynamic_map(signed=signed).double()
-    found = (decoded(x, signed=signed).view(-1, 256).double() / absmax).view(-1)
+    x = moments_like(20 * 256, signed=signed, decades=3.0)
+    stored = encoded(x, signed=signed)
+    codes = torch.arange(-127, 128) if signed else torch.arange(256)
+    others = {"maximum": x.view(-1, 256).abs().amax(1)} if signed else {}
     if not signed:
-        wide, points, found = wide.sqrt(), points[1:].sqrt(), found.sqrt()
-    best = (wide - points).abs().amin(1)
-    assert ((found - wide[:, 0]).abs() <= best * (1 + 1e-4) + 1e-7).all()
+        others = {"lowest": x.view(-1, 256).amin(1), "steps": stored.parts["steps"]}
+    for block, (values, found) in enumerate(zip(x.split(256), stored.read(torch.float32).split(256), strict=True)):
+        points = values_of(codes, signed=signed, **{name: other[block].double() for name, other in others.items()})
+        distance = (values.double()[:, None] - points).abs().amin(1)
+        assert ((found - values).abs() <= distance * (1 + 1e-4) + 1e-6 * values.abs()).all()
 
 
 @BOTH
-def test_what_is_on_the_map_stays(signed):
-    x = dynamic_map(signed=signed) * 3.5
+def test_what_is_a_code_stays(signed):
+    first = moments_like(20 * 256, signed=signed)
+    first.view(-1, 256)[:, :2] = torch.tensor([2.0**-20, 1])  # the span of a block is that of its codes
+    first = first.clamp(-1, 1) if signed else first.clamp(2.0**-20, 1)
+    x = decoded(first, signed=signed)
     assert torch.allclose(decoded(x, signed=signed), x, rtol=1e-6, atol=0)
-    moved = (decoded(x, signed=signed, seed=3) / x - 1).abs().nan_to_num(0) > 1e-6
-    assert moved.sum() <= 1, "a random bit in 65,536 may cross a rounding error"
+    moved = (decoded(x, signed=signed, seed=3) / x - 1).abs().nan_to_num(0) > 1e-5
+    assert moved.sum() <= 2, "a random bit in 65,536 may cross a rounding error"
 
 
 @BOTH
-def test_random_rounding_is_unbiased(signed):
-    """100,000 draws of a value between two codes; the root is the unbiased one where unsigned."""
-    points = dynamic_map(signed=signed).double()
-    points = (points if signed else points.sqrt()).tolist()
-    for code, fraction in [(0, 0.3), (5, 0.01), (40, 0.5), (100, 0.9), (126, 0.25)]:
-        if code == 0 and not signed:
-            continue  # never from positive to zero: see below
-        low, high = points[code], points[code + 1]
-        value = low + fraction * (high - low)
-        x = torch.full((256 * 400,), value if signed else value**2)
-        x[::256] = 1  # the block's maximum
-        drawn = decoded(x, signed=signed, seed=mix_seed(code))
-        drawn = (drawn if signed else drawn.sqrt()).double().view(-1, 256)[:, 1:].flatten()
-        assert drawn.unique().tolist() == pytest.approx([low, high], rel=1e-5)
-        deviation = (high - low) * math.sqrt(fraction * (1 - fraction) / drawn.numel())
-        assert abs(drawn.mean() - value) < 5 * deviation + 1e-5 * (high - low)
+@pytest.mark.parametrize("value", [0.7, 0.3, 0.05, 3e-3, 1e-4])
+def test_random_rounding_is_unbiased(signed, value):
+    """100,000 draws of a value between two codes, beside the block's largest and smallest values."""
+    x = torch.full((256 * 400,), value)
+    x[::256], x[1::256] = 1, 1e-5
+    drawn = decoded(x, signed=signed, seed=mix_seed(7)).double().view(-1, 256)[:, 2:].flatten()
+    low, high = drawn.unique().tolist()
+    assert low <= value <= high
+    fraction = (value - low) / (high - low)
+    deviation = (high - low) * math.sqrt(fraction * (1 - fraction) / drawn.numel())
+    assert abs(drawn.mean() - value) < 5 * deviation + 2e-5 * (high - low)
 
 
 @BOTH
@@ -111,8 +125,9 @@ def test_random_rounding_is_unbiased(signed):
 def test_a_short_last_block_is_a_block(signed, count):
     x = moments_like(count, signed=signed)
     parts = encoded(x, signed=signed, seed=5).parts
-    assert parts["codes"].shape == (count,) and parts["codes"].dtype == torch.uint8
-    assert torch.equal(parts["absmax"], torch.stack([block.abs().max() for block in x.split(256)]))
+    assert parts["codes"].shape == (count,) and parts["codes"].itemsize == 1
+    extremes = [block.abs().max() / 127**4 if signed else block.min() for block in x.split(256)]
+    assert torch.allclose(parts["scale"], torch.stack(extremes), rtol=1e-6, atol=0)
     alone = [encoded(block, signed=signed).parts["codes"] for block in x.split(256)]
     assert torch.equal(encoded(x, signed=signed).parts["codes"], torch.cat(alone))
 
@@ -121,9 +136,9 @@ def test_a_short_last_block_is_a_block(signed, count):
 def test_working_in_pieces_changes_nothing(signed, monkeypatch):
     x = moments_like(5000, signed=signed).view(50, 100)
     whole = encoded(x, signed=signed, seed=5)
-    monkeypatch.setattr(dynamic8, "PIECE", 512)
+    monkeypatch.setattr(chunks, "CPU_ELEMENTS", 512)
     pieces = encoded(x, signed=signed, seed=5)
-    assert all(torch.equal(whole.parts[name], pieces.parts[name]) for name in ("codes", "absmax"))
+    assert all(torch.equal(whole.parts[name], pieces.parts[name]) for name in whole.parts)
     values = pieces.read(torch.float32)
     monkeypatch.undo()
     assert torch.equal(values, whole.read(torch.float32))
@@ -158,36 +173,36 @@ def test_noise_is_repeatable_and_needs_no_generator(signed):
 
 @BOTH
 def test_compiled_equals_eager(signed):
-    """In one graph. Some square roots differ by one unit in the last place, and with them one code in a million."""
+    """In one graph. Some quotients differ by one unit in the last place, and with them one code in a million."""
     torch._dynamo.reset()
     x = moments_like(1 << 14, signed=signed)[:-100]
     eager = encoded(x, signed=signed, seed=7)
     fused = Stored.zeros(eager.codec, x.shape, device="cpu")
     torch.compile(lambda stored, values: stored.write(values, seed=7), fullgraph=True)(fused, x)
     assert (eager.parts["codes"].int() - fused.parts["codes"].int()).abs().sum() <= 2
-    assert torch.equal(eager.parts["absmax"], fused.parts["absmax"])
+    assert torch.allclose(eager.parts["scale"], fused.parts["scale"], rtol=1e-6, atol=0)
     values = torch.compile(lambda stored: stored.read(torch.float32), fullgraph=True)(eager)
-    assert torch.equal(values, eager.read(torch.float32))
+    assert torch.allclose(values, eager.read(torch.float32), rtol=1e-6, atol=0)
 
 
 # Second moments
 
 
 def decay(values, *, signed, rate, steps, at_random):
-    """`steps` updates of a moment whose gradient has vanished, each block held up by one element that lives on."""
+    """`steps` updates of a moment whose gradient has vanished, in blocks whose largest and smallest elements stay."""
     peak = values.abs().amax()
     for step in range(steps):
         values = values * rate
-        values[::256] = peak
+        values[::256], values[1::256] = peak, 1e-6
         values = decoded(values, signed=signed, seed=mix_seed(step) if at_random else None)
-    return values.view(-1, 256)[:, 1:]
+    return values.view(-1, 256)[:, 2:]
 
 
 def test_second_moments_decay_and_to_nearest_they_never_would():
     """v * 0.999 lies nearer to v's own code than to the next: rounded to nearest, 2000 updates change nothing."""
     start = decoded(torch.rand(16 * 256) * 0.9, signed=False)
     start[::256] = 1
-    before = start.view(-1, 256)[:, 1:].mean()
+    before = start.view(-1, 256)[:, 2:].mean()
     stalled = decay(start, signed=False, rate=0.999, steps=2000, at_random=False)
     decayed = decay(start, signed=False, rate=0.999, steps=2000, at_random=True)
     assert stalled.mean() / before > 0.9
@@ -198,7 +213,7 @@ def test_first_moments_decay_and_to_nearest_they_never_would():
     """With a decay of 0.9 too: in the lower decades a code is worth more than a tenth of its value."""
     start = decoded(torch.randn(16 * 256) * 1e-3, signed=True)
     start[::256] = 1
-    before = start.view(-1, 256)[:, 1:].norm()
+    before = start.view(-1, 256)[:, 2:].norm()
     assert decay(start, signed=True, rate=0.9, steps=300, at_random=False).norm() / before > 0.3
     assert decay(start, signed=True, rate=0.9, steps=300, at_random=True).norm() / before < 1e-3
 
@@ -229,13 +244,13 @@ class Published:
 
 
 def test_a_small_second_moment_beside_a_large_one_does_not_explode():
-    """Gradients of 1 and 1e-5 in one block: to nearest, v = 1e-10 of the largest is zero, and m / (0 + eps) is huge."""
+    """Gradients of 1 and 1e-5 in one block: as published, v = 1e-10 of the largest is zero, m / (0 + eps) is huge."""
     m = torch.full((16, 256), 1e-5)
     m[:, 0] = 1
     naive = Published(m, signed=False)
     naive.write(m.square())
     assert (m / (naive.read().sqrt() + 1e-8)).max() > 900
-    for scale in (1e-5, 1e-7, 1e-12, 1e-18):
+    for scale in (1e-5, 1e-7, 1e-9, 1e-12):
         m[:, 1:] = scale
         for seed in (None, 0, 1, 2):
             v = decoded(m.square(), signed=False, seed=seed)
@@ -305,8 +320,8 @@ def torch_like(kind, build, *, dtype, steps=500):
     return parameter.detach()
 
 
-# Errors of the weights measured, ours / published: 0.027 / 0.047, 0.11 / 8.8, 0.11 / 7.9, 0.030 / 0.090.
-@pytest.mark.parametrize("kind, bound", [("dense", 0.035), ("columns", 0.15), ("blocks", 0.15), ("rows", 0.05)])
+# Errors of the weights measured, ours / published: 0.013 / 0.047, 0.08 / 8.8, 0.07 / 7.9, 0.027 / 0.090.
+@pytest.mark.parametrize("kind, bound", [("dense", 0.02), ("columns", 0.12), ("blocks", 0.1), ("rows", 0.04)])
 def test_adam_in_8_bits_stays_closer_to_adam_than_the_published_scheme(kind, bound):
     exact = torch_like(kind, lambda p: torch.optim.Adam(p, lr=1e-3), dtype=torch.float64)
     pair = [Published(torch.zeros(256, 64), signed=signed) for signed in (True, False)]

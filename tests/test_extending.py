@@ -218,7 +218,9 @@ def test_a_lift(extend):
     assert largest_difference([ours], [galore(W, gradients, rule=Limited)]) < 1e-10
     assert {True, False} == set(Limited.met), "the limit is met, and sometimes not"
     D, way = torch.randn(RANK, 20), mock.Mock(back=lambda D: W[:, :RANK].float() @ D)
-    limited, free = function(D, None, None, way), way.back(D)
+    (limited, phi), free = function(D, None, None, way), way.back(D)
+    assert phi is None
+    limited = way.back(limited)
     assert limited.square().mean().sqrt().item() == pytest.approx(0.2, rel=1e-5)
     assert torch.cosine_similarity(limited.flatten(), free.flatten(), dim=0).item() == pytest.approx(1, abs=1e-6)
     assert loss_falls("galore_limited")

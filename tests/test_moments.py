@@ -5,7 +5,7 @@ import torch
 from support.gradients import relative_error
 
 from qgalore.rules.moments import Moment, MomentKind, create_moments, moment_codec, open_moments
-from qgalore.storage.dynamic8 import Dynamic8
+from qgalore.storage.blockwise import Log, Power
 from qgalore.storage.rounding import mix_seed
 from qgalore.storage.stored import Plain, Stored
 
@@ -28,7 +28,7 @@ def test_a_moment_of_8_bits_takes_a_quarter_of_the_bytes():
     state, like = {}, torch.zeros(100, 100)
     (kind,) = kinds_of(like, exp_avg=True)
     create(state, [kind], like=like, bits=8)
-    assert set(state) == {"exp_avg.codes", "exp_avg.absmax"}
+    assert set(state) == {"exp_avg.codes", "exp_avg.scale"}
     assert sum(tensor.nbytes for tensor in state.values()) == 10_000 + 4 * 40
     assert open_one(state, kind, like=like).read().eq(0).all()
 
@@ -50,7 +50,7 @@ def test_small_ones_and_vectors_stay_as_they_are(shape, bits):
 @pytest.mark.parametrize("shape, packed", [((64, 64), True), ((63, 65), False), ((1, 4096), True), ((4096,), False)])
 def test_matrices_are_packed_from_4096_elements_on(shape, packed):
     kind = MomentKind("exp_avg", False, torch.Size(shape))
-    assert moment_codec(kind, bits=8, dtype=torch.float32) == (Dynamic8(False) if packed else Plain(torch.float32))
+    assert moment_codec(kind, bits=8, dtype=torch.float32) == (Log() if packed else Plain(torch.float32))
     assert moment_codec(kind, bits=32, dtype=torch.float64) == Plain(torch.float64)
 
 
@@ -76,7 +76,7 @@ def test_writing_reaches_the_state_and_survives_a_file(tmp_path):
     for kind in kinds:
         values = open_one(loaded, kind, like=like).read()
         assert torch.equal(values, open_one(state, kind, like=like).read())
-        assert relative_error(values, like if kind.signed else like.square()) < 0.02
+        assert relative_error(values, like if kind.signed else like.square()) < (0.02 if kind.signed else 0.06)
 
 
 def test_moments_of_one_parameter_round_with_different_noise():
@@ -85,7 +85,7 @@ def test_moments_of_one_parameter_round_with_different_noise():
     create(state, kinds, like=like, bits=8)
     for moment in open_moments(state, kinds, dtype=torch.float32, seed=1):
         moment.write(like)
-    nearest = Stored.zeros(Dynamic8(True), like.shape, device="cpu")
+    nearest = Stored.zeros(Power(), like.shape, device="cpu")
     nearest.write(like)
     moved = [state[f"{name}.codes"] != nearest.parts["codes"] for name in ("one", "two")]
     assert 0.4 < (moved[0] == moved[1]).float().mean() < 0.8
@@ -96,13 +96,13 @@ def test_moments_of_a_basis_have_its_side_before_their_names():
     kinds = kinds_of(like, exp_avg=True, exp_avg_sq=False)
     create(state, kinds, like=like, bits=8, prefix="left.")
     create(state, kinds, like=like, bits=32, prefix="right.")
-    packed = {f"left.{kind.name}.{part}" for kind in kinds for part in ("codes", "absmax")}
+    packed = {f"left.exp_avg.{part}" for part in Power.PARTS} | {f"left.exp_avg_sq.{part}" for part in Log.PARTS}
     assert set(state) == packed | {"right.exp_avg", "right.exp_avg_sq"}
     for side, bits in (("left", 8), ("right", 32)):
         moments = open_moments(state, kinds, dtype=torch.float32, seed=1, prefix=f"{side}.")
         for kind, moment in zip(kinds, moments, strict=True):
             moment.write(like if kind.signed else like.square())
-            assert relative_error(moment.read(), like if kind.signed else like.square()) < (0.02 if bits == 8 else 1e-7)
+            assert relative_error(moment.read(), like if kind.signed else like.square()) < (0.06 if bits == 8 else 1e-7)
 
 
 def test_compiled_seeds_are_tensors_of_the_same_noise():

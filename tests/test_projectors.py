@@ -26,7 +26,7 @@ def project(p, G, state):
 
 
 def back(p, D, state):
-    return p.back(D, p.open(state))
+    return p.back(D, p.read(p.open(state)))
 
 
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12), (16, 16)])

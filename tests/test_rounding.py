@@ -7,6 +7,7 @@ import torch
 
 from qgalore.storage import rounding
 from qgalore.storage.rounding import (
+    advance,
     mix_seed,
     random_bits,
     round_stochastic,
@@ -51,7 +52,7 @@ def test_noise_needs_no_random_number_generator():
 
 
 def test_a_part_of_the_noise_is_the_noise_of_the_part():
-    assert torch.equal(random_bits(60, seed=7, start=40), random_bits(100, seed=7)[40:])
+    assert torch.equal(random_bits(60, seed=advance(7, 40)), random_bits(100, seed=7)[40:])
 
 
 def test_mixed_seeds_are_distinct_and_ordered():
@@ -63,13 +64,16 @@ def test_mixed_seeds_are_distinct_and_ordered():
 def test_a_seed_as_tensors_makes_the_same_noise():
     for seed in (0, 7, mix_seed(1, 2), (1 << 64) - 1):
         assert torch.equal(random_bits(100, seed=seed_tensors(seed)), random_bits(100, seed=seed))
+        for elements in (1, 12345, 2**33 + 5):
+            moved = random_bits(100, seed=advance(seed, elements))
+            assert torch.equal(random_bits(100, seed=advance(seed_tensors(seed), elements)), moved)
 
 
 @pytest.mark.parametrize("rounded", [round_stochastic, round_stochastic_bfloat16])
 def test_a_part_is_rounded_as_within_the_whole(rounded):
     values = torch.randn(40, 33) * 10
     whole = rounded(values.clone(), seed=7)
-    assert torch.equal(rounded(values[13:].clone(), seed=7, start=13 * 33), whole[13:])
+    assert torch.equal(rounded(values[13:].clone(), seed=advance(7, 13 * 33)), whole[13:])
     assert not torch.equal(rounded(values[13:].clone(), seed=7), whole[13:])
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qgalore.storage.affine import Affine, Simulated
-from qgalore.storage.dynamic8 import Dynamic8
+from qgalore.storage.blockwise import Log, Power
 from qgalore.storage.quantized_weight import open_weight
 from qgalore.storage.rounding import mix_seed, seed_tensors
 from qgalore.storage.stored import CODECS, Plain, Stored, build_codec, describe_codec, find, part_key, put
@@ -22,8 +22,8 @@ EXAMPLES = [
     (Affine(4, 1), (5, 1)),
     (Simulated(8, 43), (37, 129)),
     (Simulated(4, 43, stochastic=False), (37, 129)),
-    (Dynamic8(True), (37, 5)),
-    (Dynamic8(False), (70, 100)),
+    (Power(), (37, 5)),
+    (Log(), (70, 100)),
 ]
 CASES = pytest.mark.parametrize("codec, shape", EXAMPLES, ids=[f"{codec}-{shape}" for codec, shape in EXAMPLES])
 
@@ -80,9 +80,9 @@ CUTS = [
     *((codec, (37, 129), cut) for codec in (Affine(8, 43), Affine(4, 43), Simulated(4, 43)) for cut in (1, 2, 23, 36)),
     *((codec, (60, 5461), cut) for codec in (Affine(8, 127), Affine(4, 127)) for cut in (1, 24, 25)),  # in chunks
     *((codec, (16, 6), cut) for codec in (Affine(8, 1), Affine(4, 2), Affine(4, 6)) for cut in (5, 8)),
-    *((Dynamic8(signed), (70, 100), 64) for signed in (True, False)),
-    *((Dynamic8(signed), (7, 512), cut) for signed in (True, False) for cut in (1, 6)),
-    *((Dynamic8(signed), (12, 128), cut) for signed in (True, False) for cut in (2, 10)),
+    *((codec, (70, 100), 64) for codec in (Power(), Log())),
+    *((codec, (7, 512), cut) for codec in (Power(), Log()) for cut in (1, 6)),
+    *((codec, (12, 128), cut) for codec in (Power(), Log()) for cut in (2, 10)),
 ]
 
 
@@ -102,7 +102,7 @@ def test_rows_can_be_cut_anywhere(codec, shape, cut):
         assert torch.equal(torch.cat([shard.parts[name] for shard in to_nearest[1:]]), to_nearest[0].parts[name]), name
 
 
-@pytest.mark.parametrize("codec", [Plain(torch.bfloat16), Affine(8, 43), Affine(4, 43), Dynamic8(True)], ids=str)
+@pytest.mark.parametrize("codec", [Plain(torch.bfloat16), Affine(8, 43), Affine(4, 43), Power()], ids=str)
 def test_the_start_of_a_shard_decides_its_noise(codec):
     values = torch.rand(32, 129 if isinstance(codec, Affine) else 128)
     one, other = (written(codec, values, seed=5, row_start=start) for start in (0, 2))
@@ -187,7 +187,8 @@ def test_parts_have_these_names():
         "plain": ("",),
         "affine": ("codes", "scale", "zero"),
         "simulated": ("values",),
-        "dynamic8": ("codes", "absmax"),
+        "power": ("codes", "scale"),
+        "log": ("codes", "scale", "steps"),
     }
     assert part_key("left", "codes") == "left.codes" and part_key("exp_avg", "") == "exp_avg"
 

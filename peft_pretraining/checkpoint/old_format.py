@@ -2,7 +2,7 @@
 
 Format 1 named the class of a quantized weight where format 2 describes its codec; it packed the 4-bit codes of a basis
 without regard to rows; it kept the seconds that refreshes had taken; and its runs of galore_lion multiplied the sign by
---galore_scale.
+--galore_scale. Up to November 2026, 8-bit moments had other codes, in both formats.
 """
 
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qgalore.storage.affine import pack_nibbles
+from qgalore.storage.dynamic8 import upgrade_moments
 
 LIONS = ("galore_lion", "galore_lion_per_layer")
 CODECS = {"Int8Weight": "affine", "SimulatedInt8Weight": "simulated"}
@@ -36,7 +37,7 @@ def upgrade_quantized(entry: dict[str, Any]) -> dict[str, Any]:
 
 def upgrade_state(state: dict[str, Any]) -> dict[str, Any]:
     """The state of a parameter in format 2."""
-    state = {key: value for key, value in state.items() if key != "refresh_seconds"}
+    state = {key: value for key, value in upgrade_moments(state).items() if key != "refresh_seconds"}
     for side in SIDES:
         codes = state.get(f"{side}.codes")
         if codes is not None and codes.ndim == 1:

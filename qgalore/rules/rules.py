@@ -38,7 +38,7 @@ class Rule:
     decay: Callable[[int], float] | None = None  # decay rate of the second moment at update t, if it is not beta2
     finish: Callable[[Tensor], Tensor] | None = None  # last step, in the full space
     matrices_only: bool = False  # whether vectors are refused
-    parts: str | None = None  # "elements" or "rows" whose directions depend on nothing but themselves; None for neither
+    parts: str | None = None  # "elements" or "rows" that can be updated one after the other; None for neither
 
 
 def adam_direction(
