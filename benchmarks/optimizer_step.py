@@ -6,10 +6,11 @@ All cases take turns in one process, so that a busy machine slows down all of th
 Ours run eager and compiled. Beside them: torch's fused AdamW, torchao's and bitsandbytes' 8-bit AdamW and galore-torch
 where they are installed, and two floors: `products`, the projection of the gradient and the way back, in the dtype of
 the weight; `copy`, reading and writing of the bytes of weight, gradient and two float32 moments once.
-No update of the measured ones refreshes a basis. benchmarks/README.md says how to read the table.
+No update of the measured ones refreshes a basis.
 """
 
 import argparse
+import importlib
 import sys
 import time
 from collections.abc import Callable
@@ -68,7 +69,7 @@ def ours(case: dict[str, Any], *, shape: tuple[int, int], rank: int, dtype: torc
 
 def foreign(module: str, kind: str, *, shape: tuple[int, int], rank: int, dtype: torch.dtype) -> Callable | None:
     try:
-        found = getattr(__import__(module, fromlist=[kind]), kind)
+        found = getattr(importlib.import_module(module), kind)
     except ImportError:
         return None
     group: dict[str, Any] = dict(params=list(matrix(shape, dtype=dtype).parameters()))

@@ -11,6 +11,7 @@ from qgalore.outcome import Outcome
 from qgalore.resumable import ResumableOptimizer
 from qgalore.rules.lifts import LIFTS
 from qgalore.rules.moments import create_moments
+from qgalore.storage.dynamic8 import upgrade_moments
 from qgalore.storage.rounding import mix_seed
 from qgalore.subspace.probe import observers
 from qgalore.subspace.projector import LEARNERS, Projector, projection_sides
@@ -70,6 +71,9 @@ class LowRankOptimizer(ResumableOptimizer):
             others = ", ".join(sorted(group.keys() - {"params"}))
             raise ValueError(f"this is not the state of a LowRankOptimizer: its groups name no rule, only {others}")
         return {**complete_group({**group, "params": params}), "params": group["params"]}
+
+    def upgrade_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        return upgrade_moments(state)
 
     def load_value(self, value: Any, *, key: str, p: Tensor) -> Any:
         if torch.is_tensor(value) and value.ndim == 0 and key not in (lift.remembers for lift in LIFTS.values()):

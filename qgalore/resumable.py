@@ -6,8 +6,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from qgalore.storage.dynamic8 import upgrade_moments
-
 
 class ResumableOptimizer(torch.optim.Optimizer):
     """An optimizer whose state comes back as it was saved.
@@ -40,7 +38,7 @@ class ResumableOptimizer(torch.optim.Optimizer):
             known = {index for group in given["param_groups"] for index in group["params"]}
             self.state.update({key: value for key, value in given["state"].items() if key not in known})
             for p, state in self._states(given):
-                state = upgrade_moments(state)
+                state = self.upgrade_state(state)
                 self.state[p] = {key: self.load_value(value, key=key, p=p) for key, value in state.items()}
 
         hooks = (  # behind the user's hooks before loading, before those after it
@@ -56,6 +54,10 @@ class ResumableOptimizer(torch.optim.Optimizer):
     def check_group(self, group: dict[str, Any], *, params: list[Tensor]) -> dict[str, Any]:
         """A loaded group, completed. params: the parameters that it is for. Raises ValueError if it does not fit."""
         return group
+
+    def upgrade_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A loaded state of a parameter, of which an earlier version may have kept parts in another form."""
+        return state
 
     def check_state(self, state: dict[str, Any], p: Tensor) -> None:
         """Raises ValueError if the loaded state of a parameter is not one of this optimizer."""

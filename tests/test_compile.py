@@ -133,7 +133,7 @@ def test_one_update_writes_what_eager_code_writes(simulation, settings):
         found.append({"weight": p.detach().float()} | {k: v for k, v in optimizer.state[p].items() if "codes" in k})
     assert compiles() == 1
     for name, eager in found[0].items():
-        assert ((found[1][name].float() - eager.float()).abs() > 1e-4).sum() <= 2, name
+        assert ((found[1][name].float() - eager.float()).abs() > 1e-4).sum() <= 5, name
 
 
 def test_a_basis_that_learns_is_compiled_once_beside_the_weights():

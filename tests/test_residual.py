@@ -112,7 +112,7 @@ def test_it_needs_no_more_memory_at_its_peak_than_the_update_without():
         optimizer = optimizer_of([p], lift=residual)
         for _ in range(2):
             p.grad = torch.randn_like(p)
-            with LiveBytes() as watch:
+            with LiveBytes(p.detach(), p.grad) as watch:
                 optimizer.step()
         peaks[residual] = watch.peak
         kept = {key: value.numel() for key, value in optimizer.state[p].items() if torch.is_tensor(value)}

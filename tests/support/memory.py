@@ -11,10 +11,12 @@ from qgalore.storage.quantized_weight import QuantizedWeight
 class LiveBytes(TorchDispatchMode):
     """The bytes of all storages that operations made inside this mode and that are still alive; and their peak."""
 
-    def __init__(self):
+    def __init__(self, *known):
+        """known: tensors from before, which do not count when an operation makes a view of them."""
         super().__init__()
         self.live = self.peak = 0
-        self._seen = weakref.WeakSet()
+        self._known = [tensor.untyped_storage() for tensor in known]
+        self._seen = weakref.WeakSet(self._known)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
