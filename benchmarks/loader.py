@@ -35,8 +35,9 @@ def measure(dataset: str, tokenizer: Tokenizer, *, workers: int, args: argparse.
     source = open_documents(dataset, split="train", seed=0)
     began = time.perf_counter()
     batches = train_batches(
-        source, tokenizer, batch_size=args.batch_size, max_length=args.max_length, packing="concat", workers=workers
-    )
+        source, tokenizer, batch_size=args.batch_size, max_length=args.max_length, packing="concat", workers=workers,
+        world_size=args.world_size,
+    )  # fmt: skip
     next(batches)
     first = time.perf_counter() - began
     for _ in range(4 * max(1, workers)):
@@ -92,6 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 4], metavar="PROCESSES")
     parser.add_argument("--batch_size", type=int, default=16, metavar="SEQUENCES")
     parser.add_argument("--max_length", type=int, default=256, metavar="TOKENS")
+    parser.add_argument("--world_size", type=int, default=1, metavar="RANKS", help="read the share of one of so many")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, metavar="JSONL")
