@@ -116,6 +116,8 @@ def _begin(index: TokenIndex) -> None:
     """Makes the hidden folder. Shards of a run that was killed are kept if they would become the same."""
     try:
         before = read_index(index.folder, name=PARTIAL)
+        for split in SPLITS:
+            before.check_sizes(split)
     except UserError:
         before = None
     same = before and (before.digest, before.made_from) == (index.digest, index.made_from)
