@@ -12,6 +12,8 @@ from support.runs import ROOT, record, shell
 
 import torchrun_main
 from peft_pretraining.cli.args import parse_args
+from peft_pretraining.data.token_shards import read_index
+from scripts import tokenize_corpus
 
 PRETRAIN = sorted((ROOT / "scripts" / "pretrain_c4").glob("*.sh"))
 PUBLISHED = {  # Zhao et al. 2024, table 2 and its scripts: rank, lr, updates, warm-up, gap
@@ -84,12 +86,17 @@ def test_readme_commands_run(command, tiny, tmp_path, words_of, capsys):
         assert torchrun_main.command_line(words_of([*words, *more])) == 0
     elif "torchrun_main.py" in words and command != first_torchrun():
         assert torchrun_main.command_line([*words[words.index("torchrun_main.py") + 1 :], *more]) == 0
+    elif "tokenize_corpus" in command:
+        more = ["--dataset", tiny.data, "--tokenizer", tiny.tokenizer, "--output", tmp_path / "tokens"]
+        assert tokenize_corpus.command_line([*words[2:], *map(str, more)]) == 0
     else:
         if "quickstart" in command:  # its own model and data, the embedded ones; the whole of it is the slow test below
             more = ["--num_training_steps", "10", "--warmup_steps", "1", "--save_dir", str(tmp_path)]
         result = shell([*words, *more], VENV=sys.prefix, timeout=240)
         assert result.returncode == 0, result.stderr
-    if "--dry_run" in command:
+    if "tokenize_corpus" in command:
+        assert read_index(tmp_path / "tokens").count("train")["documents"] == 600
+    elif "--dry_run" in command:
         assert "how each group of parameters is trained" in capsys.readouterr().err
     else:
         assert record(tmp_path, "end")[0]["updates"] in (2, 10)

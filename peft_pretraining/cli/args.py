@@ -48,7 +48,7 @@ def parse_args(argv: list[str] | None = None, *, world_size: int = 1) -> argpars
     _complete_restarts(args)
     _complete_length(args)
     if args.tokenizer is None:
-        args.tokenizer = "pydocs" if args.dataset == "pydocs" else "t5-base"
+        args.tokenizer = default_tokenizer(args.dataset)
     if args.tensorboard and find_spec("tensorboard") is None:
         raise UserError("--tensorboard needs a package that is not installed: pip install tensorboard.")
     if args.unset_wandb:
@@ -56,6 +56,11 @@ def parse_args(argv: list[str] | None = None, *, world_size: int = 1) -> argpars
     if args.name is None:
         args.name = f"{Path(args.model_config).stem}-{args.optimizer}" + (f"-{args.peft}" if args.peft else "")
     return args
+
+
+def default_tokenizer(dataset: str) -> str:
+    """The tokenizer of a data set for which none is named."""
+    return "pydocs" if dataset == "pydocs" else "t5-base"
 
 
 def _evaluates(given: argparse.Namespace) -> bool:

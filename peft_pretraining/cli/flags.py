@@ -7,7 +7,7 @@ import argparse
 import math
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +66,8 @@ class RunOptions:
         "always comes from transformers", section=MODEL)
     dataset: str = option("c4", "training text. c4: streamed from the Hugging Face hub; pydocs: documentation of the "
         "installed Python packages, without a download; a path: a folder with train (and validation) in its files' "
-        "names, a file, or a quoted glob of .jsonl, .json, .ndjson or .txt files (also .gz and .zst) or .parquet files",
+        "names, a file, or a quoted glob of .jsonl, .json, .ndjson or .txt files (also .gz and .zst) or .parquet "
+        "files; or a folder of tokens from scripts/tokenize_corpus.py",
         unit="NAME|PATH", section=DATA, may_change=True)
     text_field: str = option("text", "field or column of local files that holds the text; dots lead into nested "
         "objects", unit="NAME", section=DATA)
@@ -191,10 +192,10 @@ FLAGS = _flags()
 MAY_CHANGE = frozenset(name for name, each in FLAGS.items() if each.option.may_change)
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds every flag to the parser, under its section. A flag that is not given leaves no attribute behind."""
+def add_flags(parser: argparse.ArgumentParser, *, names: Collection[str] = FLAGS) -> None:
+    """Adds every flag, or those of `names`, under its section. A flag that is not given leaves no attribute behind."""
     groups = {section: parser.add_argument_group(section) for section in SECTIONS}
-    for name, each in FLAGS.items():
+    for name, each in ((name, FLAGS[name]) for name in names):
         groups[each.option.section].add_argument(f"--{name}", **_argparse_options(each))
 
 

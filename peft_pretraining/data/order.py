@@ -11,10 +11,13 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
+import numpy as np
+
 from peft_pretraining.data.position import Block, EarlierReaders, Position, owner
 from peft_pretraining.errors import UserError
 
 F = TypeVar("F")
+Text = str | list[np.ndarray]  # a document, or where it is tokenized already, the token ids of each of its pieces
 
 # One block, which is what a reader holds in memory. 10,000 lines of C4 are 22 MB.
 BUFFER_RECORDS = 10_000
@@ -24,7 +27,7 @@ BUFFER_BYTES = 64 * 2**20
 class Document(NamedTuple):
     """A document, or a piece of a long one."""
 
-    text: str
+    text: Text
     position: Position  # its place in the data
     last: bool = True  # whether the document ends with it
 
@@ -46,8 +49,15 @@ class Undecoded(Protocol):
     def size(self) -> int:
         """Approximate size in bytes."""
 
-    def text(self) -> str:
+    def text(self) -> Text:
         """Decodes. Raises UserError."""
+
+
+def in_one_part(files: Sequence[F], *, seed: int, epoch: int, shuffle: bool) -> list[list[F]]:
+    """The parts of an epoch that is one part: blocks of the shuffle span small files."""
+    if not shuffle:
+        return [list(files)]
+    return [random.Random(f"documents {seed} {epoch}").sample(files, len(files))]
 
 
 class OrderedDocuments(Generic[F]):
@@ -94,7 +104,7 @@ class OrderedDocuments(Generic[F]):
                     continue
                 if any(layout.has_read(*place, parts=len(parts)) for layout in earlier):
                     continue
-                yield from self._decode(record, Position(*place, block))
+                yield from self.decode(record, Position(*place, block))
 
     def _part(self, epoch: int, part: int, files: list[F], *, begin: Block) -> Iterator[tuple[Block, int, Undecoded]]:
         """The records of a part from a block on, each with its block and its number."""
@@ -125,11 +135,11 @@ class OrderedDocuments(Generic[F]):
             for record in self.records(files[number], line=begin.line if number == begin.file else 1):
                 yield number, record
 
-    def _decode(self, record: Undecoded, position: Position) -> Iterator[Document | Skipped]:
+    def decode(self, record: Undecoded, position: Position) -> Iterator[Document | Skipped]:
         try:
             text = record.text()
         except UserError as error:
             yield Skipped(str(error))
             return
-        if self.keeps(text):
+        if not isinstance(text, str) or self.keeps(text):
             yield Document(text, position)

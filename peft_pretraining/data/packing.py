@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 
 from peft_pretraining.batch import IGNORED
-from peft_pretraining.data.order import Document, Skipped
+from peft_pretraining.data.order import Document, Skipped, Text
 from peft_pretraining.data.position import Position
 
 if TYPE_CHECKING:
@@ -23,12 +23,12 @@ PIECE = 1_000_000  # characters: a longer document is tokenized in pieces, a chu
 class Piece(NamedTuple):
     """Token ids of a document or of a piece of it.
 
-    ids: the token ids, without EOS.
+    ids: the token ids, without EOS: a list, or an array of unsigned integers.
     position: position of the first one in the data.
     last: whether EOS follows.
     """
 
-    ids: list[int]
+    ids: list[int] | np.ndarray
     position: Position
     last: bool
 
@@ -57,7 +57,7 @@ class Concat:
     def __init__(self, *, length: int, eos_id: int, eos_first: bool = False) -> None:
         self.length = length
         self.eos_id = eos_id
-        self.stream = [eos_id] if eos_first else []
+        self.stream = np.full(int(eos_first), eos_id, dtype=np.int32)
 
     def add(self, piece: Piece) -> Iterator[Sequence]:
         """The windows that the piece fills. To be exhausted before the next piece.
@@ -66,7 +66,8 @@ class Concat:
         `length` tokens were waiting, and they are gone with the first window. That is why a position in a piece
         tells all about the stream.
         """
-        self.stream += [*piece.ids, self.eos_id] if piece.last else piece.ids
+        eos = np.full(int(piece.last), self.eos_id, dtype=np.int32)
+        self.stream = np.concatenate((self.stream, np.asarray(piece.ids).astype(np.int32), eos))
         end = piece.position.used + len(piece.ids) + piece.last
         start = 0
         while start + self.length < len(self.stream):
@@ -77,7 +78,7 @@ class Concat:
             if piece.last and left == 1:
                 position = piece.position.after(eos_first=True)
             yield Sequence(to_sequence(window, length=self.length, pad_id=self.eos_id), position)
-        del self.stream[:start]
+        self.stream = self.stream[start:]
 
     def end(self) -> Iterator[np.ndarray]:
         """The rest, (2, length) int32, padded with EOS above IGNORED, if it has a target."""
@@ -115,7 +116,7 @@ def make_packer(packing: Packing, tokenizer: Tokenizer, *, length: int, eos_firs
     return Truncate(length=length, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
 
 
-def to_sequence(tokens: list[int], *, length: int, pad_id: int) -> np.ndarray:
+def to_sequence(tokens: list[int] | np.ndarray, *, length: int, pad_id: int) -> np.ndarray:
     """(2, length) int32 from at most length + 1 tokens: inputs above targets, padded with pad_id above IGNORED."""
     sequence = np.empty((2, length), dtype=np.int32)
     inputs, targets = tokens[:length], tokens[1:]
@@ -129,17 +130,19 @@ def encode(
 ) -> Iterator[Piece | Skipped]:
     """The pieces of documents that are not empty, tokenized in chunks. Skipped documents keep their place.
 
+    Documents that come as token ids pass as they are.
     start: the position to begin at; the used part of its document is left out.
     """
     for chunk in _chunks(_cut(documents, start or Position())):
-        texts = [item.text for item in chunk if isinstance(item, Document)]
+        texts = [item.text for item in chunk if isinstance(item, Document) and isinstance(item.text, str)]
         encoded = iter(tokenizer.encode(texts) if texts else [])
         for item in chunk:
             if isinstance(item, Skipped):
                 yield item
                 continue
-            ids, position = next(encoded), item.position
-            if ids or position.piece or not item.last:
+            ids = next(encoded) if isinstance(item.text, str) else item.text[0]  # a piece is cut off already
+            position = item.position
+            if len(ids) or position.piece or not item.last:
                 yield Piece(ids[position.used :], position, item.last)
 
 
@@ -148,7 +151,7 @@ def _chunks(items: Iterator[Document | Skipped]) -> Iterator[list[Document | Ski
     characters = 0
     for item in items:
         chunk.append(item)
-        characters += len(item.text) if isinstance(item, Document) else 0
+        characters += len(item.text) if isinstance(item, Document) and isinstance(item.text, str) else 0
         if len(chunk) == CHUNK or characters >= PIECE:
             yield chunk
             chunk, characters = [], 0
@@ -162,11 +165,17 @@ def _cut(documents: Iterable[Document | Skipped], start: Position) -> Iterator[D
             yield document
             continue
         resumed = document.position.place == start.place
-        for number, (text, last) in enumerate(cut_text(document.text)):
+        for number, (text, last) in enumerate(_pieces(document.text)):
             if resumed and number < start.piece:
                 continue
             used = start.used if resumed and number == start.piece else 0
             yield Document(text, document.position._replace(piece=number, used=used), last)
+
+
+def _pieces(text: Text) -> Iterator[tuple[Text, bool]]:
+    if isinstance(text, str):
+        return cut_text(text)
+    return (([ids], number == len(text)) for number, ids in enumerate(text, start=1))
 
 
 def cut_text(text: str) -> Iterator[tuple[str, bool]]:

@@ -1,4 +1,4 @@
-"""Sources of documents: local files, the embedded Python documentation, and C4 streamed from the hub.
+"""Sources of documents: local files, token shards, the embedded Python documentation, and C4 streamed from the hub.
 
 A source hands every document to exactly one of its readers in each epoch. The order of local files is global: it
 depends on the seed and the epoch alone, every reader walks it, and reader k of n decodes each n-th record. So a run on
@@ -8,7 +8,6 @@ another number of GPUs or workers reads the same documents in the same order. or
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -16,9 +15,10 @@ from typing import Literal, Protocol
 
 from peft_pretraining.data.fingerprint import fingerprint_files
 from peft_pretraining.data.folders import Split, find_files, naming_advice
-from peft_pretraining.data.order import Document, OrderedDocuments, Skipped
+from peft_pretraining.data.order import Document, OrderedDocuments, Skipped, in_one_part
 from peft_pretraining.data.position import EarlierReaders, Position
 from peft_pretraining.data.records import TEXT_FIELD, Record, read_records
+from peft_pretraining.data.token_shards import TokenDocuments, holds_tokens, read_index
 from peft_pretraining.errors import UserError
 
 HELD_OUT = 100  # one document in HELD_OUT is held out for validation where there is no validation split
@@ -60,7 +60,7 @@ def open_documents(
     """The documents of one split; call `check()` before the slow work.
 
     dataset: `c4` (streamed from the hub), `pydocs` (embedded), or a PATH: a folder (see
-        folders.find_files), a single file, or a glob.
+        folders.find_files), a single file, a glob, or a folder of token shards (see token_shards).
     split: `train` comes in an order drawn from `seed` and the epoch, `validation` always in file order.
     validation: documents to validate on, given like `dataset`. Without it the dataset's own validation split is used;
         if there is none, about one document in HELD_OUT is held out, and never trained on. Both splits must be
@@ -80,6 +80,8 @@ def open_documents(
 
         files = pydocs_files(split)
         return LocalDocuments(files, name=f"pydocs, {split} ({_count(files)})", seed=seed, shuffle=split == "train")
+    if holds_tokens(dataset):
+        return TokenDocuments(read_index(dataset), split=split, seed=seed)
     own = find_files(dataset)
     if not own["train"]:
         raise UserError(f"{dataset} holds a validation split but no train files. {naming_advice(dataset)}")
@@ -92,10 +94,7 @@ def open_documents(
 
 
 class LocalDocuments(OrderedDocuments[Path]):
-    """Documents of local files, reshuffled for each epoch, or in file order. `keep` restricts them to one split.
-
-    An epoch is one part: blocks of the shuffle span small files.
-    """
+    """Documents of local files, reshuffled for each epoch, or in file order. `keep` restricts them to one split."""
 
     def __init__(
         self,
@@ -115,9 +114,7 @@ class LocalDocuments(OrderedDocuments[Path]):
 
     def parts(self, epoch: int) -> list[list[Path]]:
         """See OrderedDocuments.parts."""
-        if not self.shuffle:
-            return [self.files]
-        return [random.Random(f"documents {self.seed} {epoch}").sample(self.files, len(self.files))]
+        return in_one_part(self.files, seed=self.seed, epoch=epoch, shuffle=self.shuffle)
 
     def records(self, file: Path, *, line: int) -> Iterator[Record]:
         """See OrderedDocuments.records."""
@@ -158,7 +155,7 @@ def split_of(text: str) -> Split:
 
 def _open_validation(validation: str, *, seed: int, text_field: str) -> DocumentSource:
     """`validation` as the user gave it: its own validation split if it has one, else all of it."""
-    if validation in ("c4", "pydocs"):
+    if validation in ("c4", "pydocs") or holds_tokens(validation):
         return open_documents(validation, split="validation", seed=seed)
     own = find_files(validation, any_name=True)
     files = own["validation"] or own["train"]

@@ -19,6 +19,7 @@ from peft_pretraining.cli.flags import MAY_CHANGE
 from peft_pretraining.cli.presets import load_preset
 from peft_pretraining.data.loader import train_batches
 from peft_pretraining.data.sources import DocumentSource, open_documents
+from peft_pretraining.data.token_shards import check_tokens
 from peft_pretraining.data.tokenizer import Tokenizer, check_fits, load_tokenizer
 from peft_pretraining.data.validation import ValidationSet
 from peft_pretraining.distributed import World
@@ -85,7 +86,7 @@ def make_plan(args: argparse.Namespace, *, world: World, cleanup: ExitStack) -> 
     start = choose_start(args, config=config, may_change=MAY_CHANGE)
     tokenizer = load_tokenizer(args.tokenizer)
     check_fits(tokenizer, vocab_size=config.vocab_size)
-    source, held_out = _open_documents(args)
+    source, held_out = _open_documents(args, tokenizer)
     logger.info(f"training on {source.name}, validating on {held_out.name}, tokenizer {tokenizer.name}")
     fingerprint, validation_fingerprint = source.fingerprint(), held_out.fingerprint()
     check_data(fingerprint, start=start, args=args)
@@ -114,12 +115,16 @@ def _check_model(args: argparse.Namespace, *, world: World) -> tuple[PreTrainedC
     return config, dtype
 
 
-def _open_documents(args: argparse.Namespace) -> tuple[DocumentSource, DocumentSource]:
-    """The training and the validation documents. Raises UserError if one of them has no document."""
+def _open_documents(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[DocumentSource, DocumentSource]:
+    """The training and the validation documents.
+
+    Raises UserError if one of them has no document, or was tokenized by another tokenizer.
+    """
     shared = dict(seed=args.seed, validation=args.validation, text_field=args.text_field)
     source, held_out = (open_documents(args.dataset, split=split, **shared) for split in ("train", "validation"))
-    source.check()
-    held_out.check()
+    for documents in (source, held_out):
+        documents.check()
+        check_tokens(documents, tokenizer)
     return source, held_out
 
 
