@@ -2,7 +2,8 @@
 
 tests/old_checkpoints/KIND was written after update 4 of 8 by the last commit of format 1 (0db2bba), from the data,
 tokenizer and configs beside it; continued.json has the flags of each kind, and the losses of the four updates and of
-the evaluation that followed there. They are compared exactly on the platform that made them, closely elsewhere.
+the evaluation that followed there. They are compared closely; for torch's own optimizers exactly on the platform that
+made them. Ours have other 8-bit codes since, and write a weight some rows at a time.
 """
 
 import json
@@ -23,6 +24,7 @@ SHARED = (
     "--max_length 32 --batch_size 2 --num_training_steps 8 --lr 0.01 --eval_tokens 500 --workers 0 --num_threads 1 "
 )
 SHARED += "--wandb_mode disabled --resume auto"
+UNCHANGED = ("adafactor", "adamw", "adamw_bfloat16")
 # Rounded to 8 or 4 bits, a last bit becomes a step: what another processor's products make of it differs by more.
 COARSE = ("8bit", "q_galore", "continuous", "random", "relora")
 
@@ -44,7 +46,7 @@ def test_it_goes_on_as_it_did(kind, tmp_path, monkeypatch):
     found, last = losses(tmp_path), record(tmp_path, "eval")[-1]["loss"]
     tolerance = 1e-2 if any(name in kind for name in COARSE) or "bfloat16" in kind else 1e-4
     assert [*found, last] == pytest.approx([*expected["losses"], expected["validation"]], rel=tolerance)
-    if CONTINUED["platform"] == platform_key():
+    if CONTINUED["platform"] == platform_key() and kind in UNCHANGED:
         assert [*found, last] == [*expected["losses"], expected["validation"]]
 
 
