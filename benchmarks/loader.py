@@ -19,6 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.support import print_table
 from peft_pretraining.cli.args import default_tokenizer
 from peft_pretraining.data.loader import train_batches
 from peft_pretraining.data.sources import open_documents
@@ -50,12 +51,9 @@ def measure(dataset: str, tokenizer: Tokenizer, *, workers: int, args: argparse.
     return {"first_batch_seconds": first, "tokens_per_second": speed}
 
 
-def table(records: list[dict[str, Any]], workers: list[int]) -> str:
+def table(records: list[dict[str, Any]], workers: list[int]) -> list[dict[str, Any]]:
     """Medians over the repeats, and how much faster token shards are read."""
-    lines = [
-        "| workers | text, tokens/s | token shards, tokens/s | ratio | first batch of text | of token shards |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     for count in workers:
         medians = {
             (kind, key): statistics.median(r[key] for r in records if (r["kind"], r["workers"]) == (kind, count))
@@ -63,9 +61,10 @@ def table(records: list[dict[str, Any]], workers: list[int]) -> str:
             for key in ("tokens_per_second", "first_batch_seconds")
         }
         text, tokens = (medians[kind, "tokens_per_second"] for kind in KINDS)
-        waits = " | ".join(f"{medians[kind, 'first_batch_seconds']:.2f} s" for kind in KINDS)
-        lines.append(f"| {count} | {text / 1e6:.2f}M | {tokens / 1e6:.2f}M | {tokens / text:.1f} | {waits} |")
-    return "\n".join(lines)
+        speeds = {f"{kind}, tokens/s": f"{medians[kind, 'tokens_per_second'] / 1e6:.2f}M" for kind in KINDS}
+        waits = {f"first batch of {kind}": f"{medians[kind, 'first_batch_seconds']:.2f} s" for kind in KINDS}
+        rows.append({"workers": count, **speeds, "ratio": f"{tokens / text:.1f}", **waits})
+    return rows
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -107,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         settings = {key: value for key, value in vars(args).items() if key not in ("output", "workers")}
         shared = settings | {"commit": git_commit(), "versions": versions(), "cpus": len(os.sched_getaffinity(0))}
         args.output.write_text("".join(json.dumps(shared | record) + "\n" for record in records))
-    print(table(records, args.workers))
+    print_table(table(records, args.workers))
     return 0
 
 

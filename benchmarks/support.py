@@ -1,8 +1,8 @@
 """What the benchmarks share: the machine's name, tables, JSON lines."""
 
 import json
+import os
 import platform
-import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import date
@@ -11,27 +11,20 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).parent.parent
+from peft_pretraining.training.provenance import git_commit, versions
 
 
 def machine() -> dict[str, Any]:
     """What a figure depends on besides its command: processor or GPU, versions, commit, date."""
     return {
         "processor": _processor(),
-        "cores": len(_cores()),
+        "cores": len(os.sched_getaffinity(0)),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": _commit(),
+        "versions": versions(),
+        "commit": git_commit(),
         "date": date.today().isoformat(),
     }
-
-
-def _cores() -> Sequence[int]:
-    import os
-
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
 
 
 def _processor() -> str:
@@ -40,12 +33,6 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
-def _commit() -> str | None:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    found = subprocess.run(command, capture_output=True, text=True)
-    return found.stdout.strip() or None
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:

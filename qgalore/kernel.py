@@ -107,12 +107,13 @@ def write_update(
             return norm
         finite = None
     shared: dict[str, Any] = dict(norm=norm, finite=finite, constants=constants, **others)
-    compiled, projected, parts = isinstance(step.lr, Tensor), bool(constants.projector.sides), constants.rule.parts
-    if parts == "elements":
+    projected, separable = bool(constants.projector.sides), constants.rule.separable
+    if separable == "elements":
         R, weight, moments = _in_blocks(R, weight, moments, projected=projected)
-    if projected or parts is None or R.ndim != 2:
+    if projected or separable is None or R.ndim != 2:
         kernel(R, weight, moments, step=step, **shared)
         return norm
+    compiled = isinstance(step.lr, Tensor)
     for rows in _chunks(R, moments, elements=GPU_ELEMENTS if compiled else None):
         part, own, seed = weight.rows(rows), [moment.rows(rows) for moment in moments], step.seed
         if compiled:
@@ -148,19 +149,19 @@ def write_rows(
     moments: Sequence[Moment],
     *,
     finite: Tensor | None,
+    last: Tensor | None = None,
     **others: Any,
 ) -> None:
     """Writes moments, weight and `last` from R.
 
     finite: () bool, whether to leave them as they are after all; None if that is known already. On a GPU a value cannot
         be looked at without waiting for it. In compiled code the copies take no memory.
-    others: see _write.
+    last, others: see _write.
     """
-    last = others["last"]
     written = [tensor for kept in [*(m.stored for m in moments), weight] for tensor in kept.parts.values()]
     written += [last] if last is not None else []
     before = [] if finite is None else [tensor.clone() for tensor in written]
-    _write(R, weight, moments, **others)
+    _write(R, weight, moments, last=last, **others)
     if finite is not None:
         for tensor, old in zip(written, before, strict=True):
             tensor.copy_(torch.where(finite, tensor, old))
@@ -195,14 +196,14 @@ def _write(
     with watch():
         way = Way(projector, projector.read(bases), last)
         # Clipping would scale G and R alike, so the lift gets both unclipped.
-        parts = lift.function(D, raw, G, way)
-    direction, phi = (part if part is None or scale == 1 else part * scale for part in parts)
+        lifted = lift.function(D, raw, G, way)
+    direction, phi = (factor if factor is None or scale == 1 else factor * scale for factor in lifted)
     for rows in row_chunks(*weight.shape, device=R.device) if projector.sides else [slice(None)]:
         with watch():
             U = _update_of(rows, direction, phi, G, way)
         if rule.finish is not None:  # after the scale, as in the reference: a sign does not depend on it
             U = rule.finish(U)
-        part = weight.rows(rows) if projector.sides else weight
+        part = weight.rows(rows)
         part.write(_add_(part.read(R.dtype) * step.shrink, U, factor=-step.lr), seed=step.seed)
 
 
@@ -214,9 +215,9 @@ def _direction(R: Tensor, moments: Sequence[Moment], *, step: StepValues, consta
         mass_sq=step.mass_sq,
     )  # fmt: skip
     shape = R.shape
-    if rule.parts == "elements" and moments:
+    if rule.separable == "elements" and moments:
         R = R.reshape(moments[0].stored.shape)
-    chunks = list(_chunks(R, moments)) if rule.parts and R.ndim == 2 else []
+    chunks = list(_chunks(R, moments)) if rule.separable and R.ndim == 2 else []
     if len(chunks) < 2:
         return rule.direction(R, *moments, **keywords).view(shape)
     D = torch.empty_like(R)

@@ -27,7 +27,7 @@ from qgalore.subspace.projector import Projector
 MAX_GROWTH = 1.01  # largest growth of a limited norm from one update to the next
 MIN_NORM = 1e-30  # the norm below which a row of R does not count
 
-Parts = tuple[Tensor | None, Tensor | None]  # D' and phi
+Lifted = tuple[Tensor | None, Tensor | None]  # D' and phi
 
 
 class Way(NamedTuple):
@@ -46,17 +46,17 @@ class Way(NamedTuple):
 class Lift:
     """One row of the table."""
 
-    function: Callable[..., Parts]  # (D, R, G, way) -> (D', phi), see above
+    function: Callable[..., Lifted]  # (D, R, G, way) -> (D', phi), see above
     needs_whole: bool = False  # whether it needs G
     remembers: str | None = None  # the name in a parameter's state of the norm that it keeps, if it keeps one
 
 
-def bring_back(D: Tensor, R: Tensor, G: Tensor | None, way: Way) -> Parts:
+def bring_back(D: Tensor, R: Tensor, G: Tensor | None, way: Way) -> Lifted:
     """U = P D Q^T. Source: Zhao et al. 2024, GaLore, arXiv 2403.03507, algorithm 2."""
     return D, None
 
 
-def recover_residual(D: Tensor, R: Tensor, G: Tensor, way: Way) -> Parts:
+def recover_residual(D: Tensor, R: Tensor, G: Tensor, way: Way) -> Lifted:
     """Adds what the projection leaves out of G to the update.
 
         U = back(D) + k * phi * (G - back(R))       phi_j = ||D_j|| / ||R_j||      j: along the side not projected
@@ -88,7 +88,7 @@ def left_out(R: Tensor, G: Tensor, way: Way, *, across: int) -> Tensor:
     return (whole.square() - kept).clamp_min(0).sqrt()
 
 
-def scale_gradient(D: Tensor, R: Tensor, G: Tensor, way: Way, *, alpha: float | None = None) -> Parts:
+def scale_gradient(D: Tensor, R: Tensor, G: Tensor, way: Way, *, alpha: float | None = None) -> Lifted:
     """Scales each row or column j of G by ||D_j|| / ||R_j||, as the rule has scaled its sketch. The norm is limited.
 
     alpha: if given, all of G is scaled by alpha ||D|| / ||R||, as in APOLLO-Mini, whose sketch has rank 1.

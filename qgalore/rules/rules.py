@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class Rule:
     decay: Callable[[int], float] | None = None  # decay rate of the second moment at update t, if it is not beta2
     finish: Callable[[Tensor], Tensor] | None = None  # last step, in the full space
     matrices_only: bool = False  # whether vectors are refused
-    parts: str | None = None  # "elements" or "rows" that can be updated one after the other; None for neither
+    separable: Literal["elements", "rows"] | None = None  # what can be updated one after the other; None: the whole
 
 
 def adam_direction(
@@ -191,14 +191,14 @@ def _first_and_factors(shape: torch.Size) -> tuple[MomentKind, ...]:
 
 
 RULES = {
-    "adam": Rule(adam_direction, _first_and_second, parts="elements"),
-    "lion": Rule(lion_direction, _first, betas=(0.9, 0.99), finish=torch.sign, parts="elements"),
+    "adam": Rule(adam_direction, _first_and_second, separable="elements"),
+    "lion": Rule(lion_direction, _first, betas=(0.9, 0.99), finish=torch.sign, separable="elements"),
     "adafactor": Rule(adafactor_direction, _first_and_factors, decay=lambda t: 1 - t**-0.8),
     "muon": Rule(muon_direction, _first, betas=(0.95, 0.0), matrices_only=True),
-    "scale": Rule(normalized_direction, lambda shape: (), matrices_only=True, parts="rows"),
+    "scale": Rule(normalized_direction, lambda shape: (), matrices_only=True, separable="rows"),
     "scale_embedding": Rule(partial(normalized_direction, dim=0), lambda shape: (), matrices_only=True),
-    "scale_head": Rule(normalized_direction, _first, matrices_only=True, parts="rows"),
-    "foam": Rule(foam_direction, _blocks, betas=(0.9, 0.95), matrices_only=True, parts="rows"),
-    "sgd": Rule(sgd_direction, _first, parts="elements"),
-    "descent": Rule(descent_direction, lambda shape: (), parts="elements"),
+    "scale_head": Rule(normalized_direction, _first, matrices_only=True, separable="rows"),
+    "foam": Rule(foam_direction, _blocks, betas=(0.9, 0.95), matrices_only=True, separable="rows"),
+    "sgd": Rule(sgd_direction, _first, separable="elements"),
+    "descent": Rule(descent_direction, lambda shape: (), separable="elements"),
 }

@@ -22,6 +22,7 @@ decay. A positive second moment never becomes zero, or the first would be divide
 docs/notebook.md compares these codes with others: error against Adam in float64, and nanoseconds.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -29,7 +30,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qgalore.storage.chunks import row_chunks, rows_per_blocks
+from qgalore.storage.chunks import row_chunks
 from qgalore.storage.rounding import Seed, advance, random_bits
 
 BLOCK = 256
@@ -68,16 +69,14 @@ class Blockwise:
                 part.copy_(tensor)
 
     def decode(self, parts: Mapping[str, Tensor], *, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        codes = parts["codes"]
-        if codes.ndim == 2 and torch.compiler.is_compiling():
-            return self.decode_blocks(*self._floats(parts)).view(shape).to(dtype)
+        codes, pieces = parts["codes"], list(self._pieces(parts))
+        decoded = (self.decode_blocks(*(part.float() for part in own.values())) for _, own in pieces)
+        if len(pieces) == 1:  # always in compiled code, where a copy would not be made of vectors
+            return next(decoded).view(shape).to(dtype)
         values = torch.empty(codes.numel(), dtype=dtype, device=codes.device)
-        for elements, own in self._pieces(parts):
-            values[elements] = self.decode_blocks(*self._floats(own)).view(-1)
+        for (elements, _), piece in zip(pieces, decoded, strict=True):
+            values[elements] = piece.view(-1)
         return values.view(shape)
-
-    def _floats(self, parts: Mapping[str, Tensor]) -> list[Tensor]:
-        return [part.float() for part in parts.values()]
 
     def _pieces(self, parts: Mapping[str, Tensor]) -> Iterator[tuple[slice, dict[str, Tensor]]]:
         """Ranges of elements, and their parts with a row for each block; a last short block comes by itself."""
@@ -178,7 +177,7 @@ def _lowest_positive(x: Tensor) -> Tensor:
 
 def row_multiple(width: int) -> int:
     """Rows of that width can be cut at multiples of this number."""
-    return rows_per_blocks(width, block=BLOCK)
+    return BLOCK // math.gcd(BLOCK, width)
 
 
 def _noise(values: Tensor, *, seed: Seed | None) -> Tensor | float:

@@ -1,6 +1,5 @@
 """Work in chunks of rows, so that the temporaries of eager code stay in a CPU's cache, and small on a GPU."""
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -28,8 +27,3 @@ def row_chunks(
     step = max(1, -(-count // multiple)) * multiple
     for start in range(0, max(1, rows), step):
         yield slice(start, min(start + step, rows))
-
-
-def rows_per_blocks(width: int, *, block: int) -> int:
-    """The smallest number of rows that is a whole number of blocks of elements."""
-    return block // math.gcd(block, width)

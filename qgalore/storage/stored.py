@@ -138,9 +138,9 @@ class Stored:
 
     def rows(self, rows: slice) -> "Stored":
         """Some rows of a matrix: writing to them writes to it, with the noise that the whole would have there."""
-        start, stop, _ = rows.indices(self.shape[0])
-        if (start, stop) == (0, self.shape[0]):
+        if rows == slice(None):  # also of a tensor that has no rows
             return self
+        start, stop, _ = rows.indices(self.shape[0])
         width = self.shape[1:].numel()
         parts = self.codec.rows(self.parts, slice(start, stop), width=width)
         return Stored(self.codec, parts, torch.Size((stop - start, *self.shape[1:])), self.row_start + start)
@@ -149,10 +149,10 @@ class Stored:
         """The same tensor as rows of BLOCK elements, for arithmetic that treats all elements alike.
 
         Compiled code makes vectors of it, and not of blocks that lie across the rows of a matrix. None if the tensor
-        has no whole number of blocks, or a codec with rows of its own.
+        has no whole number of blocks, begins within one, or has a codec with rows of its own.
         """
-        count, parts = self.shape.numel(), self.parts
-        if count % BLOCK or not all(part.is_contiguous() for part in parts.values()):
+        count, start, parts = self.shape.numel(), self.row_start * self.shape[1:].numel(), self.parts
+        if count % BLOCK or start % BLOCK or not all(part.is_contiguous() for part in parts.values()):
             return None
         if isinstance(self.codec, Blockwise):
             parts = self.codec.in_blocks(parts)
@@ -160,9 +160,7 @@ class Stored:
             parts = {"": parts[""].view(-1, BLOCK)}
         else:
             return None
-        return Stored(
-            self.codec, parts, torch.Size((count // BLOCK, BLOCK)), self.row_start * self.shape[1:].numel() // BLOCK
-        )
+        return Stored(self.codec, parts, torch.Size((count // BLOCK, BLOCK)), start // BLOCK)
 
     def at_start(self, seed: Seed) -> tuple["Stored", Seed]:
         """The same tensor with row_start 0, and the seed that gives it the same noise.

@@ -196,7 +196,7 @@ class Probe(Observer):
 
 def read_bases(bases: Mapping[str, Stored], projector: Projector) -> dict[str, Tensor]:
     """The values of the bases by side, as products use them, in float32 or wider."""
-    return {side: basis.read(projector.dtype).to(projector.wide) for side, basis in bases.items()}
+    return {side: basis.to(projector.wide) for side, basis in projector.read(bases).items()}
 
 
 def observers(projectors: Mapping[Tensor, Projector], *, details: bool) -> dict[Tensor, Observer]:
