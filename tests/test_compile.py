@@ -119,7 +119,9 @@ def test_compiled_training_is_eager_training(settings, dtype, tolerance):
     ids=["clipped", "simulated, both sides", "unprojected, coupled decay", "residual", "adafactor, random"],
 )
 def test_one_update_writes_what_eager_code_writes(simulation, settings):
-    """From the same gradient in float32: codes, of moments and of weights, are the same but for one or two."""
+    """From the same gradient in float32: codes, of moments and of weights, are the same but for one or two.
+
+    A few more of second moments differ: all codes of a block hang on the last bit of its smallest value."""
     values, G = torch.randn(128, 128), torch.randn(128, 128)
     found = []
     for compile in (False, True):
@@ -133,7 +135,8 @@ def test_one_update_writes_what_eager_code_writes(simulation, settings):
         found.append({"weight": p.detach().float()} | {k: v for k, v in optimizer.state[p].items() if "codes" in k})
     assert compiles() == 1
     for name, eager in found[0].items():
-        assert ((found[1][name].float() - eager.float()).abs() > 1e-4).sum() <= 5, name
+        few = 5 if name == "exp_avg_sq.codes" else 2
+        assert ((found[1][name].float() - eager.float()).abs() > 1e-4).sum() <= few, name
 
 
 def test_a_basis_that_learns_is_compiled_once_beside_the_weights():

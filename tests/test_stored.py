@@ -102,6 +102,19 @@ def test_rows_can_be_cut_anywhere(codec, shape, cut):
         assert torch.equal(torch.cat([shard.parts[name] for shard in to_nearest[1:]]), to_nearest[0].parts[name]), name
 
 
+@pytest.mark.parametrize("codec", [Plain(torch.bfloat16), Power(), Log()], ids=str)
+def test_in_blocks_a_shard_has_the_noise_of_its_place(codec):
+    values = torch.rand(24, 96) + 0.1
+    whole = written(codec, values, seed=7)
+    for cut in (8, 16):
+        second = written(codec, values[cut:], seed=None, row_start=cut)
+        blocks = second.in_blocks()
+        blocks.write(values[cut:].reshape(blocks.shape), seed=7)
+        assert torch.equal(second.read(torch.float32), whole.read(torch.float32)[cut:])
+    plain = Stored(Plain(torch.float32), {"": values[16:]}, torch.Size((8, 96)), row_start=7)
+    assert plain.in_blocks() is None, "it begins within a block, where the noise would be another"
+
+
 @pytest.mark.parametrize("codec", [Plain(torch.bfloat16), Affine(8, 43), Affine(4, 43), Power()], ids=str)
 def test_the_start_of_a_shard_decides_its_noise(codec):
     values = torch.rand(32, 129 if isinstance(codec, Affine) else 128)
