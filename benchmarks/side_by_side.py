@@ -9,11 +9,14 @@ all parameters of configs/llama_9m.json. Name the same checkout twice to see how
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.support import Worker
 
 CASES: dict[str, dict[str, Any]] = {
     "GaLore": dict(name="galore_adamw", rank=256),
@@ -63,33 +66,13 @@ for p in model.parameters():
     p.grad = torch.randn(p.shape) * 1e-3
 for _ in range(3):
     optimizer.step()
-print("ready", flush=True)
+print("true", flush=True)
 for line in sys.stdin:
     began = time.perf_counter()
     for _ in range(int(line)):
         optimizer.step()
     print((time.perf_counter() - began) / int(line), flush=True)
 """
-
-
-class Worker:
-    """A process that runs updates when it is told to."""
-
-    def __init__(self, checkout: Path, case: dict[str, Any]) -> None:
-        command = [sys.executable, "-c", WORKER, json.dumps(case), str(checkout)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None and self.process.stdin is not None
-        self.answers, self.orders = self.process.stdout, self.process.stdin
-        assert self.answers.readline().strip() == "ready"
-
-    def seconds(self, updates: int) -> float:
-        """Of one update, on average."""
-        print(updates, file=self.orders, flush=True)
-        return float(self.answers.readline())
-
-    def close(self) -> None:
-        self.orders.close()
-        self.process.wait()
 
 
 def main() -> None:
@@ -104,8 +87,8 @@ def main() -> None:
     for name, case in CASES.items():
         if args.only not in name:
             continue
-        workers = [Worker(checkout.resolve(), case) for checkout in (args.before, args.after)]
-        pairs = [[worker.seconds(args.updates) for worker in workers] for _ in range(args.rounds)]
+        workers = [Worker(WORKER, json.dumps(case), str(path.resolve())) for path in (args.before, args.after)]
+        pairs = [[worker.work(args.updates) for worker in workers] for _ in range(args.rounds)]
         before, after = (1e3 * median(column) for column in zip(*pairs, strict=True))
         ratio = median(b / a for a, b in pairs)
         print(f"| {name} | {before:.1f} | {after:.1f} | {ratio:.3f} |", flush=True)

@@ -1,8 +1,9 @@
-"""What the benchmarks share: the machine's name, tables, JSON lines."""
+"""What the benchmarks share: the machine's name, processes that take turns, tables, JSON lines."""
 
 import json
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import date
@@ -33,6 +34,43 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+class Worker:
+    """A process that works when it is told to, so that several can take turns on one busy machine.
+
+    Its program prints one line of JSON when it is ready, then one for each number that it reads: what that many updates
+    have given.
+    """
+
+    def __init__(self, program: str, *arguments: str, **environment: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", program, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | environment,
+        )
+        assert self.process.stdout is not None and self.process.stdin is not None
+        self.answers, self.orders = self.process.stdout, self.process.stdin
+        self.ready = self._answer()
+
+    def work(self, updates: int) -> Any:
+        """What so many updates have given."""
+        print(updates, file=self.orders, flush=True)
+        return self._answer()
+
+    def _answer(self) -> Any:
+        line = self.answers.readline()
+        if not line:
+            raise SystemExit(
+                f"error: a process of this benchmark has ended with status {self.process.wait()}, see above"
+            )
+        return json.loads(line)
+
+    def close(self) -> None:
+        self.orders.close()
+        self.process.wait()
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
