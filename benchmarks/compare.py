@@ -25,6 +25,7 @@ ONLINE = [*LOW_RANK, "--update_proj_gap", "200", "--proj_type"]  # its code's st
 FIVEFOLD = ["--proj_lr", "0.04"]  # its paper's: five times the learning rate, here 0.008
 NEAREST = ["--weight_quant", "--proj_quant"]
 INT8 = [*NEAREST, "--stochastic_round"]
+ROWS = ["--weight_group_size", "-1"]
 NOT_LAZY = ["--cos_threshold", "1"]
 FIRA = ["--residual", "fira"]
 RECOMMENDED = "Q-GaLore, lazy, residual recovered (recommended)"
@@ -56,6 +57,17 @@ METHODS: Methods = {  # title: optimizer, flags, learning rates
     "Q-GaLore, lazy, 32-bit moments of embedding and head": (
         "q_galore_adamw8bit_per_layer",
         [*ITERATE, *INT8, "--embedding_state_bits", "32"],
+        (0.016,),
+    ),
+    "Q-GaLore, lazy, a scale a row": ("q_galore_adamw8bit_per_layer", [*ITERATE, *INT8, *ROWS], (0.016,)),
+    "Q-GaLore, lazy, INT8 products in the forward pass": (
+        "q_galore_adamw8bit_per_layer",
+        [*ITERATE, *INT8, "--int8_matmul", "forward"],
+        (0.016,),
+    ),
+    "Q-GaLore, lazy, all products in INT8": (
+        "q_galore_adamw8bit_per_layer",
+        [*ITERATE, *INT8, "--int8_matmul", "all"],
         (0.016,),
     ),
     RECOMMENDED: ("q_galore_adamw8bit", [*ITERATE, *INT8, *FIRA], RATES),

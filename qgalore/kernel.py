@@ -20,7 +20,7 @@ from qgalore.clock import Clock
 from qgalore.rules.lifts import Lift, Way
 from qgalore.rules.moments import Moment
 from qgalore.rules.rules import Rule
-from qgalore.storage.chunks import GPU_ELEMENTS, row_chunks
+from qgalore.storage.chunks import GPU_ELEMENTS, PRODUCT_ROWS, row_chunks
 from qgalore.storage.rounding import Seed, seed_tensors
 from qgalore.storage.stored import Stored
 from qgalore.subspace.projector import Projector
@@ -198,7 +198,8 @@ def _write(
         # Clipping would scale G and R alike, so the lift gets both unclipped.
         lifted = lift.function(D, raw, G, way)
     direction, phi = (factor if factor is None or scale == 1 else factor * scale for factor in lifted)
-    for rows in row_chunks(*weight.shape, device=R.device) if projector.sides else [slice(None)]:
+    shape, device = weight.shape, R.device
+    for rows in row_chunks(*shape, device=device, multiple=PRODUCT_ROWS) if projector.sides else [slice(None)]:
         with watch():
             U = _update_of(rows, direction, phi, G, way)
         if rule.finish is not None:  # after the scale, as in the reference: a sign does not depend on it

@@ -158,6 +158,11 @@ def test_quantization_is_completed_and_checked():
     assert "must be 4 or 8" in flags_refusal("--proj_bits", 3)
     assert "above 0, or -1" in flags_refusal("--weight_group_size", 0)
     assert "float32" in flags_refusal("--accumulation_dtype", "float16"), "not silently the model's"
+    int8 = ("--optimizer", "q_galore_adamw8bit", "--weight_quant", "--int8_matmul", "all")
+    assert parse(*int8).weight_group_size == -1
+    assert "leave out --weight_group_size 64" in flags_refusal(*int8, "--weight_group_size", 64)
+    assert "8-bit codes" in flags_refusal(*int8, "--weight_bits", 4)
+    assert "8-bit codes" in flags_refusal(*int8, "--simulation")
     assert "torch's own optimizers cannot write quantized weights" in flags_refusal(
         "--weight_quant", "--optimizer", "adamw"
     )

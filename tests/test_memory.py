@@ -92,7 +92,9 @@ def test_start_up_needs_no_more_than_training():
     """llama_60m, initialised and quantized module by module: beside the model itself, one matrix in full at a time."""
     config = read_config(CONFIG)
     groups = split_parameters(meta_model(config))
-    settings = argparse.Namespace(weight_group_size=256, stochastic_round=True, simulation=False, weight_bits=8)
+    settings = argparse.Namespace(
+        weight_group_size=256, stochastic_round=True, simulation=False, weight_bits=8, int8_matmul=None
+    )
     finish = weight_quantizer(settings, groups=groups)
     with LiveBytes() as watch:
         model = build_model(config, device="cpu", dtype=torch.bfloat16, seed=0, finish=finish)

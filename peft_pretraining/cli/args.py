@@ -43,6 +43,7 @@ def parse_args(argv: list[str] | None = None, *, world_size: int = 1) -> argpars
     _check_recovery(args)
     _complete_optimizer(args, given)
     _complete_batch(args, world_size)
+    _complete_int8_matmul(args, given)
     _check_residual(args)
     _check_adapters(args)
     _complete_restarts(args)
@@ -107,6 +108,18 @@ def _complete_optimizer(args: argparse.Namespace, given: argparse.Namespace) -> 
     args.proj_bits = (args.proj_bits or 4) if args.proj_quant else None
     if args.cos_threshold is None:
         args.cos_threshold = recipe.lazy_threshold
+
+
+def _complete_int8_matmul(args: argparse.Namespace, given: argparse.Namespace) -> None:
+    """INT8 products need one scale a row: the group size follows, unless another one was asked for."""
+    if args.int8_matmul is None or not args.weight_quant:
+        return
+    told = f"--int8_matmul {args.int8_matmul}"
+    if args.weight_bits != 8 or args.simulation:
+        raise UserError(f"{told} multiplies 8-bit codes: leave out --weight_bits {args.weight_bits} and --simulation.")
+    if getattr(given, "weight_group_size", -1) != -1:
+        raise UserError(f"{told} needs one group a row: leave out --weight_group_size {args.weight_group_size}.")
+    args.weight_group_size = -1
 
 
 def _check_residual(args: argparse.Namespace) -> None:

@@ -26,6 +26,7 @@ from qgalore.options import (
     one_of,
     option,
 )
+from qgalore.storage.int8_products import PRODUCTS
 
 _SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9}
 
@@ -133,6 +134,9 @@ class RunOptions:
         "average", section=QUANTIZATION, needs=("weight_quant",))
     simulation: bool = option(False, "keep, as float32, exactly the values that quantized weights would have",
         section=QUANTIZATION, needs=("weight_quant",))
+    int8_matmul: str | None = option(None, "multiply quantized weights as INT8, with activations quantized on the fly: "
+        "forward, the products of the forward pass; all, those of the backward pass as well; each row of a weight is "
+        "one group then", section=QUANTIZATION, choices=PRODUCTS, shown="none", needs=("weight_quant",))
     proj_quant: bool = option(False, "keep the bases in --proj_bits", section=QUANTIZATION, needs=("projected",))
     accumulation_dtype: str | None = option(None, "data type of the sums over micro-batches", unit="TYPE",
         section=QUANTIZATION, choices=("bfloat16", "float32"), shown="the model's")

@@ -128,6 +128,7 @@ def weight_quantizer(args: argparse.Namespace, *, groups: Sequence[ParameterGrou
                 group_size=args.weight_group_size,
                 stochastic=args.stochastic_round,
                 simulation=args.simulation,
+                products=args.int8_matmul,
             )
 
     return finish

@@ -36,6 +36,7 @@ from peft_pretraining.training.run import Run
 from qgalore.factory import create_optimizer, create_updates, find_recipe
 from qgalore.param_groups import frozen_parameters, split_parameters
 from qgalore.per_layer import PerLayerUpdates
+from qgalore.storage import int8_products
 from qgalore.sync import GradSync
 from qgalore.whole_model import WholeModelUpdates
 
@@ -110,6 +111,11 @@ def _check_model(args: argparse.Namespace, *, world: World) -> tuple[PreTrainedC
     dtype = resolve_dtype(args.dtype, world.device)
     if args.compile:
         check_compiler(world.device)
+    if args.int8_matmul is not None and args.weight_quant:
+        try:
+            int8_products.check_device(world.device)
+        except ValueError as error:
+            raise UserError(f"--int8_matmul {args.int8_matmul}: {error}. Leave it out.") from None
     if args.max_length > (longest := config.max_position_embeddings):
         raise UserError(f"--max_length {args.max_length}: {args.model_config} allows at most {longest}.")
     return config, dtype

@@ -6,6 +6,7 @@ import torch
 
 CPU_ELEMENTS = 1 << 17  # 512 kB in float32
 GPU_ELEMENTS = 1 << 24
+PRODUCT_ROWS = 256  # a matrix product of fewer rows takes up to twice as long for each of them
 
 
 def row_chunks(

@@ -19,6 +19,7 @@ def quantize_module_weight(
     stochastic: bool = True,
     seed: int | None = None,
     simulation: bool = False,
+    products: str | None = None,
 ) -> None:
     """Replaces one matrix of `module` by its quantized form, which frees the floating one.
 
@@ -26,8 +27,9 @@ def quantize_module_weight(
     """
     old = getattr(module, name)
     new = QuantizedWeight.from_float(
-        old, bits=bits, group_size=group_size, stochastic=stochastic, seed=seed, simulation=simulation
-    )
+        old, bits=bits, group_size=group_size, stochastic=stochastic, seed=seed, simulation=simulation,
+        products=products,
+    )  # fmt: skip
     fits = new.codec.group_size
     if fits < min(16, old.shape[1]):
         warnings.warn(
@@ -48,6 +50,7 @@ def quantize_linear_layers(
     stochastic: bool = True,
     seed: int | None = None,
     simulation: bool = False,
+    products: str | None = None,
 ) -> list[str]:
     """Replaces the weights of linear layers by quantized ones, one after the other. Returns their parameters' names.
 
@@ -64,8 +67,9 @@ def quantize_linear_layers(
             raise ValueError(f"the weight of {name} is shared with another module and cannot be quantized")
         own = None if seed is None else mix_seed(seed, len(names))
         quantize_module_weight(
-            module, bits=bits, group_size=group_size, stochastic=stochastic, seed=own, simulation=simulation
-        )
+            module, bits=bits, group_size=group_size, stochastic=stochastic, seed=own, simulation=simulation,
+            products=products,
+        )  # fmt: skip
         names.append(f"{name}.weight")
     return names
 

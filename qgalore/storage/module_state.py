@@ -53,7 +53,7 @@ def _join(
         if problem := _misfit(weight, parts):
             error_msgs.append(f"{key}: {problem}")
         stored = Stored(weight.codec, weight.stored().parts if problem else parts, weight.shape)
-        state_dict[key] = QuantizedWeight(stored, dtype=weight.dtype)
+        state_dict[key] = QuantizedWeight(stored, dtype=weight.dtype, products=weight.products)
 
 
 def _misfit(weight: QuantizedWeight, parts: dict[str, Tensor]) -> str | None:

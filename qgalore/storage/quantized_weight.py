@@ -11,6 +11,8 @@ The three products of a linear layer, none of which keeps anything of the weight
     dx = dy W         backward, W dequantized once more
     dW = dy^T x       an ordinary tensor of the weight's dtype: hooks, clipping and accumulation see nothing unusual
 
+Or, if the weight asks for it, as products of INT8 codes, without dequantizing (int8_products.py).
+
 Writing is `write` with a seed, or `copy_`, which rounds to nearest. Arithmetic in place has no seed to round with. On a
 weight that is trained it would lose small updates for ever, and is refused; on a frozen one, as when an adapter is
 merged into it, it rounds to nearest. All other operations see the dequantized values.
@@ -28,12 +30,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from qgalore.storage import affine, rounding, stored
+from qgalore.storage import affine, int8_products, rounding, stored
 from qgalore.storage.affine import Affine, Simulated, check_finite
 from qgalore.storage.rounding import Seed
 from qgalore.storage.stored import Stored
 
 aten = torch.ops.aten
+
+_Settings = tuple[Affine, torch.dtype, str | None]  # of a weight: codec, dtype and products
 
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 _NO_DATA = "the .data of quantized weights cannot be replaced. Convert models by model.to(dtype), not by model.float()."
@@ -48,18 +52,20 @@ class QuantizedWeight(Tensor):
 
     stored: the codes with their codec, Affine or Simulated.
     dtype: what it appears as.
+    products: which products of a linear layer are INT8 products, of int8_products.PRODUCTS; None for none.
     """
 
     codec: Affine
+    products: str | None
     trained = False  # of an alias: whether the weight behind it is trained
 
     @staticmethod
-    def __new__(cls, stored: Stored, *, dtype: torch.dtype) -> "QuantizedWeight":
+    def __new__(cls, stored: Stored, *, dtype: torch.dtype, products: str | None = None) -> "QuantizedWeight":
         weight = Tensor._make_wrapper_subclass(cls, stored.shape, dtype=dtype, device=stored.device)
         for name, part in stored.parts.items():
             setattr(weight, name, part)
         assert isinstance(stored.codec, Affine)
-        weight.codec = stored.codec
+        weight.codec, weight.products = stored.codec, products
         return weight
 
     @classmethod
@@ -73,6 +79,7 @@ class QuantizedWeight(Tensor):
         stochastic: bool = True,
         seed: int | None = None,
         simulation: bool = False,
+        products: str | None = None,
     ) -> "QuantizedWeight":
         """Quantizes a matrix.
 
@@ -84,17 +91,22 @@ class QuantizedWeight(Tensor):
         seed: 64 bits to round stochastically now; None, to nearest, is more accurate, as nothing adds up yet.
         simulation: whether to hold, as float32, the values that the codes would decode to: the same numbers to the last
             bit, in four times the memory of 8 bits.
-        Raises ValueError for anything but a floating matrix, and for values that are not finite.
+        products: `forward` for INT8 products in the forward pass, `all` for those of the backward pass as well. They
+            need 8 bits, one group a row and no simulation.
+        Raises ValueError for anything but a floating matrix, for values that are not finite, and for `products` that
+        cannot be had.
         """
         if values.ndim != 2 or not values.is_floating_point():
             raise ValueError(f"only a floating-point matrix can be quantized, not {values.dtype} {tuple(values.shape)}")
         kind = Simulated if simulation else Affine
+        if products is not None:
+            _check_products(products, bits=bits, whole_rows=group_size in (-1, values.shape[1]), simulation=simulation)
         codec = kind.fitting(values.shape[1], bits=bits, at_most=group_size)
         parts = codec.encode(values.detach(), seed=seed)
         if not values.is_meta:
             check_finite(codec.magnitudes(parts), name=cls.__name__)
         codec = kind(codec.bits, codec.group_size, stochastic)
-        return cls(Stored(codec, parts, values.shape), dtype=dtype or values.dtype)
+        return cls(Stored(codec, parts, values.shape), dtype=dtype or values.dtype, products=products)
 
     def stored(self) -> Stored:
         """Its plain tensors with their codec. After a write there, increment the version of this tensor: a backward
@@ -133,7 +145,7 @@ class QuantizedWeight(Tensor):
 
     def _like(self, parts: dict[str, Tensor], *, dtype: torch.dtype | None = None) -> "QuantizedWeight":
         """Another weight with these parts and the settings of this one."""
-        return type(self)(Stored(self.codec, parts, self.shape), dtype=dtype or self.dtype)
+        return type(self)(Stored(self.codec, parts, self.shape), dtype=dtype or self.dtype, products=self.products)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         shape, grad, codec = tuple(self.shape), ", requires_grad=True" if self.requires_grad else "", self.codec
@@ -142,15 +154,15 @@ class QuantizedWeight(Tensor):
         settings = f"{kind}{codec.bits} bits, groups of {codec.group_size}, {rounding}"
         return f"{type(self).__name__}({shape}, {self.dtype}, {settings}{grad})"
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[Affine, torch.dtype]]:
-        return list(self.codec.PARTS), (self.codec, self.dtype)
+    def __tensor_flatten__(self) -> tuple[list[str], _Settings]:
+        return list(self.codec.PARTS), (self.codec, self.dtype, self.products)
 
     @classmethod
     def __tensor_unflatten__(
-        cls, parts: Mapping[str, Tensor], settings: tuple[Affine, torch.dtype], size: Any, stride: Any
+        cls, parts: Mapping[str, Tensor], settings: _Settings, size: Any, stride: Any
     ) -> "QuantizedWeight":
-        codec, dtype = settings
-        return cls(Stored(codec, dict(parts), codec.shape_of(parts)), dtype=dtype)
+        codec, dtype, products = settings
+        return cls(Stored(codec, dict(parts), codec.shape_of(parts)), dtype=dtype, products=products)
 
     def _stable_hash_for_caching(self) -> str:
         """For torch.compile's cache on disk. The code counts: compiled kernels hold it, but the cache cannot see it."""
@@ -182,7 +194,9 @@ def open_weight(p: Tensor) -> Stored:
 @functools.cache
 def _code() -> str:
     """What the compiled kernels are made of."""
-    return "".join(inspect.getsource(module) for module in (rounding, affine, stored, sys.modules[__name__]))
+    return "".join(
+        inspect.getsource(module) for module in (rounding, affine, stored, int8_products, sys.modules[__name__])
+    )
 
 
 class _Dequantize(torch.autograd.Function):
@@ -202,15 +216,26 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return F.linear(x, weight._decode(weight.dtype), bias)
+        if not _in_int8(x, weight):
+            return F.linear(x, weight._decode(weight.dtype), bias)
+        y = int8_products.output(x.flatten(0, -2), **weight.stored().parts).unflatten(0, x.shape[:-1])
+        return y if bias is None else y.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
-        needs_dx, needs_dW, needs_db = ctx.needs_input_grad
+        needs_dx, _, needs_db = ctx.needs_input_grad
         rows = dy.reshape(-1, dy.shape[-1])  # (tokens, out)
-        dx = dy @ weight._decode(dy.dtype) if needs_dx else None
-        dW = rows.mT @ x.reshape(-1, x.shape[-1]).to(dy.dtype) if needs_dW else None
+        columns = None if x is None else x.reshape(-1, x.shape[-1]).to(dy.dtype)  # (tokens, in)
+        dx, dW = None, None
+        if weight.products == "all" and _in_int8(dy, weight):
+            if needs_dx:
+                dx = int8_products.input_gradient(rows, **weight.stored().parts).unflatten(0, dy.shape[:-1])
+            if columns is not None:
+                dW = int8_products.weight_gradient(rows, columns)
+        else:
+            dx = dy @ weight._decode(dy.dtype) if needs_dx else None
+            dW = rows.mT @ columns if columns is not None else None
         return dx, dW, rows.sum(0) if needs_db else None
 
 
@@ -219,6 +244,19 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         return _Linear.apply(input, weight, bias)
     with torch._C.DisableTorchFunctionSubclass():
         return F.linear(input, weight, bias)
+
+
+def _check_products(products: str, *, bits: int, whole_rows: bool, simulation: bool) -> None:
+    if products not in int8_products.PRODUCTS:
+        raise ValueError(f"INT8 products are for {' or '.join(int8_products.PRODUCTS)}, not for {products}")
+    if bits != 8 or not whole_rows or simulation:
+        raise ValueError("INT8 products need 8-bit weights with one group a row (a group size of -1), not simulated")
+
+
+def _in_int8(rows: Tensor, weight: QuantizedWeight) -> bool:
+    """Whether the products with (..., in) or (..., out) `rows` are INT8 products."""
+    tokens = rows.shape[:-1].numel()
+    return weight.products is not None and rows.ndim > 1 and int8_products.fits(tokens, weight.shape)
 
 
 def _share(func: Any, weight: QuantizedWeight) -> QuantizedWeight:
