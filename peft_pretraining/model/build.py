@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from peft_pretraining.errors import UserError
 from peft_pretraining.model.adapters import Adapters, draw_factors, insert, is_factor
 from peft_pretraining.model.family import family_of
+from peft_pretraining.progress import Progress
 from qgalore.param_groups import ParameterGroup, split_parameters
 from qgalore.storage.convert import quantize_module_weight
 
@@ -60,6 +61,7 @@ def build_model(
     generator = None if device.type == "meta" else torch.Generator(device=device).manual_seed(seed)
     std = model.config.initializer_range
     tied = family.part("head", model) if model.config.tie_word_embeddings else None
+    progress = Progress("drawing the weights of modules", total=sum(1 for _ in model.modules()))
     for name, module in model.named_modules():
         if module is not tied:
             module.to_empty(device=device, recurse=False)
@@ -67,6 +69,7 @@ def build_model(
                 _initialize(module, std=std, generator=generator, norm=family.norm)
             if finish is not None:
                 finish(name, module)
+        progress.advance()
     model.tie_weights()
     if adapters is not None:
         draw_factors(model, adapters, seed=seed)

@@ -1,7 +1,7 @@
 """Observers of a parameter's subspace: they are called around refreshes and projections, and change nothing."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -19,6 +19,7 @@ class Observer:
 
     def __init__(self) -> None:
         self.refresh_seconds = 0.0
+        self.refreshed: Callable[[], None] | None = None  # is called after each refresh
 
     @contextmanager
     def refreshing(self, projector: Projector, state: Mapping[str, Any]) -> Iterator[None]:
@@ -26,6 +27,8 @@ class Observer:
         began = time.perf_counter()
         yield
         self.refresh_seconds += time.perf_counter() - began
+        if self.refreshed is not None:
+            self.refreshed()
 
     def projecting(self, G: Tensor, *, step: int) -> AbstractContextManager:
         """A context around a projection of G (m, n). step: number of the update, from 1."""
