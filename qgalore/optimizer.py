@@ -10,11 +10,12 @@ from qgalore.options import complete_group, learner_group
 from qgalore.outcome import Outcome
 from qgalore.resumable import ResumableOptimizer
 from qgalore.rules.lifts import LIFTS
-from qgalore.rules.moments import create_moments
+from qgalore.rules.moments import create_moments, moment_codec
+from qgalore.rules.rules import RULES
 from qgalore.storage.dynamic8 import upgrade_moments
 from qgalore.storage.rounding import mix_seed
 from qgalore.subspace.probe import observers
-from qgalore.subspace.projector import LEARNERS, Projector, projection_sides
+from qgalore.subspace.projector import LEARNERS, SMALLEST, Projector, projection_sides
 from qgalore.subspace.schedule import RefreshSchedule, staggered_offset
 from qgalore.sync import GradSync
 from qgalore.update import BasisUpdate, Engine, ParameterUpdate
@@ -192,21 +193,36 @@ def _projector(p: Tensor, group: dict[str, Any], *, seed: int, turn: int, count:
     if not group["rank"]:
         return Projector(p.shape, p.dtype)
     gap, random = group["update_proj_gap"], group["proj_type"] == "random"
-    return Projector(
-        p.shape,
-        p.dtype,
-        sides=projection_sides(p.shape, proj_type=group["proj_type"]),
-        rank=min(group["rank"], *p.shape),
-        method="random" if random else group["subspace"],
-        learns=group["proj_type"] in LEARNERS,
-        schedule=RefreshSchedule(
-            gap=gap,
-            offset=staggered_offset(turn, count=count, gap=gap),
-            threshold=None if random else group["cos_threshold"],
-            growth=group["gamma_proj"],
-            queue_size=group["queue_size"],
-        ),
-        seed=seed,
-        bits=group["proj_bits"],
-        group_size=group["proj_group_size"],
+    schedule = RefreshSchedule(
+        gap=gap,
+        offset=staggered_offset(turn, count=count, gap=gap),
+        threshold=None if random else group["cos_threshold"],
+        growth=group["gamma_proj"],
+        queue_size=group["queue_size"],
     )
+
+    def facing(proj_type: str) -> Projector:
+        return Projector(
+            p.shape,
+            p.dtype,
+            sides=projection_sides(p.shape, proj_type=proj_type),
+            rank=min(group["rank"], *p.shape),
+            method="random" if random else group["subspace"],
+            learns=proj_type in LEARNERS,
+            schedule=schedule,
+            seed=seed,
+            bits=group["proj_bits"],
+            group_size=group["proj_group_size"],
+        )
+
+    if group["proj_type"] == SMALLEST:
+        return min(facing("std"), facing("reverse_std"), key=lambda projector: _state_bytes(projector, group))
+    return facing(group["proj_type"])
+
+
+def _state_bytes(projector: Projector, group: dict[str, Any]) -> int:
+    """The bytes of bases and moments of a parameter with this projector."""
+    specs = [projector.codec.spec(projector.basis_shape(side)) for side in projector.sides]
+    for kind in RULES[group["rule"]].moments(projector.projected_shape):
+        specs.append(moment_codec(kind, bits=group["state_bits"], dtype=projector.wide).spec(kind.shape))
+    return sum(shape.numel() * dtype.itemsize for spec in specs for shape, dtype in spec.values())

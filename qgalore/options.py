@@ -121,9 +121,9 @@ class ProjectionOptions:
     scale: float = option(1.0, "factor on the update of the projected matrices", unit="FACTOR", section=PROJECTION,
         range=ABOVE_0, flag="galore_scale", needs=("scaled",))
     proj_type: str = option("std", "what is projected. std: the shorter side of a matrix; reverse_std: the longer; "
-        "left, right: that side; full: both. The shorter side also with continuous (the basis learns by online PCA "
-        "with AdamW, or with the optimizer in the name) and random (the basis is drawn)", section=PROJECTION,
-        choices=PROJ_TYPES, needs=("projected",))
+        "auto: the one of these that keeps fewer bytes, mostly the longer; left, right: that side; full: both. The "
+        "shorter side also with continuous (the basis learns by online PCA with AdamW, or with the optimizer in the "
+        "name) and random (the basis is drawn)", section=PROJECTION, choices=PROJ_TYPES, needs=("projected",))
     subspace: str = option("iterate", "how a basis is computed. iterate: warm orthogonal iteration; svd: exact "
         "singular vectors at every refresh", section=PROJECTION, choices=METHODS, flag_choices=SUBSPACE_METHODS,
         needs=("projected", "computed"))

@@ -202,3 +202,32 @@ def test_a_rank_beyond_the_matrix_is_clamped_with_a_warning():
     ours.grad = torch.randn_like(ours)
     optimizer.step()
     assert optimizer.state[ours]["left"].shape == (6, 6)
+
+
+@pytest.mark.parametrize(
+    "shape, options, side",
+    [
+        ((96, 64), {}, "left"),  # two moments of (64, r) and a basis of (96, r)
+        ((64, 96), {}, "right"),
+        ((64, 64), {}, "right"),  # as std
+        ((96, 64), dict(rule="lion"), "right"),  # one moment weighs as much as the basis, which is float32 here
+        ((96, 64), dict(rule="lion", proj_bits=4), "left"),
+        ((96, 64), dict(state_bits=8, rank=64), "right"),  # two bytes of moments, four of the basis
+        ((96, 64), dict(state_bits=8, rank=64, proj_bits=4), "left"),
+    ],
+)
+def test_auto_projects_the_side_that_keeps_fewer_bytes(shape, options, side):
+    """By count of what the state holds after an update, against both fixed sides."""
+
+    def sides_and_bytes(proj_type):
+        p = torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+        group = {"params": [p], "rank": 8, "proj_type": proj_type} | options
+        optimizer = LowRankOptimizer([group], betas=(0.9, 0.99))
+        p.grad = torch.ones(shape)
+        optimizer.step()
+        kept = sum(value.nbytes for value in optimizer.state[p].values() if torch.is_tensor(value))
+        return optimizer.updates[p].projector.sides, kept, p.detach()
+
+    (chosen, kept, values), *fixed = (sides_and_bytes(name) for name in ("auto", "std", "reverse_std"))
+    assert chosen == (side,) and kept == min(other for _, other, _ in fixed)
+    assert any(sides == chosen and torch.equal(values, same) for sides, _, same in fixed)

@@ -15,7 +15,7 @@ from peft_pretraining.schedules import check_schedule
 from qgalore.factory import Recipe, find_recipe
 from qgalore.options import GROUP_OPTIONS, Settings, declared
 from qgalore.rules.rules import RULES
-from qgalore.subspace.projector import LEARNERS, SIDE_TYPES
+from qgalore.subspace.projector import LEARNERS, SIDE_TYPES, SMALLEST
 
 
 def parse_args(argv: list[str] | None = None, *, world_size: int = 1) -> argparse.Namespace:
@@ -201,7 +201,7 @@ def _conditions(args: argparse.Namespace, recipe: Recipe) -> dict[str, tuple[boo
         "beta1": ("beta1" in recipe.uses, optimizer),
         "beta2": ("beta2" in recipe.uses, optimizer),
         "moments8": (recipe.state_bits == 8, optimizer),
-        "sided": (args.proj_type in SIDE_TYPES, proj_type),
+        "sided": (args.proj_type in (*SIDE_TYPES, SMALLEST), proj_type),
         "learns": (learns, proj_type),
         "refreshed": (not learns, proj_type),
         "computed": (args.proj_type != "random", proj_type),

@@ -20,6 +20,7 @@ from qgalore.subspace.bases import METHODS, BasisMethod
 from qgalore.subspace.schedule import RefreshSchedule
 
 SIDE_TYPES = ("std", "reverse_std", "left", "right", "full")
+SMALLEST = "auto"  # std or reverse_std, whichever keeps fewer bytes of a matrix
 SIDES = ("left", "right")
 
 
@@ -38,7 +39,7 @@ LEARNERS = {
     "continuous_adafactor": Learner("adafactor", 32, "Adafactor"),
     "continuous_sgd": Learner("descent", 32, "SGD"),
 }
-PROJ_TYPES = (*SIDE_TYPES, *LEARNERS, "random")
+PROJ_TYPES = (*SIDE_TYPES, SMALLEST, *LEARNERS, "random")
 
 
 def projection_sides(shape: torch.Size | tuple[int, ...], *, proj_type: str) -> tuple[str, ...]:
