@@ -24,7 +24,7 @@ from peft_pretraining.cli.args import parse_args, schedule_of
 from peft_pretraining.distributed import World, make_deterministic, use_threads
 from peft_pretraining.errors import UserError
 from peft_pretraining.model.adapters import reset_if_due
-from peft_pretraining.model.loss import token_loss_sum
+from peft_pretraining.model.loss import accumulate_gradients
 from peft_pretraining.schedules import lr_ratio
 from peft_pretraining.training.evaluate import evaluate_only
 from peft_pretraining.training.incidents import react
@@ -106,11 +106,7 @@ def train_step(run: Run) -> None:
     targets = sum(int((batch.targets != IGNORED).sum()) for batch in micro_batches)
     targets = max(1, int(run.world.sum(torch.tensor(float(targets), dtype=torch.float64))))
     set_lr(run.updates.optimizer, args.lr * lr_ratio(state.update + 1, **schedule_of(args)))
-    loss = torch.zeros((), device=run.world.device)
-    for batch in micro_batches:
-        share = token_loss_sum(run.model, batch.input_ids, batch.targets) / targets
-        share.backward()
-        loss += share.detach()
+    loss = accumulate_gradients(run.model, micro_batches, targets=targets, device=run.world.device)
     outcome = run.updates.finish()
     reset_if_due(args, run.model, run.updates.optimizer, update=state.update + 1)
     skipped = [line for batch in micro_batches for line in batch.skipped]

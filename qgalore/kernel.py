@@ -10,7 +10,7 @@ shape and set of constants.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from qgalore.clock import Clock
 from qgalore.rules.lifts import Lift, Way
 from qgalore.rules.moments import Moment
 from qgalore.rules.rules import Rule
-from qgalore.storage.chunks import GPU_ELEMENTS, PRODUCT_ROWS, row_chunks
+from qgalore.storage.chunks import COMPILED_ELEMENTS, PRODUCT_ROWS, on_cpu, row_chunks
 from qgalore.storage.rounding import Seed, seed_tensors
 from qgalore.storage.stored import Stored
 from qgalore.subspace.projector import Projector
@@ -102,7 +102,7 @@ def write_update(
     """
     norm = torch.linalg.vector_norm(R)
     finite = norm.isfinite()
-    if norm.device.type == "cpu":
+    if on_cpu(norm.device):
         if not finite:
             return norm
         finite = None
@@ -114,7 +114,7 @@ def write_update(
         kernel(R, weight, moments, step=step, **shared)
         return norm
     compiled = isinstance(step.lr, Tensor)
-    for rows in _chunks(R, moments, elements=GPU_ELEMENTS if compiled else None):
+    for rows in _chunks(R, moments, elements=COMPILED_ELEMENTS if compiled else None):
         part, own, seed = weight.rows(rows), [moment.rows(rows) for moment in moments], step.seed
         if compiled:
             part, seed = part.at_start(seed)
@@ -158,13 +158,18 @@ def write_rows(
         be looked at without waiting for it. In compiled code the copies take no memory.
     last, others: see _write.
     """
-    written = [tensor for kept in [*(m.stored for m in moments), weight] for tensor in kept.parts.values()]
-    written += [last] if last is not None else []
+    written = [tensor for moment in moments for tensor in moment.stored.parts.values()]
+    with _unless_bad(written if last is None else [*written, last], finite):
+        _write(R, weight, moments, last=last, finite=finite, **others)
+
+
+@contextmanager
+def _unless_bad(written: Sequence[Tensor], finite: Tensor | None) -> Iterator[None]:
+    """Gives the tensors that are written inside their old values back, unless `finite`; None means that it is."""
     before = [] if finite is None else [tensor.clone() for tensor in written]
-    _write(R, weight, moments, last=last, **others)
-    if finite is not None:
-        for tensor, old in zip(written, before, strict=True):
-            tensor.copy_(torch.where(finite, tensor, old))
+    yield
+    for tensor, old in zip(written, before, strict=finite is not None):
+        tensor.copy_(torch.where(finite, tensor, old))
 
 
 def _write(
@@ -173,6 +178,7 @@ def _write(
     moments: Sequence[Moment],
     *,
     norm: Tensor,
+    finite: Tensor | None,
     bases: Mapping[str, Stored],
     step: StepValues,
     constants: UpdateConstants,
@@ -182,6 +188,7 @@ def _write(
 ) -> None:
     """
     norm: norm of the whole of R, ().
+    finite: see write_rows; of the weight, a few rows at a time are kept for it.
     bases: the bases, see Projector.open.
     G, last: arguments of the lift, see rules.lifts.
     watch: makes a context that measures the time of the way back, in eager code.
@@ -198,14 +205,20 @@ def _write(
         # Clipping would scale G and R alike, so the lift gets both unclipped.
         lifted = lift.function(D, raw, G, way)
     direction, phi = (factor if factor is None or scale == 1 else factor * scale for factor in lifted)
-    shape, device = weight.shape, R.device
-    for rows in row_chunks(*shape, device=device, multiple=PRODUCT_ROWS) if projector.sides else [slice(None)]:
+    for rows in _product_chunks(weight) if projector.sides else [slice(None)]:
         with watch():
             U = _update_of(rows, direction, phi, G, way)
         if rule.finish is not None:  # after the scale, as in the reference: a sign does not depend on it
             U = rule.finish(U)
         part = weight.rows(rows)
-        part.write(_add_(part.read(R.dtype) * step.shrink, U, factor=-step.lr), seed=step.seed)
+        with _unless_bad(list(part.parts.values()), finite):
+            part.write(_add_(part.read(R.dtype) * step.shrink, U, factor=-step.lr), seed=step.seed)
+
+
+def _product_chunks(weight: Stored) -> Iterator[slice]:
+    """Ranges of rows of a weight for which the product with the basis is made at once."""
+    multiple = PRODUCT_ROWS if on_cpu(weight.device) else 1
+    return row_chunks(*weight.shape, device=weight.device, multiple=multiple)
 
 
 def _direction(R: Tensor, moments: Sequence[Moment], *, step: StepValues, constants: UpdateConstants) -> Tensor:

@@ -31,9 +31,14 @@ def kept_bytes(
     for state in optimizer.state.values():
         for name, value in state.items():
             if torch.is_tensor(value):
-                kept["bases" if is_basis(name) else "moments"] += value.nbytes
+                kept[state_kind(name)] += value.nbytes
     kept["accumulators"] = sum(tensor.nbytes for tensor in accumulators)
     return dict(kept)
+
+
+def state_kind(name: str) -> str:
+    """The kind of an entry of a parameter's state."""
+    return "bases" if is_basis(name) else "moments"
 
 
 def _weight_bytes(p: Tensor) -> list[tuple[str, int]]:

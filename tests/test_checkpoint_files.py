@@ -21,10 +21,12 @@ from peft_pretraining.checkpoint.files import (
     complete_checkpoints,
     find_checkpoint,
     newest_sound,
+    open_tensors,
     prune,
     tidy,
     write_checkpoint,
 )
+from peft_pretraining.checkpoint.tensor_file import TensorFile
 from peft_pretraining.errors import UserError
 
 
@@ -149,6 +151,17 @@ def test_a_damaged_file_is_named(damage, name, tmp_path):
     with logged("WARNING") as warnings:
         assert newest_sound(tmp_path).folder == older
     assert len(warnings) == 1 and newer.name in warnings[0] and name in warnings[0]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_tensors_are_read_and_not_mapped(tmp_path):
+    """A mapped optimizer file would be in memory twice, as a file and as tensors, until all of it is read."""
+    path = tmp_path / "x.safetensors"
+    TensorFile({"a": torch.arange(1000.0)}).write(path)
+    with open_tensors(path) as file:
+        tensor = file.get_tensor("a")
+        assert str(path) not in Path("/proc/self/maps").read_text()
+    assert torch.equal(tensor, torch.arange(1000.0))
 
 
 def test_a_checkpoint_hashes_what_it_reads_and_no_file_twice(tmp_path, monkeypatch):

@@ -283,12 +283,20 @@ def open_tensors(path: Path, *, advice: str = "") -> Iterator[Any]:
     advice: what to do about a damaged file. Raises UserError, also from inside the block, if it is damaged.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with _open_unmapped(path) as file:
             yield file
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file.") from error
     except (SafetensorError, OSError, json.JSONDecodeError) as error:  # JSON: what a file says beside its tensors
         raise UserError(f"{path}: damaged, or not a safetensors file ({error}). {advice}".rstrip()) from error
+
+
+def _open_unmapped(path: Path) -> Any:
+    """The file with tensors that are read, not mapped: a mapping counts as memory until the whole file is closed."""
+    try:
+        return safe_open(path, framework="pt", backend="pread")
+    except TypeError:  # safetensors before 0.8 can only map
+        return safe_open(path, framework="pt")
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -35,6 +35,7 @@ So there is one implementation for every torch. A price: dW exists in float32 fr
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from peft_pretraining.batch import IGNORED
+from peft_pretraining.batch import IGNORED, Batch
 from peft_pretraining.model.family import family_of
 
 CHUNK_ELEMENTS = 1 << 24  # logits held at once: 64 MB in float32, 512 rows of a vocabulary of 32000
@@ -59,6 +60,19 @@ def token_loss_sum(model: PreTrainedModel, input_ids: Tensor, targets: Tensor) -
     family = family_of(model.config)
     hidden = family.part("body", model)(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, L, hidden)
     return head_loss_sum(hidden.flatten(0, 1), family.part("head", model).weight, targets.flatten())
+
+
+def accumulate_gradients(model: PreTrainedModel, batches: Iterable[Batch], *, targets: int, device: torch.device) -> Tensor:
+    """Forward and backward of every micro-batch, whose gradients add up or are used by hooks. Returns the loss. ()
+
+    targets: number of target tokens of the whole update, over all micro-batches and ranks: the loss is their mean.
+    """
+    loss = torch.zeros((), device=device)
+    for batch in batches:
+        share = token_loss_sum(model, batch.input_ids, batch.targets) / targets
+        share.backward()
+        loss += share.detach()
+    return loss
 
 
 def head_loss_sum(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_rows: int | None = None) -> Tensor:

@@ -151,8 +151,9 @@ class Simulated(Affine):
 
 def check_finite(magnitudes: Tensor, *, name: str) -> None:
     """Raises ValueError if a group held NaN or infinity. magnitudes: see Affine. Waits for the device."""
-    bad = magnitudes.numel() - int(magnitudes.isfinite().sum())
-    if bad:
+    finite = magnitudes.isfinite()
+    if not finite.all():
+        bad = int(finite.logical_not_().sum())
         raise ValueError(f"{name}: {bad} of {magnitudes.numel()} groups hold NaN or infinity and cannot be quantized")
 
 

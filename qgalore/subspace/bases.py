@@ -51,19 +51,17 @@ def randomized_basis(G: Tensor, *, rank: int, seed: int, oversampling: int = 8, 
     seed: 64 bits, decides the random start.
     Source: Halko, Martinsson, Tropp 2011, algorithms 4.4 and 5.3.
     """
-    dtype = torch.promote_types(G.dtype, torch.float32)
     width = min(rank + oversampling, *G.shape)
-    generator = torch.Generator(G.device).manual_seed(seed % (1 << 63))
-    Y = torch.randn(G.shape[1], width, generator=generator, device=G.device, dtype=dtype)  # (n, width)
+    Y = gaussian_matrix(G.shape[1], width, seed=seed, like=G)  # (n, width)
     Q = orthonormalize(product(G, Y))  # (m, width)
     for _ in range(power_iterations):
         Q = iterate_basis(G, Q)
     B = product(G.mT, Q)  # (n, width), the gradient seen from Q
-    B = B / B.norm().clamp_min(torch.finfo(dtype).tiny)
+    B = B / B.norm().clamp_min(torch.finfo(B.dtype).tiny)
     # In float32, squares of directions below 3e-4 of the strongest would be noise, and so would their rotation. Adam
     # gives every coordinate the same size, so the last bit of a gradient would decide an update: docs/notebook.md.
     rotation = torch.linalg.eigh(B.double().mT @ B.double()).eigenvectors[:, -rank:].flip(-1)  # (width, rank)
-    return Q @ rotation.to(dtype)
+    return Q @ rotation.to(Q.dtype)
 
 
 def iterate_basis(G: Tensor, basis: Tensor) -> Tensor:
@@ -93,7 +91,8 @@ def turn_towards(target: Tensor, *, basis: Tensor, share: float) -> Tensor:
 
 def gaussian_matrix(rows: int, columns: int, *, seed: int, like: Tensor) -> Tensor:
     """Independent normal entries drawn from 64 bits of seed, in float32 or wider, on the device of `like`."""
-    generator = torch.Generator(like.device).manual_seed(seed % (1 << 63))
+    # On the meta device there is nothing to draw, and no generator.
+    generator = None if like.is_meta else torch.Generator(like.device).manual_seed(seed % (1 << 63))
     wide = torch.promote_types(like.dtype, torch.float32)
     return torch.randn((rows, columns), generator=generator, device=like.device, dtype=wide)
 

@@ -1,0 +1,139 @@
+"""Which tensors are alive while a program runs: bytes by kind, the peak, and the line of code that made it.
+
+`LiveMemory` sees every operation of torch, and so every storage that comes into being; it learns of a storage's end
+from the storage. On real tensors it measures. On tensors of the meta device, which have shapes but no memory, it plans:
+the program runs as it is, and only the answers that it would read from the data are made up, as those of an update in
+which nothing goes wrong.
+
+It does not see what a kernel allocates and frees inside, what an allocator keeps in reserve, and the context of a GPU.
+"""
+
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
+
+aten = torch.ops.aten
+
+GRANULARITY = 512  # bytes; the CUDA allocator rounds every size up to a multiple of it
+_OURS = tuple(str(Path(__file__).parents[1] / package) + "/" for package in ("qgalore", "peft_pretraining"))
+# What a new storage is for, by the innermost of our functions that is named here: (file, function or "", kind).
+_KINDS = (
+    ("build.py", "meta_model", ""),  # a skeleton of the model, which is on the meta device in any run: not counted
+    ("loss.py", "forward", "gradients"),  # _HeadLoss makes them there
+    ("loss.py", "_head_loss", "logits"),
+    ("moments.py", "create_moments", "moments"),
+    ("projector.py", "_refresh_side", "refresh"),
+    ("quantized_weight.py", "_decode", "dequantized weights"),
+    ("per_layer.py", "_accumulate", "sums"),
+    ("kernel.py", "", "update"),
+    ("update.py", "", "update"),
+    ("whole_model.py", "", "update"),
+    ("optimizer.py", "", "update"),
+)
+
+
+class Peak(NamedTuple):
+    """The most memory that was alive at one time."""
+
+    bytes: int
+    kinds: dict[str, int]  # bytes by kind
+    line: str  # the line of ours that made the last storage, `file:line function`
+
+
+class LiveMemory(TorchDispatchMode):
+    """Counts the storages that come into being while it is active, until they end.
+
+    Kinds are guessed from the code that makes a storage; `mark` sets them right for what is known.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinds: Counter[str] = Counter()
+        self.bytes = 0
+        self.peak = Peak(0, {}, "")
+        self._live: dict[int, tuple[int, str, weakref.ref]] = {}  # size, kind, what calls back at the end
+
+    def mark(self, kind: str, tensors: Iterable[Tensor]) -> None:
+        """Says what these tensors are for; storages that were not counted stay so."""
+        for tensor in tensors:
+            key = tensor.untyped_storage()._cdata
+            if key in self._live:
+                size, old, watch = self._live[key]
+                self._live[key] = size, kind, watch
+                self.kinds[old] -= size
+                self.kinds[kind] += size
+
+    def restart(self) -> None:
+        """Forgets the peak so far: it begins with what is alive now."""
+        self.peak = Peak(self.bytes, dict(+self.kinds), "")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(is_traceable_wrapper_subclass(arg) for arg in tree_leaves((args, kwargs)) if isinstance(arg, Tensor)):
+            return NotImplemented  # its own operations come back here, one by one
+        if func is aten._local_scalar_dense.default and args[0].is_meta:
+            return _good_answer(args[0].dtype)
+        if _changes_nothing(func, args):
+            return args[0]
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._note(tensor)
+        return result
+
+    def _note(self, tensor: Tensor) -> None:
+        if tensor.layout != torch.strided:
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._live or not storage.nbytes():
+            return
+        size = -(-storage.nbytes() // GRANULARITY) * GRANULARITY
+        kind, line = _origin()
+        if not kind:
+            return
+        self._live[key] = size, kind, weakref.ref(storage, lambda _: self._forget(key))
+        self.kinds[kind] += size
+        self.bytes += size
+        if self.bytes > self.peak.bytes:
+            self.peak = Peak(self.bytes, dict(+self.kinds), line)
+
+    def _forget(self, key: int) -> None:
+        size, kind, _ = self._live.pop(key)
+        self.kinds[kind] -= size
+        self.bytes -= size
+
+
+def _good_answer(dtype: torch.dtype) -> bool | int | float:
+    """What a scalar of a good update could be: yes, it is finite."""
+    return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+
+
+def _changes_nothing(func: Any, args: Any) -> bool:
+    """Whether an operation only fills its first argument, which has no data. torch would take long to find out."""
+    return func._schema.name.endswith("_") and torch.Tag.pointwise in func.tags and args[0].is_meta
+
+
+def _origin() -> tuple[str, str]:
+    """The kind of a new storage and the line of ours that makes it."""
+    frame: FrameType | None = sys._getframe(2)
+    line, kind = "", None
+    while frame is not None and kind is None:
+        path = frame.f_code.co_filename
+        if path.startswith(_OURS) and not path.endswith("live_memory.py"):
+            name, function = path.rpartition("/")[2], frame.f_code.co_name
+            line = line or f"{name}:{frame.f_lineno} {function}"
+            kind = next((k for file, own, k in _KINDS if file == name and own in ("", function)), None)
+        frame = frame.f_back
+    if kind is None:
+        backward = torch._C._current_autograd_node() is not None and not torch.is_grad_enabled()
+        kind = "gradients" if backward else "activations"
+    return kind, line
