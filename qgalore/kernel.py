@@ -90,7 +90,7 @@ def write_update(
 ) -> Tensor:
     """Writes moments, weight and `last`, or nothing at all if the gradient is not finite.
 
-    R: the projected gradient (r or m, r or n), float32 or float64.
+    R: the projected gradient (r or m, r or n); all arithmetic is float32 or wider.
     weight: the weight (m, n).
     moments: the moments that the rule keeps for the shape of R.
     kernel: write_rows, compiled or not.
@@ -100,7 +100,7 @@ def write_update(
     A weight that is not projected is written a few rows at a time if its rule allows it: embedding and head are the
     largest tensors of a model, and their temporaries would be the peak of its memory.
     """
-    norm = torch.linalg.vector_norm(R)
+    norm = torch.linalg.vector_norm(R, dtype=torch.promote_types(R.dtype, torch.float32))
     finite = norm.isfinite()
     if on_cpu(norm.device):
         if not finite:
@@ -194,7 +194,7 @@ def _write(
     watch: makes a context that measures the time of the way back, in eager code.
     """
     projector, rule, lift, _, _, scale = constants
-    raw = R
+    raw = R = R.to(torch.promote_types(R.dtype, torch.float32))
     if step.coupled_decay is not None:
         R = _add_(R.clone(), weight.read(R.dtype), factor=step.coupled_decay)
     if step.clip is not None:

@@ -184,7 +184,7 @@ class ParameterUpdate:
             self.clock.reset_mass(state)
 
     def project(self, G: Tensor) -> Tensor:
-        """R = P^T G Q, in float32 or wider. (m, n) -> (r or m, r or n)"""
+        """R = P^T G Q, see Projector.project. (m, n) -> (r or m, r or n)"""
         bases = self.projector.open(self.state)
         with self.observer.projecting(G, step=self.steps + 1):
             R = self.projector.project(G, bases)
@@ -202,11 +202,12 @@ class ParameterUpdate:
     def _run(self, R: Tensor, weight: Stored, *, G: Tensor | None = None) -> Tensor:
         """Counts the update and calls the kernel on the stored tensors. Returns the norm of R. ()"""
         state, group, clock, compiled = self.state, self.group, self.clock, self.engine.compiled
+        wide = torch.promote_types(R.dtype, torch.float32)
         options = group["betas"], group["eps"], group["scale"]
         clock.begin(state)
         if not clock.counts_moments(state):
             bits = group["state_bits"]
-            create_moments(state, self.kinds, bits=bits, dtype=R.dtype, device=R.device, prefix=self.prefix)
+            create_moments(state, self.kinds, bits=bits, dtype=wide, device=R.device, prefix=self.prefix)
         clock.tick(state, betas=group["betas"], decay=self.rule.decay)
         noise = self.seed, clock.steps(state), self.index
         seed = mix_seed(*noise, False)
@@ -217,13 +218,13 @@ class ParameterUpdate:
         norm = write_update(
             R,
             weight,
-            open_moments(state, self.kinds, dtype=R.dtype, seed=seed, compiled=compiled, prefix=self.prefix),
+            open_moments(state, self.kinds, dtype=wide, seed=seed, compiled=compiled, prefix=self.prefix),
             kernel=self.engine.kernel,
             bases=self.projector.open(state),
-            step=step.as_tensors(R.dtype) if compiled else step,
+            step=step.as_tensors(wide) if compiled else step,
             constants=UpdateConstants(self.projector, self.rule, self.lift, *options),
             G=G.to(self.p.dtype) if G is not None and needs_whole else None,
-            last=state.setdefault(name, R.new_zeros(())) if name else None,
+            last=state.setdefault(name, R.new_zeros((), dtype=wide)) if name else None,
             watch=nullcontext if compiled else self.observer.lifting,
         )
         for part, tensor in (still or {}).items():

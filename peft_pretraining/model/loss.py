@@ -62,7 +62,9 @@ def token_loss_sum(model: PreTrainedModel, input_ids: Tensor, targets: Tensor) -
     return head_loss_sum(hidden.flatten(0, 1), family.part("head", model).weight, targets.flatten())
 
 
-def accumulate_gradients(model: PreTrainedModel, batches: Iterable[Batch], *, targets: int, device: torch.device) -> Tensor:
+def accumulate_gradients(
+    model: PreTrainedModel, batches: Iterable[Batch], *, targets: int, device: torch.device
+) -> Tensor:
     """Forward and backward of every micro-batch, whose gradients add up or are used by hooks. Returns the loss. ()
 
     targets: number of target tokens of the whole update, over all micro-batches and ranks: the loss is their mean.

@@ -166,9 +166,12 @@ class Projector:
         return turn
 
     def project(self, G: Tensor, bases: Mapping[str, Stored]) -> Tensor:
-        """R = P^T G Q, in float32 or wider. (m, n) -> (r or m, r or n). The products run in the parameter's dtype."""
+        """R = P^T G Q, in float32 or wider. (m, n) -> (r or m, r or n). The products run in the parameter's dtype.
+
+        Without a side it is G itself, in its own dtype: the largest tensors of a model are not projected.
+        """
         if not self.sides:
-            return G.to(torch.promote_types(G.dtype, torch.float32))
+            return G
         R = G.to(self.dtype)
         if "left" in self.sides:
             R = bases["left"].read(self.dtype).mT @ R
