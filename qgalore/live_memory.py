@@ -25,6 +25,11 @@ aten = torch.ops.aten
 
 GRANULARITY = 512  # bytes; the CUDA allocator rounds every size up to a multiple of it
 _OURS = tuple(str(Path(__file__).parents[1] / package) + "/" for package in ("qgalore", "peft_pretraining"))
+# Elementwise operations whose result has the dtype of the first argument, if that is floating.
+_LIKE_THE_FIRST = frozenset(
+    "abs add bitwise_and bitwise_right_shift ceil clamp_max clamp_min div floor maximum mul neg reciprocal rsub sign "
+    "sqrt sub".split()
+)
 # What a new storage is for, by the innermost of our functions that is named here: (file, function or "", kind).
 _KINDS = (
     ("build.py", "meta_model", ""),  # a skeleton of the model, which is on the meta device in any run: not counted
@@ -81,21 +86,24 @@ class LiveMemory(TorchDispatchMode):
             return NotImplemented  # its own operations come back here, one by one
         if func is aten._local_scalar_dense.default and args[0].is_meta:
             return _good_answer(args[0].dtype)
-        if _changes_nothing(func, args):
-            return args[0]
-        result = func(*args, **(kwargs or {}))
+        result = _shortcut(func, args)
+        if result is None:
+            result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
-                self._note(tensor)
+                self._note(tensor, args)
         return result
 
-    def _note(self, tensor: Tensor) -> None:
+    def _note(self, tensor: Tensor, args: Any) -> None:
+        """Counts the storage of an operation's result, if it is new. args: of the operation."""
         if tensor.layout != torch.strided:
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._live or not storage.nbytes():
             return
+        if any(isinstance(arg, Tensor) and arg.untyped_storage()._cdata == key for arg in args):
+            return  # a view of something from outside
         size = -(-storage.nbytes() // GRANULARITY) * GRANULARITY
         kind, line = _origin()
         if not kind:
@@ -117,9 +125,25 @@ def _good_answer(dtype: torch.dtype) -> bool | int | float:
     return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
 
 
-def _changes_nothing(func: Any, args: Any) -> bool:
-    """Whether an operation only fills its first argument, which has no data. torch would take long to find out."""
-    return func._schema.name.endswith("_") and torch.Tag.pointwise in func.tags and args[0].is_meta
+def _shortcut(func: Any, args: Any) -> Tensor | None:
+    """The result of an elementwise operation on the meta device, where torch takes long to find a shape and a dtype.
+
+    None for the operations that are not so simple.
+    """
+    if torch.Tag.pointwise not in func.tags or not (isinstance(args[0], Tensor) and args[0].is_meta):
+        return None
+    x, name = args[0], func._schema.name.removeprefix("aten::")
+    if name.endswith("_"):
+        return x
+    if name not in _LIKE_THE_FIRST or not (x.is_floating_point() or name.startswith("bitwise")):
+        return None
+    others = [other for other in args[1:] if isinstance(other, Tensor)]
+    return torch.empty_like(x) if all(_broadcasts_to(other, x) for other in others) else None
+
+
+def _broadcasts_to(other: Tensor, x: Tensor) -> bool:
+    sizes = zip(reversed(other.shape), reversed(x.shape), strict=False)
+    return other.dtype == x.dtype and other.ndim <= x.ndim and all(size in (1, whole) for size, whole in sizes)
 
 
 def _origin() -> tuple[str, str]:

@@ -45,6 +45,7 @@ from transformers import PreTrainedModel
 
 from peft_pretraining.batch import IGNORED, Batch
 from peft_pretraining.model.family import family_of
+from qgalore.storage.chunks import on_cpu, row_chunks
 
 CHUNK_ELEMENTS = 1 << 24  # logits held at once: 64 MB in float32, 512 rows of a vocabulary of 32000
 
@@ -164,8 +165,14 @@ def _chunk_loss(
         z *= counted / total
         dz = product.copy_(z.scatter_add_(1, target, -counted.to(z.dtype)))  # (chunk, vocab)
         torch.mm(dz, weight, out=d_hidden)
-        d_weight += dz.T @ hidden
+        _add_(d_weight, dz.T @ hidden)
     return ((total.log() - chosen) * counted).sum()
+
+
+def _add_(total: Tensor, part: Tensor) -> None:
+    """total += part, a few rows at a time on a CPU, where torch would first convert the whole of a narrower part."""
+    for rows in row_chunks(*total.shape, device=total.device) if on_cpu(total.device) else [slice(None)]:
+        total[rows] += part[rows]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

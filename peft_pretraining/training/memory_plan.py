@@ -30,7 +30,6 @@ from qgalore.storage.quantized_weight import open_weight
 from qgalore.update import ParameterUpdate
 from qgalore.whole_model import WholeModelUpdates
 
-
 _ATTENTION = "planned"
 
 

@@ -1,0 +1,123 @@
+"""The watcher of live storages against counts by hand, and against torch's own allocator."""
+
+import random
+
+import pytest
+import torch
+from support.memory import allocated_at_most
+from torch import nn
+
+from qgalore.live_memory import GRANULARITY, LiveMemory
+from qgalore.storage.quantized_weight import QuantizedWeight
+
+DEVICES = pytest.mark.parametrize("device", ["cpu", "meta"])
+
+
+def rounded(count, itemsize=4):
+    return -(-count * itemsize // GRANULARITY) * GRANULARITY
+
+
+@DEVICES
+@pytest.mark.parametrize("seed", range(5))
+def test_random_lives_are_counted_to_the_byte(device, seed):
+    """Tensors come and go in a random order; views and results in place hold no bytes of their own."""
+    draw = random.Random(seed)
+    alive, expected, most = [], 0, 0
+    with LiveMemory() as live:
+        for _ in range(60):
+            if alive and draw.random() < 0.45:
+                tensor = alive.pop(draw.randrange(len(alive)))
+                expected -= rounded(tensor.numel())
+                del tensor
+            else:
+                tensor = torch.empty(draw.randrange(1, 3000), device=device)
+                alive.append(tensor)
+                expected += rounded(tensor.numel())
+                most = max(most, expected)
+                view = tensor[: len(tensor) // 2].view(-1)
+                view.mul_(2.0)
+                del view, tensor
+            assert live.bytes == expected == sum(live.kinds.values())
+    assert live.peak.bytes == most
+
+
+def test_tensors_from_outside_are_not_counted():
+    before = torch.ones(1000)
+    with LiveMemory() as live:
+        before.add_(1)
+        before.view(10, 100).sum()
+        assert live.bytes == 0
+
+
+@DEVICES
+def test_a_quantized_weight_is_the_tensors_that_hold_it(device):
+    with LiveMemory() as live:
+        weight = nn.Parameter(QuantizedWeight.from_float(torch.randn(64, 256, device=device), group_size=64))
+        parts = weight.stored().parts.values()
+        assert live.bytes == sum(rounded(part.numel(), part.itemsize) for part in parts)
+        live.mark("weights", parts)
+        assert live.kinds["weights"] == live.bytes
+
+
+def test_marks_move_bytes_between_kinds():
+    with LiveMemory() as live:
+        a, b = torch.empty(1000), torch.empty(2000)
+        live.mark("moments", [a, a[:10]])
+        assert live.kinds["moments"] == rounded(1000) and live.kinds["activations"] == rounded(2000)
+        del a, b
+        assert live.bytes == 0 and not any(live.kinds.values())
+
+
+def test_the_peak_begins_anew():
+    with LiveMemory() as live:
+        kept = torch.empty(1000)
+        torch.empty(5000)
+        assert live.peak.bytes == rounded(1000) + rounded(5000)
+        live.restart()
+        assert live.peak.bytes == rounded(1000)
+        torch.empty(2000)
+        assert live.peak.bytes == rounded(1000) + rounded(2000)
+        del kept
+
+
+def test_without_data_the_answers_are_those_of_a_good_update():
+    with LiveMemory():
+        x = torch.empty(4, device="meta")
+        assert bool(x.isfinite().all()) is True
+        assert float(x.sum()) == 1.0 and int(x.long().sum()) == 1
+
+
+@pytest.mark.parametrize("name", "add sub mul div maximum clamp_min neg sqrt abs floor sign rsub".split())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32])
+@pytest.mark.parametrize("other", [2, (3, 5), (5,), (3, 1), (2, 3, 5)])
+def test_shortcuts_give_the_shape_and_dtype_of_torch(name, dtype, other):
+    """Elementwise operations on the meta device are not run; their results must look as if they had been."""
+
+    def result(device):
+        x = torch.ones(3, 5, device=device, dtype=dtype)
+        y = torch.ones(other, device=device, dtype=dtype) if isinstance(other, tuple) else other
+        function = getattr(torch, name)
+        return function(x) if name in ("neg", "sqrt", "abs", "floor", "sign") else function(x, y)
+
+    if name in ("clamp_min", "maximum") and isinstance(other, int) == (name == "maximum"):
+        pytest.skip("torch has no such operation")
+    real = result("cpu")
+    with LiveMemory():
+        ours = result("meta")
+    assert (ours.shape, ours.dtype, ours.is_contiguous()) == (real.shape, real.dtype, real.is_contiguous())
+
+
+def test_it_counts_what_the_allocator_counts():
+    """Forward and backward of a small network, with the profiler's record of every allocation as its twin."""
+
+    def train():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(300, 500), nn.GELU(), nn.Linear(500, 200))
+        with LiveMemory() as live:
+            for _ in range(2):
+                net(torch.randn(64, 300)).square().sum().backward()
+        return live.peak.bytes
+
+    most, counted = allocated_at_most(train)
+    parameters = 4 * (300 * 500 + 500 + 500 * 200 + 200)
+    assert most - parameters == pytest.approx(counted, rel=0.03)

@@ -1,0 +1,100 @@
+"""Plans of memory against runs for real: the same watcher on real tensors, and the allocator's own record."""
+
+import pytest
+import torch
+from support.memory import allocated_at_most
+
+from peft_pretraining.cli.args import parse_args
+from peft_pretraining.model.build import prepare_model
+from peft_pretraining.model.config import read_config
+from peft_pretraining.training.memory_plan import plan_memory
+from peft_pretraining.training.plan import open_updates
+from qgalore.memory import kept_bytes
+from qgalore.optimizer import LowRankOptimizer
+
+INT8 = ["--weight_quant", "--stochastic_round", "--proj_quant"]
+CASES = {
+    "adamw": ["--optimizer", "adamw"],
+    "galore": ["--optimizer", "galore_adamw", "--rank", "16"],
+    "galore per layer": ["--optimizer", "galore_adamw_per_layer", "--rank", "16"],
+    "q_galore": ["--optimizer", "q_galore_adamw8bit", "--rank", "16", *INT8],
+    "q_galore per layer": ["--optimizer", "q_galore_adamw8bit_per_layer", "--rank", "16", *INT8],
+    "fira": ["--optimizer", "q_galore_adamw8bit", "--rank", "16", *INT8, "--residual", "fira"],
+    "online pca": ["--optimizer", "galore_adamw", "--rank", "16", "--proj_type", "continuous"],
+    "apollo": ["--optimizer", "apollo", "--rank", "16"],
+    "foam": ["--optimizer", "foam"],
+    "muon": ["--optimizer", "muon"],
+}
+WAYS = {"four": ["--gradient_accumulation", "4"], "recomputed": ["--activation_checkpointing"]}
+
+
+def arguments(*flags, config="configs/llama_9m.json", batch_size=1):
+    shared = ["--model_config", config, "--dataset", "pydocs", "--batch_size", str(batch_size), "--max_length", "64"]
+    return parse_args([*shared, *flags])
+
+
+@pytest.mark.parametrize("case, way", [(case, "one") for case in CASES] + [("q_galore per layer", way) for way in WAYS])
+def test_the_plan_is_the_program(case, way, tiny):
+    """Every phase, to the byte of what is alive; and what is held is what the tensors hold."""
+    args = arguments(*CASES[case], *WAYS.get(way, []), config=str(tiny.config))
+    plan, run = (plan_memory(args, dtype=torch.bfloat16, device_type="cpu", real=real) for real in (False, True))
+    assert plan.held == run.held
+    assert plan.peaks.keys() == run.peaks.keys()
+    building = "building the model"  # the plan leaves out the small temporaries of quantizing
+    assert plan.peaks.pop(building).bytes <= run.peaks.pop(building).bytes
+    for phase, peak in plan.peaks.items():
+        assert peak.bytes == pytest.approx(run.peaks[phase].bytes, rel=0.01), phase
+        assert peak.line == run.peaks[phase].line, phase
+
+
+@pytest.mark.parametrize("flags", [CASES["adamw"], [*CASES["q_galore per layer"], "--gradient_accumulation", "4"]])
+def test_the_peak_is_the_allocators(flags):
+    """The profiler's record of every allocation on the CPU, which knows what a kernel takes for itself, too."""
+    args = arguments(*flags, config="configs/llama_3m.json", batch_size=4)
+    most, run = allocated_at_most(lambda: plan_memory(args, dtype=torch.bfloat16, device_type="cpu", real=True))
+    plan = plan_memory(args, dtype=torch.bfloat16, device_type="cpu")
+    assert plan.peak.bytes == pytest.approx(most, rel=0.05)
+    assert plan.peak.bytes == pytest.approx(run.peak.bytes, rel=0.01)
+
+
+def test_what_is_held_is_what_the_counter_counts():
+    """Weights, scales, bases and moments, to the byte but for the allocator's rounding."""
+    args = arguments(*CASES["q_galore per layer"])
+    plan = plan_memory(args, dtype=torch.bfloat16)
+    model = prepare_model(
+        args, config=read_config(args.model_config), dtype=torch.bfloat16, device=torch.device("meta")
+    )
+    optimizer = open_updates(args, model=model).optimizer
+    assert isinstance(optimizer, LowRankOptimizer)
+    optimizer.allocate()
+    for kind, size in kept_bytes(model, optimizer).items():
+        assert plan.held.get(kind, 0) == pytest.approx(size, rel=0.01, abs=256 * 512), kind
+
+
+def test_a_plan_leaves_nothing_behind():
+    state, default = torch.get_rng_state(), torch.get_default_dtype()
+    plan_memory(arguments(*CASES["q_galore per layer"]), dtype=torch.bfloat16)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_default_dtype() == default and torch.is_grad_enabled()
+
+
+def test_options_change_the_plan_as_they_should():
+    def peak(*flags):
+        return plan_memory(arguments(*flags, config="configs/llama_3m.json"), dtype=torch.bfloat16).peak.bytes
+
+    whole, per_layer = (CASES[name] for name in ("q_galore", "q_galore per layer"))
+    assert peak(*per_layer) < peak(*whole) < peak(*CASES["adamw"])
+    assert peak(*per_layer, "--activation_checkpointing") < peak(*per_layer)
+    assert peak(*per_layer, "--proj_type", "auto") <= peak(*per_layer)
+    assert peak(*per_layer) < peak(*per_layer, "--gradient_accumulation", "2")
+
+
+@pytest.mark.slow
+def test_a_7b_is_planned_in_seconds():
+    """Held: what the README says. At the peak, one line of ours is named."""
+    flags = ["--optimizer", "q_galore_adamw8bit_per_layer", *INT8, "--rank", "1024", "--activation_checkpointing"]
+    args = parse_args(["--model_config", "configs/llama_7b.json", "--dataset", "pydocs", "--batch_size", "16", *flags])
+    plan = plan_memory(args, dtype=torch.bfloat16)
+    assert sum(plan.held.values()) == pytest.approx(11.45e9, rel=0.01)
+    assert plan.peak.bytes < 13.7e9
+    assert plan.peak.line.partition(":")[0].endswith(".py")
