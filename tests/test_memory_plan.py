@@ -82,11 +82,10 @@ def test_options_change_the_plan_as_they_should():
     def peak(*flags):
         return plan_memory(arguments(*flags, config="configs/llama_3m.json"), dtype=torch.bfloat16).peak.bytes
 
-    whole, per_layer = (CASES[name] for name in ("q_galore", "q_galore per layer"))
-    assert peak(*per_layer) < peak(*whole) < peak(*CASES["adamw"])
-    assert peak(*per_layer, "--activation_checkpointing") < peak(*per_layer)
-    assert peak(*per_layer, "--proj_type", "auto") <= peak(*per_layer)
-    assert peak(*per_layer) < peak(*per_layer, "--gradient_accumulation", "2")
+    per_layer = CASES["q_galore per layer"]
+    least = peak(*per_layer)
+    assert least < peak(*CASES["q_galore"]) < peak(*CASES["adamw"])
+    assert least < peak(*per_layer, "--gradient_accumulation", "2")
 
 
 @pytest.mark.slow

@@ -47,6 +47,7 @@ from peft_pretraining.batch import IGNORED, Batch
 from peft_pretraining.model.family import family_of
 from qgalore.storage.chunks import on_cpu, row_chunks
 
+PRODUCT_ELEMENTS = 1 << 22  # of dW, made at once before they are added
 CHUNK_ELEMENTS = 1 << 24  # logits held at once: 64 MB in float32, 512 rows of a vocabulary of 32000
 
 
@@ -165,7 +166,8 @@ def _chunk_loss(
         z *= counted / total
         dz = product.copy_(z.scatter_add_(1, target, -counted.to(z.dtype)))  # (chunk, vocab)
         torch.mm(dz, weight, out=d_hidden)
-        _add_(d_weight, dz.T @ hidden)
+        for words in row_chunks(*d_weight.shape, device=dz.device, elements=PRODUCT_ELEMENTS):
+            _add_(d_weight[words], dz[:, words].T @ hidden)
     return ((total.log() - chosen) * counted).sum()
 
 
