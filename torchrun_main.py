@@ -29,6 +29,7 @@ from peft_pretraining.schedules import lr_ratio
 from peft_pretraining.training.evaluate import evaluate_only
 from peft_pretraining.training.incidents import react
 from peft_pretraining.training.interruption import BY_HAND, Interrupted, Interruption
+from peft_pretraining.training.memory_plan import log_memory
 from peft_pretraining.training.metrics import set_up_log
 from peft_pretraining.training.plan import make_plan, open_model, open_run, open_validation
 from peft_pretraining.training.report import evaluate_and_log, log_step, report_end
@@ -51,6 +52,8 @@ def main(argv: list[str] | None = None) -> None:
         plan = make_plan(args, world=world, cleanup=cleanup)
         if args.dry_run:
             open_validation(plan)
+            if world.is_main:
+                log_memory(args, dtype=plan.dtype, device_type=world.device.type)
             return
         cleanup.enter_context(world.connected())
         interruption = cleanup.enter_context(Interruption().listening())

@@ -166,9 +166,12 @@ def write_rows(
 @contextmanager
 def _unless_bad(written: Sequence[Tensor], finite: Tensor | None) -> Iterator[None]:
     """Gives the tensors that are written inside their old values back, unless `finite`; None means that it is."""
-    before = [] if finite is None else [tensor.clone() for tensor in written]
+    if finite is None:
+        yield
+        return
+    before = [tensor.clone() for tensor in written]
     yield
-    for tensor, old in zip(written, before, strict=finite is not None):
+    for tensor, old in zip(written, before, strict=True):
         tensor.copy_(torch.where(finite, tensor, old))
 
 

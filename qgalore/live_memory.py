@@ -33,6 +33,7 @@ _LIKE_THE_FIRST = frozenset(
 # What a new storage is for, by the innermost of our functions that is named here: (file, function or "", kind).
 _KINDS = (
     ("build.py", "meta_model", ""),  # a skeleton of the model, which is on the meta device in any run: not counted
+    ("offload.py", "_to_host", ""),  # it stands for host memory
     ("loss.py", "forward", "gradients"),  # _HeadLoss makes them there
     ("loss.py", "_head_loss", "logits"),
     ("moments.py", "create_moments", "moments"),

@@ -63,6 +63,8 @@ class RunOptions:
         section=MODEL, shown="bfloat16 where the device multiplies it natively")
     activation_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more "
         "time", section=MODEL, may_change=True)
+    offload_activations: bool = option(False, "keep what --activation_checkpointing recomputes from, the input of each "
+        "layer, in host memory", section=MODEL, needs=("recomputes",), may_change=True)
     use_hf_model: bool = option(False, "accepted for the reference's scripts; it has no effect, because the model "
         "always comes from transformers", section=MODEL)
     dataset: str = option("c4", "training text. c4: streamed from the Hugging Face hub; pydocs: documentation of the "

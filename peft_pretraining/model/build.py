@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from peft_pretraining.errors import UserError
 from peft_pretraining.model.adapters import Adapters, draw_factors, insert, is_factor
 from peft_pretraining.model.family import family_of
+from peft_pretraining.model.offload import offload_inputs
 from peft_pretraining.progress import Progress
 from qgalore.param_groups import ParameterGroup, split_parameters
 from qgalore.storage.convert import quantize_module_weight
@@ -44,6 +45,7 @@ def build_model(
     seed: int,
     adapters: Adapters | None = None,
     activation_checkpointing: bool = False,
+    offload_activations: bool = False,
     finish: Callable[[str, nn.Module], None] | None = None,
 ) -> PreTrainedModel:
     """Builds the model on `device` in `dtype`, in training mode, with weights drawn from `seed`.
@@ -80,6 +82,8 @@ def build_model(
         # transformers renamed the method and warns about the old name.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+        if offload_activations:
+            offload_inputs(model)
     return model.train()
 
 
@@ -94,6 +98,7 @@ def prepare_model(
         seed=args.seed,
         adapters=Adapters.of(vars(args)),
         activation_checkpointing=args.activation_checkpointing,
+        offload_activations=args.offload_activations,
         finish=weight_quantizer(args, groups=split_parameters(meta_model(config))) if args.weight_quant else None,
     )
     if args.compile:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from loguru import logger
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -21,6 +22,7 @@ from peft_pretraining.model.build import prepare_model
 from peft_pretraining.model.config import read_config
 from peft_pretraining.model.loss import accumulate_gradients, token_loss_sum
 from peft_pretraining.training.plan import open_updates
+from peft_pretraining.training.report import format_table
 from qgalore.live_memory import LiveMemory, Peak
 from qgalore.memory import state_kind
 from qgalore.optimizer import LowRankOptimizer
@@ -65,6 +67,20 @@ class MemoryPlan:
         return max(self.peaks.values(), key=lambda peak: peak.bytes)
 
 
+def log_memory(args: argparse.Namespace, *, dtype: torch.dtype, device_type: str) -> None:
+    """Logs the plan of a run, in MB of 1e6 bytes: what is held between updates, and the peak of each phase."""
+    plan = plan_memory(args, dtype=dtype, device_type=device_type)
+    rows = [{"phase": "held between updates", "MB": _megabytes(sum(plan.held.values())), "made_by": ""}]
+    for phase, peak in plan.peaks.items():
+        rows.append({"phase": phase, "MB": _megabytes(peak.bytes), "made_by": peak.line})
+    kinds = ", ".join(f"{kind} {_megabytes(size)}" for kind, size in plan.peak.kinds.items() if size > 5e5)
+    logger.info(f"memory, planned:\n{format_table(rows)}\nat the peak, in MB: {kinds}")
+
+
+def _megabytes(size: int) -> int:
+    return round(size / 1e6)
+
+
 def plan_memory(
     args: argparse.Namespace, *, dtype: torch.dtype, device_type: str = "cuda", real: bool = False
 ) -> MemoryPlan:
@@ -76,7 +92,9 @@ def plan_memory(
     real: whether to run on that device for real, and measure.
     Raises UserError for a config that cannot be read.
     """
-    args = argparse.Namespace(**vars(args) | {"compile": False})
+    # Of many micro-batches the first and the last differ from all others, which are alike.
+    micro_batches = args.gradient_accumulation if real else min(args.gradient_accumulation, 3)
+    args = argparse.Namespace(**vars(args) | {"compile": False, "gradient_accumulation": micro_batches})
     config, place = read_config(args.model_config), torch.device(device_type if real else "meta")
     with meta_stands_for(device_type), LiveMemory() as live:
         peaks: dict[str, Peak] = {}
