@@ -59,6 +59,16 @@ METHODS: Methods = {  # title: optimizer, flags, learning rates
         [*ITERATE, *INT8, "--embedding_state_bits", "32"],
         (0.016,),
     ),
+    "Q-GaLore, lazy, 4-bit moments of the matrices": (
+        "q_galore_adamw8bit_per_layer",
+        [*ITERATE, *INT8, "--moments_bits", "4"],
+        (0.008, 0.016),
+    ),
+    "Q-GaLore, lazy, the side that keeps fewer bytes": (
+        "q_galore_adamw8bit_per_layer",
+        [*ITERATE, *INT8, "--proj_type", "auto"],
+        (0.008, 0.016),
+    ),
     "Q-GaLore, lazy, a scale a row": ("q_galore_adamw8bit_per_layer", [*ITERATE, *INT8, *ROWS], (0.016,)),
     "Q-GaLore, lazy, INT8 products in the forward pass": (
         "q_galore_adamw8bit_per_layer",

@@ -96,8 +96,9 @@ class Recipe:
         """Bits of the moments of a group. Embedding and head may have more than the matrices; vectors have 32."""
         if all(p.ndim < 2 for p in group.parameters):
             return 32  # moment_codec decides so, too; the log needs to know
-        high = group.kind in ("embedding", "head")
-        return max(self.state_bits, settings.embedding_state_bits) if high else self.state_bits
+        if self.state_bits != 8:
+            return self.state_bits
+        return settings.embedding_state_bits if group.kind in ("embedding", "head") else settings.moments_bits
 
     def describe(self, group: ParameterGroup, settings: Settings, *, unprojected: str = "full rank") -> str:
         """Says in a few words how the parameters of this group are trained.

@@ -157,7 +157,7 @@ class GroupOptions:
     """The options of a parameter group of a LowRankOptimizer besides ProjectionOptions."""
 
     rule: str = option("adam", "how gradients become directions", choices=RULES)
-    state_bits: int = option(32, "bits of the moments, 8 or 32", range=one_of(8, 32))
+    state_bits: int = option(32, "bits of the moments, 4, 8 or 32", range=one_of(4, 8, 32))
     decoupled: bool = option(True, "whether weight decay is decoupled; if not, it is added to the gradient")
     clip: float = option(0.0, "maximum norm of the gradient of each parameter, as projected; 0: no limit",
         range=at_least(0))
@@ -179,6 +179,9 @@ class Settings(ProjectionOptions):
         section=OPTIMIZER, range=DECAY_RATE, shown="0.9; 0 for sgd", needs=("beta1",))
     beta2: float | None = option(None, "decay rate of Adam's second moment and of Lion's momentum", unit="RATE",
         section=OPTIMIZER, range=DECAY_RATE, shown="0.999; 0.99 for lion", needs=("beta2",))
+    moments_bits: int = option(8, "bits of the moments of an optimizer that keeps them in 8 bits, 8 or 4; of embedding "
+        "and head see --embedding_state_bits", unit="BITS", section=QUANTIZATION, range=one_of(4, 8),
+        needs=("moments8",))
     embedding_state_bits: int = option(8, "bits of the moments of embedding and head, 8 or 32, where all other "
         "moments have 8", unit="BITS", section=QUANTIZATION, range=one_of(8, 32), needs=("moments8",))
     seed: int = 0

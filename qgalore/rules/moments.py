@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qgalore.storage.blockwise import MIN_ELEMENTS, Blockwise, Log, Power, row_multiple
 from qgalore.storage.rounding import Seed, mix_seed, seed_tensors
-from qgalore.storage.stored import Codec, Plain, Stored, find, put
+from qgalore.storage.stored import Codec, Plain, Stored, find, part_key, put
 from qgalore.subspace.projector import Turn
 
 MOMENT_POLICIES = ("project", "keep", "reset")
@@ -65,19 +65,15 @@ class Moment:
 
 
 def moment_codec(kind: MomentKind, *, bits: int, dtype: torch.dtype) -> Codec:
-    """The codec of a moment. bits: 8, or 32 for `dtype` itself (float32 or float64).
+    """The codec of a moment. bits: 4, 8, or 32 for `dtype` itself (float32 or float64).
 
     Vectors and tensors of fewer than MIN_ELEMENTS elements have 32 bits in any case. Raises ValueError for other bits.
     """
-    if bits not in (8, 32):
-        raise ValueError(f"moments are kept in 8 or 32 bits, not {bits}")
+    if bits not in (4, 8, 32):
+        raise ValueError(f"moments are kept in 4, 8 or 32 bits, not {bits}")
     if bits == 32 or len(kind.shape) < 2 or kind.shape.numel() < MIN_ELEMENTS:
         return Plain(dtype)
-    return _eight_bit(kind)
-
-
-def _eight_bit(kind: MomentKind) -> Codec:
-    return Power() if kind.signed else Log()
+    return Power(bits) if kind.signed else Log(bits)
 
 
 def create_moments(
@@ -112,7 +108,11 @@ def open_moments(
     moments = []
     for kind in kinds:
         name = prefix + kind.name
-        codec: Codec = Plain(state[name].dtype) if name in state else _eight_bit(kind)
+        if name in state:
+            codec: Codec = Plain(state[name].dtype)
+        else:
+            bits = 8 if state[part_key(name, "codes")].numel() == kind.shape.numel() else 4
+            codec = moment_codec(kind, bits=bits, dtype=dtype)
         stored = find(state, name, codec=codec, shape=kind.shape)
         own = mix_seed(seed, zlib.crc32(name.encode()))
         moments.append(Moment(stored, dtype, seed_tensors(own) if compiled else own))

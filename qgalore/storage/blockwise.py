@@ -1,4 +1,4 @@
-"""Optimizer moments in 8 bits: blocks of 256 elements, codes whose steps grow with the value, a scale for each block.
+"""Optimizer moments in 8 or 4 bits: blocks of 256 elements, codes whose steps grow with the value, a scale a block.
 
 Blocks: Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", arXiv 2110.02861. The two codes are ours,
 for they are all arithmetic that a processor does on whole vectors: no table, no search, no logarithm.
@@ -20,6 +20,10 @@ Both round at random, so that the expected value is the value itself: positions 
 codes (octaves begin at a code, and so do the lines). Rounded to nearest, a moment beside a larger one would never
 decay. A positive second moment never becomes zero, or the first would be divided by eps alone.
 docs/notebook.md compares these codes with others: error against Adam in float64, and nanoseconds.
+
+In 4 bits, two codes share a byte, those of a block's halves. `Power` has codes from -7 to 7; neighbours differ by half
+at the maximum. `Log` has 14 steps and spans a factor of 2**14 at most: smaller second moments of a block count as its
+largest / 16384, which makes updates smaller, not larger.
 """
 
 import math
@@ -35,9 +39,9 @@ from qgalore.storage.rounding import Seed, advance, random_bits
 
 BLOCK = 256
 MIN_ELEMENTS = 4096  # below, 8 bits would save nothing worth the noise
-MAX_CODE = 127  # of Power
-MAX_STEPS = 254  # of Log: the codes from 1 to 255 have 254 steps between them
-MAX_SPAN = 2.0**-48  # of Log: smaller values, relative to the block's largest, have code 1
+MAX_CODE = {8: 127, 4: 7}  # of Power, by bits
+MAX_STEPS = {8: 254, 4: 14}  # of Log: the codes from 1 to 255 have 254 steps between them
+MAX_SPAN = {8: 2.0**-48, 4: 2.0**-14}  # of Log: smaller values, relative to the block's largest, have code 1
 _TINY = torch.finfo(torch.float32).tiny
 _ONE = 0x3F800000  # the bits of 1.0
 _OCTAVE = 2.0**23  # from the bits of a float32 to those of its double
@@ -47,54 +51,85 @@ _OCTAVE = 2.0**23  # from the bits of a float32 to those of its double
 class Blockwise:
     """What both codecs share: codes (count,) uint8 or int8 in row-major order, and one entry a block of other parts.
 
+    bits: 8, or 4 for two codes in a byte, uint8.
     A NaN or an infinity makes its whole block decode to what is not finite.
     """
 
     PARTS: ClassVar[tuple[str, ...]]
     DTYPES: ClassVar[tuple[torch.dtype, ...]]
+    ZERO: ClassVar[int]  # what is added to a code so that none is negative
+    bits: int = 8
 
     def spec(self, shape: torch.Size) -> dict[str, tuple[torch.Size, torch.dtype]]:
         count = shape.numel()
-        sizes = [count] + [-(-count // BLOCK)] * (len(self.PARTS) - 1)
-        return {
-            part: (torch.Size((size,)), dtype) for part, size, dtype in zip(self.PARTS, sizes, self.DTYPES, strict=True)
-        }
+        sizes = [self._bytes(count)] + [-(-count // BLOCK)] * (len(self.PARTS) - 1)
+        dtypes = self.DTYPES if self.bits == 8 else (torch.uint8, *self.DTYPES[1:])
+        return {part: (torch.Size((size,)), dtype) for part, size, dtype in zip(self.PARTS, sizes, dtypes, strict=True)}
+
+    def _bytes(self, elements: int) -> int:
+        """Of the codes of so many elements from the beginning of a block."""
+        return elements if self.bits == 8 else -(-elements // 2)
 
     def encode_(self, values: Tensor, parts: Mapping[str, Tensor], *, seed: Seed | None) -> None:
         flat = values.float().reshape(-1)
-        for elements, own in self._pieces(parts):
-            blocks = flat[elements].view_as(own["codes"])
-            new = self.encode_blocks(blocks, _noise(blocks, seed=advance(seed, elements.start)))
+        for elements, own in self._pieces(parts, len(flat)):
+            blocks = flat[elements].view(len(own["codes"]), -1)
+            codes, *others = self.encode_blocks(blocks, _noise(blocks, seed=advance(seed, elements.start)))
+            new = [self._pack(codes), *others]
             for part, tensor in zip(own.values(), new, strict=True):
                 part.copy_(tensor)
 
     def decode(self, parts: Mapping[str, Tensor], *, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        codes, pieces = parts["codes"], list(self._pieces(parts))
-        decoded = (self.decode_blocks(*(part.float() for part in own.values())) for _, own in pieces)
+        pieces = list(self._pieces(parts, shape.numel()))
+        decoded = (self._decode_piece(own, elements.stop - elements.start) for elements, own in pieces)
         if len(pieces) == 1:  # always in compiled code, where a copy would not be made of vectors
             return next(decoded).view(shape).to(dtype)
-        values = torch.empty(codes.numel(), dtype=dtype, device=codes.device)
+        values = torch.empty(shape.numel(), dtype=dtype, device=parts["codes"].device)
         for (elements, _), piece in zip(pieces, decoded, strict=True):
             values[elements] = piece.view(-1)
         return values.view(shape)
 
-    def _pieces(self, parts: Mapping[str, Tensor]) -> Iterator[tuple[slice, dict[str, Tensor]]]:
-        """Ranges of elements, and their parts with a row for each block; a last short block comes by itself."""
+    def _decode_piece(self, own: Mapping[str, Tensor], elements: int) -> Tensor:
+        codes, *others = own.values()
+        return self.decode_blocks(self._unpack(codes, elements // len(codes)), *(other.float() for other in others))
+
+    def _pack(self, codes: Tensor) -> Tensor:
+        """As they are kept. (blocks, width) float32 -> (blocks, width or half of it)"""
+        if self.bits == 8:
+            return codes  # to be converted while they are copied
+        codes = (codes + self.ZERO).to(torch.uint8)
+        half = -(-codes.shape[1] // 2)
+        low, high = codes[:, :half], codes[:, half:]
+        if high.shape[1] < half:
+            high = torch.nn.functional.pad(high, (0, 1))
+        return low | (high << 4)
+
+    def _unpack(self, codes: Tensor, width: int) -> Tensor:
+        """The inverse of _pack, float32."""
+        if self.bits == 8:
+            return codes.float()
+        return torch.cat((codes & 15, codes >> 4), dim=1)[:, :width].float().sub_(self.ZERO)
+
+    def _pieces(self, parts: Mapping[str, Tensor], count: int) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+        """Ranges of `count` elements, their parts with a row for each block; a last short block comes by itself."""
         codes, *others = (parts[name] for name in self.PARTS)
-        count = codes.numel()
-        whole = count - count % BLOCK
+        whole, width = count - count % BLOCK, self._bytes(BLOCK)
         if whole:
-            table = [codes.view(-1)[:whole].view(-1, BLOCK), *(other[: whole // BLOCK].view(-1, 1) for other in others)]
+            table = [
+                codes.view(-1)[: self._bytes(whole)].view(-1, width),
+                *(other[: whole // BLOCK].view(-1, 1) for other in others),
+            ]
             for rows in row_chunks(whole // BLOCK, BLOCK, device=codes.device):
                 own = [part[rows] for part in table]
                 yield slice(rows.start * BLOCK, rows.stop * BLOCK), dict(zip(self.PARTS, own, strict=True))
         if whole < count:
-            last = [codes.view(-1)[whole:].view(1, -1), *(other[-1:].view(1, 1) for other in others)]
+            last = [codes.view(-1)[self._bytes(whole) :].view(1, -1), *(other[-1:].view(1, 1) for other in others)]
             yield slice(whole, count), dict(zip(self.PARTS, last, strict=True))
 
     def in_blocks(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The parts of whole blocks as views with a row for each of them."""
-        return {name: part.view(-1, BLOCK if name == "codes" else 1) for name, part in parts.items()}
+        width = self._bytes(BLOCK)
+        return {name: part.view(-1, width if name == "codes" else 1) for name, part in parts.items()}
 
     def rows(self, parts: Mapping[str, Tensor], rows: slice, *, width: int) -> dict[str, Tensor]:
         if parts["codes"].ndim == 2:  # in blocks
@@ -102,10 +137,11 @@ class Blockwise:
         elements = slice(rows.start * width, rows.stop * width)
         assert elements.start % BLOCK == 0, "a shard begins with a block"
         blocks = slice(elements.start // BLOCK, -(-elements.stop // BLOCK))
-        return {name: part[elements if name == "codes" else blocks] for name, part in parts.items()}
+        codes = slice(self._bytes(elements.start), self._bytes(elements.stop))
+        return {name: part[codes if name == "codes" else blocks] for name, part in parts.items()}
 
     def encode_blocks(self, x: Tensor, noise: Tensor | float) -> tuple[Tensor, ...]:
-        """Codes (blocks, width) and the other parts (blocks, 1) of values x (blocks, width).
+        """Codes (blocks, width), float32, and the other parts (blocks, 1) of values x (blocks, width).
 
         noise: uniform in [0, 1), the same shape, rounds at random; 0.5 rounds to nearest.
         """
@@ -122,20 +158,21 @@ class Blockwise:
 
 @dataclass(frozen=True)
 class Power(Blockwise):
-    """Signed values as fourth powers of 8-bit codes. See above."""
+    """Signed values as fourth powers of codes. See above."""
 
     PARTS: ClassVar[tuple[str, ...]] = ("codes", "scale")
     DTYPES: ClassVar[tuple[torch.dtype, ...]] = (torch.int8, torch.float32)
+    ZERO: ClassVar[int] = 8
 
     def encode_blocks(self, x: Tensor, noise: Tensor | float) -> tuple[Tensor, ...]:
-        maximum = x.abs().amax(1, keepdim=True)
-        y = x.abs().mul_(MAX_CODE**4 / maximum.clamp_min(_TINY))
-        c = y.sqrt().sqrt_().floor_().clamp_max_(MAX_CODE - 1)  # c**4 <= y, but for a last bit
+        maximum, top = x.abs().amax(1, keepdim=True), MAX_CODE[self.bits]
+        y = x.abs().mul_(top**4 / maximum.clamp_min(_TINY))
+        c = y.sqrt().sqrt_().floor_().clamp_max_(top - 1)  # c**4 <= y, but for a last bit
         square = c * c
         step = (2 * c + 1) * (2 * (square + c) + 1)  # (c + 1)**4 - c**4
         fraction = (y - square * square).div_(step).clamp_max_(1.0)
         up = (fraction - noise).ceil_()  # of (-1, 1]: 0 or 1
-        return c.add_(up).mul_(x.sign()).to(torch.int8), maximum * MAX_CODE**-4.0
+        return c.add_(up).mul_(x.sign()), maximum * top**-4.0
 
     def decode_blocks(self, c: Tensor, *others: Tensor) -> Tensor:
         (scale,) = others
@@ -144,20 +181,21 @@ class Power(Blockwise):
 
 @dataclass(frozen=True)
 class Log(Blockwise):
-    """Values that are not negative by their logarithms, in 8 bits; a negative value counts as zero. See above."""
+    """Values that are not negative by their logarithms; a negative value counts as zero. See above."""
 
     PARTS: ClassVar[tuple[str, ...]] = ("codes", "scale", "steps")
     DTYPES: ClassVar[tuple[torch.dtype, ...]] = (torch.uint8, torch.float32, torch.uint8)
+    ZERO: ClassVar[int] = 0
 
     def encode_blocks(self, x: Tensor, noise: Tensor | float) -> tuple[Tensor, ...]:
-        maximum = x.amax(1, keepdim=True)
-        lowest = torch.maximum(_lowest_positive(x), maximum * MAX_SPAN).clamp_min(_TINY)
+        maximum, most = x.amax(1, keepdim=True), MAX_STEPS[self.bits]
+        lowest = torch.maximum(_lowest_positive(x), maximum * MAX_SPAN[self.bits]).clamp_min(_TINY)
         span = ((maximum / lowest).clamp_min(1.0).view(torch.int32) - _ONE).float()
-        steps = (MAX_STEPS * _OCTAVE / span.clamp_min(_OCTAVE)).floor()
+        steps = (most * _OCTAVE / span.clamp_min(_OCTAVE)).floor()
         octaves = (x / lowest).clamp_min(1.0).view(torch.int32) - _ONE
         position = octaves.float().mul_(steps / _OCTAVE)
-        code = (position + noise).floor_().clamp_max_(MAX_STEPS).add_(1).mul_(x.sign()).clamp_min_(0)
-        return code.to(torch.uint8), lowest + 0 * maximum, steps.to(torch.uint8)
+        code = (position + noise).floor_().clamp_max_(most).add_(1).mul_(x.sign()).clamp_min_(0)
+        return code, lowest + 0 * maximum, steps.to(torch.uint8)
 
     def decode_blocks(self, c: Tensor, *others: Tensor) -> Tensor:
         scale, steps = others
