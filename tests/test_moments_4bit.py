@@ -117,4 +117,4 @@ def test_adam_stays_near_adam():
             optimizer.step()
         ends.append(p.detach())
     assert relative_error(ends[1], ends[0]) < 0.35
-    assert (ends[1] * ends[0]).sum() / ends[0].square().sum() == pytest.approx(1, abs=0.05)
+    assert (ends[1] * ends[0]).sum() / ends[0].square().sum() == pytest.approx(1, abs=0.1)
