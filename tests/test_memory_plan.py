@@ -15,15 +15,12 @@ from qgalore.optimizer import LowRankOptimizer
 INT8 = ["--weight_quant", "--stochastic_round", "--proj_quant"]
 CASES = {
     "adamw": ["--optimizer", "adamw"],
-    "galore": ["--optimizer", "galore_adamw", "--rank", "16"],
     "galore per layer": ["--optimizer", "galore_adamw_per_layer", "--rank", "16"],
     "q_galore": ["--optimizer", "q_galore_adamw8bit", "--rank", "16", *INT8],
     "q_galore per layer": ["--optimizer", "q_galore_adamw8bit_per_layer", "--rank", "16", *INT8],
     "fira": ["--optimizer", "q_galore_adamw8bit", "--rank", "16", *INT8, "--residual", "fira"],
     "online pca": ["--optimizer", "galore_adamw", "--rank", "16", "--proj_type", "continuous"],
-    "apollo": ["--optimizer", "apollo", "--rank", "16"],
     "foam": ["--optimizer", "foam"],
-    "muon": ["--optimizer", "muon"],
 }
 WAYS = {"four": ["--gradient_accumulation", "4"], "recomputed": ["--activation_checkpointing"]}
 
