@@ -107,7 +107,7 @@ def test_one_process_and_two_train_on_the_same_sequences(tiny, tmp_path):
             assert ours["tokens_seen"] == theirs["tokens_seen"]
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         states = [json.loads((checkpoint(tmp_path / run, 12) / "state.json").read_text()) for run in ("one", name)]
-        assert states[0]["position"] == states[1]["position"] and len(states[0]["position"]["readers"]) == 96
+        assert states[0]["position"] == states[1]["position"] and len(states[0]["position"]["readers"]) == 16
     ends = [record(tmp_path / name, "end")[0]["perplexity"] for name in ("one", "two")]
     assert ends[0] == pytest.approx(ends[1], rel=1e-5), "the same validation tokens"
 
