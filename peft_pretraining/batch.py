@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ class Batch:
     input_ids: Tensor  # (B, L) int64
     targets: Tensor  # (B, L) int64; targets[b, t] is the token after input_ids[b, t], or IGNORED
     epoch: int  # 0-based number of the latest epoch that a document of this batch comes from
-    position: dict[str, Any] = field(default_factory=dict)  # JSON: what this rank has read so far, see train_batches
+    position: Any = None  # a data.position.Progress: how far the run has come, as far as this rank knows
     skipped: tuple[str, ...] = ()  # one line for each document that could not be read on the way to this batch
 
     @classmethod

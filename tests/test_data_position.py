@@ -81,10 +81,14 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "CHUNK", 5)
 
 
-def through_json(position: dict[str, Any]) -> dict[str, Any]:
-    copy = json.loads(json.dumps(position))
-    assert copy == position
+def through_json(progress: Progress) -> dict[str, Any]:
+    copy = json.loads(json.dumps(progress.to_json()))
+    assert Progress.from_json(copy) == progress
     return copy
+
+
+def merged(ranks: list[list[Batch]], number: int) -> Progress:
+    return Progress.merged([ranked[number].position for ranked in ranks])
 
 
 @pytest.mark.parametrize("kind", ["local", "hub"])
@@ -100,22 +104,27 @@ def test_batches_after_a_resume_are_those_of_the_uninterrupted_run(
     rng = random.Random(f"{kind} {packing_kind} {workers} {world_size}")
     total = 15 if workers or world_size > 1 else 80
 
-    def start(rank: int, resume: list[dict] | None = None) -> Any:
+    def start(rank: int, resume: Any = None) -> Any:
         return train_batches(source, Characters(), rank=rank, resume=resume, **options)  # type: ignore[arg-type]
 
     whole = [take(start(rank), total) for rank in range(world_size)]
     assert workers or world_size > 1 or whole[0][-1].epoch >= 1
     for stop in rng.sample(range(1, total - 3), 2 if workers else 6):
-        saved = [through_json(ranked[stop - 1].position) for ranked in whole]
-        for rank, ranked in enumerate(whole):
-            again = take(start(rank, saved), min(3, total - stop) if workers else total - stop)
-            for found, wanted in zip(again, ranked[stop:], strict=False):
+        saved = through_json(merged(whole, stop - 1))
+        again = [
+            take(start(rank, saved), min(3, total - stop) if workers else total - stop) for rank in range(world_size)
+        ]
+        for after in range(len(again[0])):
+            assert merged(again, after) == merged(whole, stop + after)
+            for ours, theirs in zip(again, whole, strict=True):
+                found, wanted = ours[after], theirs[stop + after]
                 assert torch.equal(found.input_ids, wanted.input_ids) and torch.equal(found.targets, wanted.targets)
-                assert (found.epoch, found.skipped, found.position) == (wanted.epoch, wanted.skipped, wanted.position)
+                assert (found.epoch, found.skipped) == (wanted.epoch, wanted.skipped)
 
 
 def test_no_more_than_the_block_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_source("local", tmp_path, bad=False)
+    source.readers = 1
     taken = take(train_batches(source, Characters(), batch_size=1, max_length=8, packing="truncate"), 70)  # type: ignore
     read: list[int] = []
     real = source.records
@@ -126,99 +135,140 @@ def test_no_more_than_the_block_is_read_again(tmp_path: Path, monkeypatch: pytes
             yield record
 
     monkeypatch.setattr(source, "records", recording)
-    batches = source.read(epoch=0, reader=0, readers=1, start=Position.from_json(taken[-1].position["readers"][0]))
+    batches = source.read(epoch=0, starts={0: taken[-1].position.readers[0]})
     assert len(list(batches)) == COUNT - 70
     assert len(read) <= COUNT - 70 + document_order.BUFFER_RECORDS
 
 
 def run_readers(
-    source: OrderedDocuments, ranks: list[Progress], *, rng: random.Random, most: int
-) -> tuple[list[Progress], Counter[tuple[int, ...]]]:
+    source: OrderedDocuments, progress: Progress, *, rng: random.Random, most: int
+) -> tuple[Progress, Counter[tuple[int, ...]]]:
     """Readers that each read up to so many documents, each at its own pace; the places of these documents."""
-    workers, world_size = len(ranks[0].positions), len(ranks)
     places: Counter[tuple[int, ...]] = Counter()
-    for rank, progress in enumerate(ranks):
-        positions = []
-        for worker, position in enumerate(progress.positions):
-            share = dict(reader=worker * world_size + rank, readers=workers * world_size)
-            read = (
-                source.read(epoch=epoch, **share, start=position, earlier=progress.earlier)  # type: ignore[arg-type]
-                for epoch in range(position.epoch, position.epoch + 30)
-            )
-            for item in islice(chain.from_iterable(read), rng.randrange(most)):
-                assert isinstance(item, Document)
-                places[item.position.place] += 1
-                position = item.position.after()
-            positions.append(position)
-        ranks[rank] = replace(progress, positions=tuple(positions))
-    return ranks, places
+    positions = []
+    share: dict[str, Any] = dict(readers=len(progress.readers), earlier=progress.earlier)
+    for reader, position in enumerate(progress.readers):
+        read = (
+            source.read(epoch=epoch, starts={reader: position}, **share)
+            for epoch in range(position.epoch, position.epoch + 30)
+        )
+        for item in islice(chain.from_iterable(read), rng.randrange(most)):
+            assert isinstance(item, Document) and item.reader == reader
+            places[item.position.place] += 1
+            position = item.position.after()
+        positions.append(position)
+    return replace(progress, readers=tuple(positions)), places
 
 
 @pytest.mark.parametrize("kind", ["local", "hub"])
-def test_other_layouts_read_each_document_once_an_epoch(tmp_path: Path, kind: str) -> None:
-    """However often the layout changes and however far the readers have parted, over epochs even."""
+def test_other_readers_read_each_document_once_an_epoch(tmp_path: Path, kind: str) -> None:
+    """However often their number changes and however far they have parted, over epochs even."""
     source = make_source(kind, tmp_path, bad=False)
-    layouts = [(1, 1), (3, 1), (1, 2), (2, 2), (1, 8), (2, 5)]  # world size and workers
     for seed in range(10):
         rng = random.Random(seed)
-        saved: list[dict[str, Any]] | None = None
+        saved: Any = None
         seen: Counter[tuple[int, ...]] = Counter()
-        for world_size, workers in [*rng.choices(layouts, k=4), (1, 1)]:
-            shape: dict[str, int] = dict(world_size=world_size, workers=workers)
-            ranks = [
-                resume_progress(saved, rank=rank, **shape) if saved else Progress.at_start(**shape)
-                for rank in range(world_size)
-            ]
-            last_epoch = max(ranks[0].earlier[-1].positions).epoch if ranks[0].earlier else 0
-            ranks, places = run_readers(source, ranks, rng=rng, most=80)
+        for readers in [*rng.choices([1, 2, 3, 4, 8, 10], k=4), 1]:
+            progress = (
+                resume_progress(saved, shares=7 * 11, readers=readers) if saved else Progress((Position(),) * readers)
+            )
+            last_epoch = max(progress.earlier[-1].positions).epoch if progress.earlier else 0
+            progress, places = run_readers(source, progress, rng=rng, most=80)
             seen += places
-            saved = [through_json(progress.to_json()) for progress in ranks]
-        (only,) = ranks
-        while only.positions[0].epoch <= last_epoch + 3:
-            (only,), places = run_readers(source, [only], rng=rng, most=300)
+            saved = through_json(progress)
+        while progress.readers[0].epoch <= last_epoch + 3:
+            progress, places = run_readers(source, progress, rng=rng, most=300)
             seen += places
         per_epoch = Counter(epoch for epoch, _, _ in seen)
         assert set(seen.values()) == {1}
         assert all(per_epoch[epoch] == COUNT for epoch in range(last_epoch + 3))
 
 
+# Checkpoints from before virtual readers
+
+
+def as_it_was(progress: Progress, *, world_size: int) -> list[dict[str, Any]]:
+    """What old checkpoints have, of so many ranks."""
+    earlier = [layout.to_json() for layout in progress.earlier]
+    positions = [position.to_json() for position in progress.readers]
+    turn = progress.sequences // world_size % (len(positions) // world_size)
+    shared = {"world_size": world_size, "turn": turn, "earlier": earlier}
+    return json.loads(json.dumps([shared | {"readers": positions[rank::world_size]} for rank in range(world_size)]))
+
+
 @pytest.mark.parametrize("kind", ["local", "hub"])
 @pytest.mark.parametrize("batches", [1, 4, 9])
 def test_what_was_cut_is_read_again_and_nothing_else(tmp_path: Path, kind: str, batches: int) -> None:
-    """Two ranks become one: the first tokens of the documents, which name them, come once an epoch as an input."""
+    """Two ranks become three: the first tokens of documents, which name them, come once an epoch as an input."""
     source = make_source(kind, tmp_path)
-    options: dict[str, Any] = dict(batch_size=2, max_length=17, packing="concat")
+    options: dict[str, Any] = dict(max_length=17, packing="concat")
 
     def names(taken: list[Batch]) -> list[int]:
         inputs = rows(taken)[:, 0].flatten().tolist()
         return [token for token in inputs if token >= 0x100]
 
-    before = [take(train_batches(source, Characters(), rank=r, world_size=2, **options), batches) for r in range(2)]  # type: ignore[arg-type]
-    saved = [through_json(ranked[-1].position) for ranked in before]
-    (positions,) = zip(*(one["readers"] for one in saved), strict=True)
-    begun = names(before[0]) + names(before[1])
-    cut = sum(position["used"] > 0 or position["piece"] > 0 for position in positions)
+    source.readers = 2
+    before = take(train_batches(source, Characters(), batch_size=4, **options), batches)  # type: ignore[arg-type]
+    saved = as_it_was(before[-1].position, world_size=2)
+    begun = names(before)
+    cut = sum(position.used > 0 or position.piece > 0 for position in before[-1].position.readers)
     assert len(set(begun)) == len(begun) < COUNT
 
+    source.readers = 3
     warnings: list[str] = []
     handler = data_position.logger.add(warnings.append, format="{message}")
-    after = names(take(train_batches(source, Characters(), resume=saved, **options), 210))  # type: ignore[arg-type]
+    shares = [
+        take(train_batches(source, Characters(), batch_size=1, rank=rank, world_size=3, resume=saved, **options), 250)  # type: ignore[arg-type]
+        for rank in range(3)
+    ]
     data_position.logger.remove(handler)
-    rest = after[: COUNT - len(begun) + cut]
+    rest = []
+    for reader, found in enumerate(map(names, shares)):
+        following = source.read(epoch=1, readers=3, starts={reader: Position()})
+        expected = [ord(item.text[0]) for item in following if isinstance(item, Document)]  # type: ignore[arg-type]
+        (end,) = (i for i in range(len(found)) if found[i : i + len(expected)] == expected)
+        rest += found[:end]
     assert set(begun) | set(rest) == {0x100 + i for i in range(COUNT)}
     assert len(set(rest)) == len(rest) and len(set(begun) & set(rest)) == cut
-    assert sorted(after[len(rest) : len(rest) + COUNT]) == [0x100 + i for i in range(COUNT)], "the next epoch is whole"
     assert len(warnings) == 1
-    assert str(warnings[0]).startswith("the data was read by 2 ranks x 1 workers, now by 1 x 1: the order goes on")
+    assert str(warnings[0]).startswith(
+        "the data was read by 2 readers, which 3 processes cannot share: the order goes on"
+    )
+
+
+@pytest.mark.parametrize("world_size, workers", [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4)])
+def test_old_positions_go_on_exactly_where_their_readers_can_be_shared(
+    tmp_path: Path, world_size: int, workers: int
+) -> None:
+    """Four readers, on two ranks with two workers, stopped when it was the second worker's turn."""
+    source = make_source("local", tmp_path)
+    options: dict[str, Any] = dict(max_length=17, packing="concat")
+    source.readers = 4
+    whole = take(train_batches(source, Characters(), batch_size=2, **options), 40)  # type: ignore[arg-type]
+    saved = as_it_was(whole[22].position, world_size=2)
+    assert saved[0]["turn"] == 1
+    source.readers = 96
+    batches = [
+        take(
+            train_batches(  # type: ignore[arg-type]
+                source, Characters(), batch_size=1, rank=rank, world_size=world_size, workers=workers, resume=saved,
+                **options,
+            ),
+            32 // world_size,
+        )
+        for rank in range(world_size)
+    ]  # fmt: skip
+    found = torch.stack([rows(ranked) for ranked in batches], dim=1).flatten(0, 1)
+    assert torch.equal(found, rows(whole[23:])[: len(found)])
 
 
 def test_layouts_that_no_longer_matter_are_dropped() -> None:
     old = EarlierReaders((Position(epoch=1), Position(epoch=2)))
     kept = EarlierReaders((Position(epoch=2), Position(epoch=3)))
-    progress = Progress((Position(epoch=3),), world_size=1, earlier=(old, kept))
-    for workers in (1, 2):
-        earlier = resume_progress([progress.to_json()], rank=0, world_size=1, workers=workers).earlier
-        assert earlier[0] == kept and len(earlier) == workers
+    progress = Progress((Position(epoch=3),), earlier=(old, kept))
+    for shares, readers in ((1, 96), (2, 96)):
+        earlier = resume_progress(progress.to_json(), shares=shares, readers=readers).earlier
+        assert earlier[0] == kept and len(earlier) == shares
 
 
 def test_whole_parts_go_round_else_documents_do() -> None:
@@ -228,9 +278,9 @@ def test_whole_parts_go_round_else_documents_do() -> None:
     assert shares == [[0, 1, 2, 3, 0, 1], [1] * 6, [3, 0, 1, 2, 3, 0]]
 
 
-@pytest.mark.parametrize("saved", [[], [{}], [{"readers": 3}], "two of three"])
+@pytest.mark.parametrize("saved", [[], {}, [{}], [{"readers": 3}], {"readers": [], "sequences": 0}, "two of three"])
 def test_a_position_that_is_none_is_one_line(saved: Any) -> None:
     if saved == "two of three":
-        saved = [Progress.at_start(world_size=3, workers=1).to_json()] * 2
+        saved = as_it_was(Progress((Position(),) * 3), world_size=3)[:2]
     with pytest.raises(UserError, match="the saved data position cannot be used .*Resume from another checkpoint"):
-        resume_progress(saved, rank=0, world_size=1, workers=1)
+        resume_progress(saved, shares=1, readers=1)

@@ -42,14 +42,15 @@ def texts_of_first_epochs(batches: Iterator[Batch], *, epochs: int, total: int) 
 
 
 def test_training_stream_is_carried_over_the_epoch(tmp_path: Path) -> None:
-    """No tail is dropped: two epochs of 7 documents come out as one unbroken stream."""
+    """No tail is dropped: a reader's documents, two epochs of 7, come out as one unbroken stream."""
     source = local(tmp_path / "a.jsonl", documents(7))
+    source.readers = 1
     batches = train_batches(source, TOKENIZER, batch_size=3, max_length=10, packing="concat")
     taken = take(batches, 6)
     expected = [
         token
         for epoch in range(3)
-        for document in source.read(epoch=epoch, reader=0, readers=1)
+        for document in source.read(epoch=epoch)
         for token in (*document.text.encode(), TOKENIZER.eos_id)
     ]
     found = rows(taken)
@@ -165,6 +166,7 @@ def test_user_errors_arrive_as_one_line(tmp_path: Path, workers: int, monkeypatc
 def test_bad_documents_are_left_out_and_reported_once_an_epoch(tmp_path: Path, workers: int, packing: str) -> None:
     path = tmp_path / "a.jsonl"
     source = local(path, documents(40))
+    source.readers = 4
     lines = path.read_text().splitlines()
     bad = {4: "{broken", 20: "{}", 43: '{"text": 1}'}
     for number in sorted(bad):
@@ -183,11 +185,12 @@ def test_nothing_but_bad_documents_is_handed_over_all_the_same(tmp_path: Path) -
     path = tmp_path / "a.jsonl"
     path.write_text("{}\n" * 150)
     source = LocalDocuments([path], name="a", seed=0, shuffle=False)
+    source.readers = 1
     options = {"batch_size": 1, "max_length": 8, "packing": "concat"}
     batches = take(train_batches(source, TOKENIZER, **options), 3)
     assert [len(batch.skipped) for batch in batches] == [64, 64, 64]
     assert all((batch.targets == IGNORED).all() for batch in batches)
-    (rest,) = take(train_batches(source, TOKENIZER, **options, resume=[batches[0].position]), 1)
+    (rest,) = take(train_batches(source, TOKENIZER, **options, resume=batches[0].position.to_json()), 1)
     assert rest.skipped == batches[1].skipped
 
 
@@ -303,7 +306,7 @@ def test_validation_is_the_same_for_any_world_and_batch_size(tmp_path: Path, pac
 
 def test_validation_follows_the_stream_and_reads_no_further(tmp_path: Path) -> None:
     source = local(tmp_path / "a.jsonl", documents(1000), shuffle=False)
-    reading = iter(source.read(epoch=0, reader=0, readers=1))
+    reading = iter(source.read(epoch=0))
     source.read = lambda **_: reading  # type: ignore[method-assign]
     validation = ValidationSet(source, TOKENIZER, tokens=100, batch_size=64, max_length=8, packing="concat")
     stream = [token for text in documents(20) for token in (*text.encode(), TOKENIZER.eos_id)]

@@ -41,7 +41,7 @@ EVERYTHING = [f"{file} {line + 1}" for file, count in enumerate(SIZES) for line 
 
 
 def read(source: Files, epoch: int = 0) -> list[Document]:
-    return list(source.read(epoch=epoch, reader=0, readers=1))  # type: ignore[arg-type]
+    return list(source.read(epoch=epoch))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("size, room", [(1, 50), (4, 25), (1000, 1)])
@@ -51,7 +51,7 @@ def test_a_block_is_bounded_and_loses_nothing(monkeypatch: pytest.MonkeyPatch, s
     monkeypatch.setattr(document_order, "BUFFER_BYTES", 100)
     source = Files(size=size)
     found = []
-    for document in source.read(epoch=0, reader=0, readers=1):
+    for document in source.read(epoch=0):
         found.append(document.text)  # type: ignore[union-attr]
         assert source.taken - len(found) <= room
     assert sorted(found) == sorted(EVERYTHING)
@@ -71,7 +71,7 @@ def test_in_file_order_nothing_is_read_ahead() -> None:
     source = Files(shuffle=False)
     assert [document.text for document in read(source)] == EVERYTHING
     source.taken = 0
-    next(source.read(epoch=0, reader=0, readers=1))
+    next(source.read(epoch=0))
     assert source.taken <= 2
 
 
@@ -82,6 +82,6 @@ def test_reading_begins_at_any_position(monkeypatch: pytest.MonkeyPatch, shuffle
     whole = read(source)
     for i, document in enumerate(whole):
         source.taken = 0
-        rest = list(source.read(epoch=0, reader=0, readers=1, start=document.position.after()))
+        rest = list(source.read(epoch=0, starts={0: document.position.after()}))
         assert rest == whole[i + 1 :]
         assert source.taken <= len(rest) + 17

@@ -132,7 +132,7 @@ sys.modules["datasets"] = sys.modules["pyarrow"] = sys.modules["huggingface_hub"
 from peft_pretraining.data.sources import open_documents
 from peft_pretraining.errors import UserError
 source = open_documents({str(tmp_path)!r}, split="train", seed=0, validation="unused")
-print(len(list(source.read(epoch=0, reader=0, readers=1))))
+print(len(list(source.read(epoch=0))))
 for dataset in ({str(parquet)!r}, "c4"):
     try:
         open_documents(dataset, split="train", seed=0).check()

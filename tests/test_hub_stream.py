@@ -15,6 +15,7 @@ from support.runs import ROOT
 from peft_pretraining.data import hub as hub_stream
 from peft_pretraining.data import retry
 from peft_pretraining.data.hub import HubDocuments, is_transient, resilient, seconds_to_wait
+from peft_pretraining.data.position import Position
 from peft_pretraining.errors import UserError
 
 datasets = pytest.importorskip("datasets")
@@ -45,8 +46,9 @@ def open_fake(monkeypatch: pytest.MonkeyPatch, *, shards: int, split: str = "tra
     return source
 
 
-def read(source: HubDocuments, *, epoch: int, reader: int, readers: int) -> list[str]:
-    return [item.text for item in source.read(epoch=epoch, reader=reader, readers=readers)]  # type: ignore[union-attr]
+def read(source: HubDocuments, *, epoch: int, reader: int = 0, readers: int = 1) -> list[str]:
+    items = source.read(epoch=epoch, readers=readers, starts={reader: Position()})
+    return [item.text for item in items]  # type: ignore[union-attr]
 
 
 class Response:
@@ -76,12 +78,12 @@ def test_readers_divide_every_epoch(monkeypatch: pytest.MonkeyPatch, shards: int
 
 def test_train_is_reshuffled_and_validation_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     train = open_fake(monkeypatch, shards=5)
-    orders = [read(train, epoch=epoch, reader=0, readers=1) for epoch in (0, 1, 0)]
+    orders = [read(train, epoch=epoch) for epoch in (0, 1, 0)]
     assert orders[0] == orders[2] != orders[1]
     other_seed = open_fake(monkeypatch, shards=5, seed=1)
-    assert read(other_seed, epoch=0, reader=0, readers=1) != orders[0]
+    assert read(other_seed, epoch=0) != orders[0]
     validation = open_fake(monkeypatch, shards=5, split="validation")
-    assert read(validation, epoch=0, reader=0, readers=1) == everything(5)
+    assert read(validation, epoch=0) == everything(5)
 
 
 def test_source_is_picklable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,12 +118,12 @@ def test_broken_stream_gives_the_same_documents(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(hub_stream, "BATCH", 1)
     flaky = HubDocuments(split="train", seed=0)
     flaky._dataset = datasets.IterableDataset.from_generator(flaky_rows, gen_kwargs={"shards": list(range(4))})
-    documents = list(flaky.read(epoch=0, reader=1, readers=2))
+    documents = list(flaky.read(epoch=0, readers=2, starts={1: Position()}))
     assert [document.text for document in documents] == wanted[1]  # type: ignore[union-attr]
     for stop in (1, DOCUMENTS, DOCUMENTS + 3):  # resumed in the middle of a shard, on as bad a connection
         seen.clear()
         start = documents[stop - 1].position.after()  # type: ignore[union-attr]
-        rest = flaky.read(epoch=0, reader=1, readers=2, start=start)
+        rest = flaky.read(epoch=0, readers=2, starts={1: start})
         assert [document.text for document in rest] == wanted[1][stop:]  # type: ignore[union-attr]
     seen.clear()
     waits.clear()

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 HUB_DATASET, HUB_CONFIG = "allenai/c4", "en"
+READERS = 8  # virtual readers: each has a connection of its own, and some 50 MB
 BATCH = 256  # documents converted from Arrow at a time
 
 PROBES, PROBE_SECONDS = 2, 5.0  # is the hub there at all: ten seconds at worst
@@ -67,6 +68,8 @@ class HubRecord(NamedTuple):
 
 class HubDocuments(OrderedDocuments[int]):
     """One split of C4, English, streamed. Train order: shards shuffled by (seed, epoch), then blocks within a shard."""
+
+    readers = READERS
 
     def __init__(self, *, split: Literal["train", "validation"], seed: int) -> None:
         super().__init__(seed=seed, shuffle=split == "train")

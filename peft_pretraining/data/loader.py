@@ -4,8 +4,8 @@
     source --worker 1--> tokens --> sequences ---> round robin --> batches --(thread)--> the training loop
 
 Workers hand over sequences, not batches, so the order of the sequences does not depend on the batch size: 1 x 32, 4 x 8
-and 8 x 4 train on the same ones in the same order. Each worker packs its own documents, epoch after epoch without end;
-workers need not finish an epoch together.
+and 8 x 4 train on the same ones in the same order. It does not depend on the number of ranks and workers either:
+readers.py says how.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ import queue
 import signal
 import threading
 import weakref
-from collections import abc
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from itertools import count, islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
+from loguru import logger
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from peft_pretraining.batch import Batch
-from peft_pretraining.data.order import Skipped
-from peft_pretraining.data.packing import Packing, Piece, Sequence, encode, make_packer, to_sequence
-from peft_pretraining.data.position import Progress, resume_progress
+from peft_pretraining.data.packing import Packing, Sequence
+from peft_pretraining.data.position import Position, Progress, resume_progress
+from peft_pretraining.data.readers import Readers, useful_workers
 from peft_pretraining.data.sources import DocumentSource
 from peft_pretraining.distributed import STOP_SIGNALS
 from peft_pretraining.errors import UserError
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PREFETCHED = 2  # batches ready before they are asked for
-EMPTY_EPOCHS = 20  # times the number of readers: epochs in a row without a document, after which there is none
-MAX_SKIPPED = 64  # bad documents that a reader keeps to itself while it looks for a good one
 
 
 def train_batches(
@@ -54,15 +53,18 @@ def train_batches(
     world_size: int = 1,
     workers: int = 0,
     device: torch.device | str = "cpu",
-    resume: abc.Sequence[dict[str, Any]] | None = None,
+    resume: Any = None,
 ) -> Generator[Batch, None, None]:
     """Endless batches of this rank, epoch after reshuffled epoch; the same ones for the same arguments.
 
+    The k-th batches of all ranks together have the sequences that one rank with the batch size of all would have.
+
     batch_size: sequences in a batch, B.
     max_length: tokens of a sequence, L.
-    workers: processes that read and tokenize; 0 for a thread of this one.
-    resume: `Batch.position` of the last batch of each rank. With the same number of ranks and workers (0 counts as 1),
-        the batches go on exactly. Otherwise no document is lost, and only those cut in the middle are read twice.
+    workers: processes that read and tokenize; 0 for a thread of this one. More than have documents of their own are not
+        started.
+    resume: JSON of the progress of a run, which goes on exactly, with any number of ranks and workers: that of a
+        `Batch.position`, merged over the ranks. For what older checkpoints have, see resume_progress.
     Batches arrive on `device`, the next ones made in the background. Closing the iterator ends thread and workers.
 
     A document that cannot be read is left out and named in `Batch.skipped`.
@@ -70,12 +72,17 @@ def train_batches(
     """
     assert batch_size >= 1 and max_length >= 2 and 0 <= rank < world_size
     if resume is None:
-        progress = Progress.at_start(world_size=world_size, workers=max(1, workers))
+        progress = Progress((Position(),) * source.readers)
     else:
-        progress = resume_progress(resume, rank=rank, world_size=world_size, workers=max(1, workers))
-    dataset = _Sequences(source, tokenizer, max_length=max_length, packing=packing, rank=rank, progress=progress)
+        progress = resume_progress(resume, shares=world_size * max(1, workers), readers=source.readers, rank=rank)
+    useful = useful_workers(workers, world_size=world_size, readers=len(progress.readers))
+    if useful < workers:
+        logger.info(f"--workers {workers}: started {useful}, because more would read the same documents")
+        workers = useful
+    first = progress.sequences + rank
+    readers = partial(Readers, source, tokenizer, max_length=max_length, packing=packing, progress=progress)
     loader = DataLoader(
-        dataset,
+        _Sequences(readers, first=first, step=world_size),
         batch_size=None,
         num_workers=workers,
         collate_fn=_identity,
@@ -84,101 +91,61 @@ def train_batches(
         generator=torch.Generator(),  # else it takes a number from the global generator, and the model's weights change
     )
     # iter() starts the workers: here, because a process should not be forked from the prefetching thread.
-    return _deliver(iter(loader), batch_size=batch_size, progress=progress, device=torch.device(device))
+    collate = partial(_collate, batch_size=batch_size, progress=progress, first=first, step=world_size)
+    return _deliver(iter(loader), collate=collate, device=torch.device(device))
 
 
 class _Sequences(IterableDataset):
-    """The endless sequences of one reader, whose number depends on the worker that it runs in."""
+    """The endless sequences of one worker: its share of `first`, `first + step`, ..., which are the rank's."""
 
-    def __init__(
-        self,
-        source: DocumentSource,
-        tokenizer: Tokenizer,
-        *,
-        max_length: int,
-        packing: Packing,
-        rank: int,
-        progress: Progress,
-    ) -> None:
-        self.source, self.tokenizer = source, tokenizer
-        self.max_length, self.packing = max_length, packing
-        self.rank, self.progress = rank, progress
+    def __init__(self, readers: Callable[..., Readers], *, first: int, step: int) -> None:
+        """readers: makes the readers of a worker from its own `first` and `step`."""
+        self.readers, self.first, self.step = readers, first, step
 
     def __iter__(self) -> Iterator[Sequence | UserError]:
         """Yields a UserError instead of raising it, because DataLoader would wrap it into a page of traceback."""
         info = get_worker_info()
-        # DataLoader asks worker 0 first, so the new worker 0 goes on where it is whose turn it was.
-        worker = ((info.id if info is not None else 0) + self.progress.turn) % len(self.progress.positions)
+        worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)  # DataLoader asks them in turn
         try:
-            yield from self._sequences(worker)
+            yield from self.readers(first=self.first + worker * self.step, step=workers * self.step).sequences()
         except UserError as error:
             yield error
 
-    def _sequences(self, worker: int) -> Iterator[Sequence]:
-        position = self.progress.positions[worker]
-        length = self.max_length
-        packer = make_packer(self.packing, self.tokenizer, length=length, eos_first=position.eos_first)
-        skipped: list[str] = []
-        for item in self._pieces(worker):
-            if isinstance(item, Piece):
-                for sequence in packer.add(item):
-                    position = sequence.position
-                    yield sequence._replace(skipped=tuple(skipped))
-                    skipped.clear()
-                continue
-            skipped.append(item.reason)
-            if len(skipped) == MAX_SKIPPED:  # report them now, with a sequence that has no targets
-                position = position._replace(reported=position.reported + MAX_SKIPPED)
-                nothing = to_sequence([], length=length, pad_id=self.tokenizer.pad_id)
-                yield Sequence(nothing, position, tuple(skipped))
-                skipped.clear()
-
-    def _pieces(self, worker: int) -> Iterator[Piece | Skipped]:
-        """The reader's tokenized documents from its position on, epoch after epoch."""
-        world_size, start = self.progress.world_size, self.progress.positions[worker]
-        share = {"reader": worker * world_size + self.rank, "readers": len(self.progress.positions) * world_size}
-        reported = start.reported
-        last = start.epoch  # in which there was a document
-        for epoch in count(start.epoch):
-            documents = self.source.read(epoch=epoch, **share, start=start, earlier=self.progress.earlier)
-            for item in encode(documents, self.tokenizer, start=start):
-                if isinstance(item, Piece):
-                    last = epoch
-                elif reported:
-                    reported -= 1
-                    continue
-                yield item
-            # Shares move on with the epoch, so even where readers outnumber documents each has one soon.
-            if epoch - last >= EMPTY_EPOCHS * share["readers"]:
-                raise UserError(f"no document with text in {self.source.name}. Is it empty?")
-
 
 def _deliver(
-    sequences: Iterator[Sequence | UserError], *, batch_size: int, progress: Progress, device: torch.device
+    sequences: Iterator[Sequence | UserError],
+    *,
+    collate: Callable[[Iterator[Sequence | UserError]], Iterator[Batch]],
+    device: torch.device,
 ) -> Generator[Batch, None, None]:
     # DataLoader has no public way to end its workers. Left to the garbage collector, as after an error that keeps its
     # frames alive, they take 5 seconds each.
     end_workers = getattr(sequences, "_shutdown_workers", lambda: None)
-    prefetcher = _Prefetcher(_collate(sequences, batch_size=batch_size, progress=progress), finish=end_workers)
+    prefetcher = _Prefetcher(collate(sequences), finish=end_workers)
     del sequences  # now they end with the thread, not with the interpreter
     with closing(prefetcher) as batches:
         for batch in batches:
             yield batch.to(device)
 
 
-def _collate(sequences: Iterator[Sequence | UserError], *, batch_size: int, progress: Progress) -> Iterator[Batch]:
+def _collate(
+    sequences: Iterator[Sequence | UserError], *, batch_size: int, progress: Progress, first: int, step: int
+) -> Iterator[Batch]:
+    positions, had = list(progress.readers), progress.sequences
+    numbers = count(first, step)
     while True:
         chosen: list[Sequence] = []
-        for item in islice(sequences, batch_size):
+        for item, number in zip(islice(sequences, batch_size), numbers, strict=False):
             if isinstance(item, UserError):
                 raise item
             chosen.append(item)
-            progress = progress.advance(item.position)
+            positions[number % len(positions)] = item.position
         assert chosen, "the sequences never end"
+        had += batch_size * step
         tokens = torch.from_numpy(np.stack([sequence.tokens for sequence in chosen]))  # (B, 2, L) int32
         yield replace(
             Batch.of(tokens, epoch=max(sequence.position.epoch for sequence in chosen)),
-            position=progress.to_json(),
+            position=replace(progress, readers=tuple(positions), sequences=had),
             skipped=tuple(reason for sequence in chosen for reason in sequence.skipped),
         )
 

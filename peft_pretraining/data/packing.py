@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -23,14 +23,16 @@ PIECE = 1_000_000  # characters: a longer document is tokenized in pieces, a chu
 class Piece(NamedTuple):
     """Token ids of a document or of a piece of it.
 
-    ids: the token ids, without EOS: a list, or an array of unsigned integers.
+    ids: the token ids, without EOS, an array of integers.
     position: position of the first one in the data.
     last: whether EOS follows.
+    reader: the virtual reader that packs it.
     """
 
-    ids: list[int] | np.ndarray
+    ids: np.ndarray
     position: Position
     last: bool
+    reader: int = 0
 
 
 class Sequence(NamedTuple):
@@ -67,7 +69,7 @@ class Concat:
         tells all about the stream.
         """
         eos = np.full(int(piece.last), self.eos_id, dtype=np.int32)
-        self.stream = np.concatenate((self.stream, np.asarray(piece.ids).astype(np.int32), eos))
+        self.stream = np.concatenate((self.stream, piece.ids.astype(np.int32, copy=False), eos))
         end = piece.position.used + len(piece.ids) + piece.last
         start = 0
         while start + self.length < len(self.stream):
@@ -100,7 +102,7 @@ class Truncate:
     def add(self, piece: Piece) -> Iterator[Sequence]:
         """The sequence of the document, from its first piece."""
         if piece.position.piece == 0:
-            tokens = [*piece.ids[: self.length], *[self.eos_id] * piece.last][: self.length]
+            tokens = [*piece.ids[: self.length].tolist(), *[self.eos_id] * piece.last][: self.length]
             yield Sequence(to_sequence(tokens, length=self.length, pad_id=self.pad_id), piece.position.after())
 
     def end(self) -> Iterator[np.ndarray]:
@@ -126,24 +128,25 @@ def to_sequence(tokens: list[int] | np.ndarray, *, length: int, pad_id: int) -> 
 
 
 def encode(
-    documents: Iterable[Document | Skipped], tokenizer: Tokenizer, *, start: Position | None = None
+    documents: Iterable[Document | Skipped], tokenizer: Tokenizer, *, starts: Mapping[int, Position] | None = None
 ) -> Iterator[Piece | Skipped]:
     """The pieces of documents that are not empty, tokenized in chunks. Skipped documents keep their place.
 
     Documents that come as token ids pass as they are.
-    start: the position to begin at; the used part of its document is left out.
+    starts: for each reader the position that it begins at; the used part of its document is left out.
     """
-    for chunk in _chunks(_cut(documents, start or Position())):
+    for chunk in _chunks(_cut(documents, starts or {})):
         texts = [item.text for item in chunk if isinstance(item, Document) and isinstance(item.text, str)]
         encoded = iter(tokenizer.encode(texts) if texts else [])
         for item in chunk:
             if isinstance(item, Skipped):
                 yield item
                 continue
-            ids = next(encoded) if isinstance(item.text, str) else item.text[0]  # a piece is cut off already
+            # The text is one piece by now. As an array it takes a ninth of a list, and may have to wait for its reader.
+            ids = np.array(next(encoded), dtype=np.int32) if isinstance(item.text, str) else item.text[0]
             position = item.position
             if len(ids) or position.piece or not item.last:
-                yield Piece(ids[position.used :], position, item.last)
+                yield Piece(ids[position.used :], position, item.last, item.reader)
 
 
 def _chunks(items: Iterator[Document | Skipped]) -> Iterator[list[Document | Skipped]]:
@@ -159,17 +162,18 @@ def _chunks(items: Iterator[Document | Skipped]) -> Iterator[list[Document | Ski
         yield chunk
 
 
-def _cut(documents: Iterable[Document | Skipped], start: Position) -> Iterator[Document | Skipped]:
+def _cut(documents: Iterable[Document | Skipped], starts: Mapping[int, Position]) -> Iterator[Document | Skipped]:
     for document in documents:
         if isinstance(document, Skipped):
             yield document
             continue
+        start = starts.get(document.reader, Position())
         resumed = document.position.place == start.place
         for number, (text, last) in enumerate(_pieces(document.text)):
             if resumed and number < start.piece:
                 continue
             used = start.used if resumed and number == start.piece else 0
-            yield Document(text, document.position._replace(piece=number, used=used), last)
+            yield Document(text, document.position._replace(piece=number, used=used), last, document.reader)
 
 
 def _pieces(text: Text) -> Iterator[tuple[Text, bool]]:

@@ -4,8 +4,12 @@ The order of documents is a pure function of the seed, so that a position needs 
 (one for local files, one a shard for the hub), a part of files, and the records of a part come block by block. To go
 on, a reader opens the file at the line where its block begins, reads this block again and skips what it has read.
 
-Readers (ranks x workers) share documents by a rule, `owner`. A run with another number of readers keeps the old
-readers' positions as `EarlierReaders`: a document has been read if its owner among earlier readers was past it.
+A run has a fixed number of virtual readers, which share documents by a rule, `owner`, and have a position each. Its
+progress is all of these positions, and does not depend on the ranks and workers that read for them (see readers.py).
+
+A run from before virtual readers had one reader for each worker of each rank. The same rules held for these, so its
+positions are read as those of so many virtual readers. Where they are too few to be shared out, the run gets new
+readers and keeps the old positions as `EarlierReaders`: a document has been read if its old reader was past it.
 """
 
 from __future__ import annotations
@@ -13,7 +17,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, NamedTuple
 
 from loguru import logger
@@ -101,84 +104,92 @@ class EarlierReaders:
         owners = {owner(epoch, part, number, parts=parts, readers=readers) for number in range(readers)}
         return min(self.positions[reader].begin(epoch, part) for reader in owners)
 
-    @cached_property
-    def json(self) -> list[dict[str, Any]]:
+    def to_json(self) -> list[dict[str, Any]]:
+        """Plain JSON, one entry a reader."""
         return [position.to_json() for position in self.positions]
 
     @classmethod
     def from_json(cls, saved: list[dict[str, Any]]) -> EarlierReaders:
+        """The inverse of to_json."""
         return cls(tuple(map(Position.from_json, saved)))
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far one rank has come in the data."""
+    """How far a run has come in the data, whatever the number of its ranks and workers."""
 
-    positions: tuple[Position, ...]  # position of each of its workers
-    world_size: int  # number of ranks
-    turn: int = 0  # the worker that the next sequence comes from
+    readers: tuple[Position, ...]  # position of each virtual reader
+    sequences: int = 0  # sequences that all ranks together have had
     earlier: tuple[EarlierReaders, ...] = ()  # earlier readers that still matter, oldest first
 
     @classmethod
-    def at_start(
-        cls, *, world_size: int, workers: int, epoch: int = 0, earlier: tuple[EarlierReaders, ...] = ()
-    ) -> Progress:
-        """The progress of a rank at its start.
+    def merged(cls, ranks: Sequence[Progress]) -> Progress:
+        """The progress of a run, from what each of its ranks knows after the same number of batches.
 
-        workers: number of its workers, at least 1.
-        epoch: the epoch that it begins with.
+        The position of a reader is right on the rank that had its last sequence, and an earlier one on others.
         """
-        return cls((Position(epoch=epoch),) * workers, world_size=world_size, earlier=earlier)
-
-    def advance(self, position: Position) -> Progress:
-        """After one more sequence, which leaves the worker whose turn it was at `position`."""
-        positions = (*self.positions[: self.turn], position, *self.positions[self.turn + 1 :])
-        return replace(self, positions=positions, turn=(self.turn + 1) % len(positions))
+        assert len({one.sequences for one in ranks}) == 1
+        furthest = tuple(map(max, zip(*(one.readers for one in ranks), strict=True)))
+        return replace(ranks[0], readers=furthest)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON of a few integers a worker; earlier readers are shared, not copied."""
+        """Plain JSON of a few integers a reader."""
         return {
-            "world_size": self.world_size,
-            "turn": self.turn,
-            "readers": [position.to_json() for position in self.positions],
-            "earlier": [readers.json for readers in self.earlier],
+            "sequences": self.sequences,
+            "readers": [position.to_json() for position in self.readers],
+            "earlier": [layout.to_json() for layout in self.earlier],
         }
 
     @classmethod
-    def from_json(cls, saved: dict[str, Any]) -> Progress:
-        """The inverse of to_json."""
-        positions = tuple(map(Position.from_json, saved["readers"]))
-        earlier = tuple(map(EarlierReaders.from_json, saved["earlier"]))
-        return cls(positions, world_size=saved["world_size"], turn=saved["turn"], earlier=earlier)
+    def from_json(cls, saved: Any) -> Progress:
+        """The inverse of to_json, also of what checkpoints before virtual readers had: a list, one entry a rank.
+
+        Raises KeyError, TypeError or ValueError for anything else.
+        """
+        if isinstance(saved, list):
+            saved = _of_ranks(saved)
+        readers = EarlierReaders.from_json(saved["readers"]).positions
+        if not readers:
+            raise ValueError("no readers")
+        return cls(readers, int(saved["sequences"]), tuple(map(EarlierReaders.from_json, saved["earlier"])))
 
 
-def resume_progress(saved: Sequence[dict[str, Any]], *, rank: int, world_size: int, workers: int) -> Progress:
-    """Where `rank` goes on, from the saved positions of all ranks of the run before.
+def _of_ranks(saved: list[dict[str, Any]]) -> dict[str, Any]:
+    """The workers of ranks as virtual readers, whose turns went from rank to rank, then to the next worker."""
+    if not saved or {one["world_size"] for one in saved} != {len(saved)}:
+        raise ValueError(f"{len(saved)} ranks of {saved[0]['world_size'] if saved else 'none'}")
+    turns = zip(*(one["readers"] for one in saved), strict=True)
+    readers = [position for turn in turns for position in turn]
+    return {"sequences": saved[0]["turn"] * len(saved), "readers": readers, "earlier": saved[0]["earlier"]}
 
-    The same ranks and workers go on exactly where they were. Others share out what is left, document by document: the
-    documents that were cut in the middle, at most one a reader, are read again from their start, with a warning.
+
+def resume_progress(saved: Any, *, shares: int, readers: int, rank: int = 0) -> Progress:
+    """Where a run goes on: exactly where it was.
+
+    Only if it is from before virtual readers, and its readers cannot be shared out, new readers take over document by
+    document: those that were cut in the middle, at most one a reader, are read again from their start, with a warning.
+
+    saved: what Progress.to_json gave, or the positions in an old checkpoint, see Progress.from_json.
+    shares: number of ranks x workers that there are now.
+    readers: number of virtual readers of a new run on this data.
+    rank: this rank; the first one warns.
 
     Raises UserError if `saved` is not the position of a whole run.
     """
     try:
-        ranks = [Progress.from_json(one) for one in saved]
-        if not ranks or {one.world_size for one in ranks} != {len(ranks)}:
-            raise ValueError(f"{len(ranks)} ranks of {ranks[0].world_size if ranks else 'none'}")
-        turns = zip(*(one.positions for one in ranks), strict=True)
-        before = EarlierReaders(tuple(position for turn in turns for position in turn))
+        before = Progress.from_json(saved)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the saved data position cannot be used ({error}). Resume from another checkpoint.") from error
-    epoch = min(position.epoch for position in before.positions)
-    own = (len(ranks), len(ranks[0].positions))
-    if own == (world_size, workers):
-        return replace(ranks[rank], earlier=_that_matter(ranks[rank].earlier, epoch=epoch))
+    epoch = min(position.epoch for position in before.readers)
+    if len(before.readers) == readers or len(before.readers) % shares == 0:
+        return replace(before, earlier=_that_matter(before.earlier, epoch=epoch))
     if rank == 0:
         logger.warning(
-            f"the data was read by {own[0]} ranks x {own[1]} workers, now by {world_size} x {workers}: "
-            "the order goes on, but documents that were cut in the middle are read again from their start"
+            f"the data was read by {len(before.readers)} readers, which {shares} processes cannot share: the order "
+            f"goes on with {readers}, but documents that were cut in the middle are read again from their start"
         )
-    earlier = _that_matter((*ranks[0].earlier, before), epoch=epoch)
-    return Progress.at_start(world_size=world_size, workers=workers, epoch=epoch, earlier=earlier)
+    earlier = _that_matter((*before.earlier, EarlierReaders(before.readers)), epoch=epoch)
+    return Progress((Position(epoch=epoch),) * readers, earlier=earlier)
 
 
 def _that_matter(layouts: tuple[EarlierReaders, ...], *, epoch: int) -> tuple[EarlierReaders, ...]:

@@ -1,14 +1,13 @@
 """Sources of documents: local files, token shards, the embedded Python documentation, and C4 streamed from the hub.
 
-A source hands every document to exactly one of its readers in each epoch. The order of local files is global: it
-depends on the seed and the epoch alone, every reader walks it, and reader k of n decodes each n-th record. So a run on
-another number of GPUs or workers reads the same documents in the same order. order.py says how.
+A source hands every document to exactly one of its virtual readers in each epoch. The order of local files is global:
+it depends on the seed and the epoch alone, and every n-th record belongs to reader k of n. order.py says how.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Literal, Protocol
@@ -26,22 +25,27 @@ MAX_UNREADABLE = 1000  # records in a row from the start, after which the data s
 
 
 class DocumentSource(Protocol):
-    """A picklable stream of documents, split over readers (ranks x workers)."""
+    """A picklable stream of documents, split over virtual readers."""
 
     name: str  # what is read, for the log: "10 files in data/books/en"
+    readers: int  # number of virtual readers of a new run
+
+    def together(self, readers: int) -> bool:
+        """Whether so many readers share the same files, so that one walk serves them all; else each has its own."""
 
     def read(
         self,
         *,
         epoch: int,
-        reader: int,
-        readers: int,
-        start: Position | None = None,
+        readers: int = 1,
+        starts: Mapping[int, Position] | None = None,
         earlier: Sequence[EarlierReaders] = (),
     ) -> Iterator[Document | Skipped]:
-        """This reader's documents of this 0-based epoch: over all `readers`, each document exactly once.
+        """The documents of some readers in this 0-based epoch: over all `readers`, each document exactly once.
 
-        start: documents before this position are left out, without reading more than the block it is in.
+        starts: the readers to read for, each with its position: its documents before that are left out, without
+            reading more than the first of their blocks. None for all readers, from the beginning. A reader that is
+            taken out meanwhile gets no more.
         earlier: documents that these readers have read are left out, too.
         A document that cannot be decoded, or the rest of a damaged file, comes as Skipped, in its place in the order.
         Raises UserError if a file is gone or cannot be opened.

@@ -74,7 +74,7 @@ def _validation_windows(
     packer = make_packer(packing, tokenizer, length=length)
     skipped: list[str] = []
     try:
-        for item in encode(source.read(epoch=0, reader=0, readers=1), tokenizer):
+        for item in encode(source.read(epoch=0), tokenizer):
             if isinstance(item, Skipped):
                 skipped.append(item.reason)
             else:

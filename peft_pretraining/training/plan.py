@@ -187,8 +187,8 @@ def open_run(plan: Plan, *, interruption: Interruption, cleanup: ExitStack) -> R
     save_dir = Path(world.gather(str(plan.save_dir))[0])  # the main rank has made it
     validation = open_validation(plan)
     # Before the model exists, because the workers are forks of this process.
-    positions = saved.get("positions")
-    batches = train_batches(plan.source, plan.tokenizer, workers=args.workers, resume=positions, **plan.reading)
+    position = saved.get("position", saved.get("positions"))  # until November 2026, one for each rank
+    batches = train_batches(plan.source, plan.tokenizer, workers=args.workers, resume=position, **plan.reading)
     cleanup.callback(batches.close)
     model = open_model(plan)
     updates = open_updates(args, model=model)

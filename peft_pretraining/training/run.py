@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from peft_pretraining.batch import Batch
 from peft_pretraining.checkpoint.writer import CheckpointWriter
+from peft_pretraining.data.position import Progress
 from peft_pretraining.data.tokenizer import Tokenizer
 from peft_pretraining.data.validation import ValidationSet
 from peft_pretraining.distributed import World
@@ -34,11 +35,11 @@ class State:
     saved: int = 0  # update after which the run was last saved
     evaluation: Evaluation | None = None  # result of the last evaluation; None before the first
     health: Health = field(default_factory=Health)  # what has gone wrong so far
-    position: dict[str, Any] = field(default_factory=dict)  # position of this rank in the data, see Batch
+    position: Progress | None = None  # position in the data, as far as this rank knows; None before the first update
     began: float = field(default_factory=time.monotonic)  # start of this process, on the clock of time.monotonic
 
     def to_json(self) -> dict[str, Any]:
-        """The part of the state that a checkpoint keeps. The positions of all ranks are saved beside it."""
+        """The part of the state that a checkpoint keeps. The position in the data is saved beside it."""
         return {key: value for key, value in asdict(self).items() if key not in ("position", "began")}
 
     @classmethod

@@ -10,6 +10,7 @@ from peft_pretraining.checkpoint.files import Checkpoint, complete_checkpoints
 from peft_pretraining.checkpoint.snapshot import restore_model, restore_optimizer, restore_rng, take_snapshot
 from peft_pretraining.checkpoint.start import StartingPoint, same_folder
 from peft_pretraining.checkpoint.weights import load_initial_weights
+from peft_pretraining.data.position import Progress
 from peft_pretraining.errors import UserError
 from peft_pretraining.export.folder import save_model
 from peft_pretraining.host_memory import free_host_memory
@@ -35,13 +36,14 @@ def save(run: Run) -> None:
         return
     state.saved = state.update
     state.health.rollbacks_since_save = 0
-    positions = run.world.gather(state.position)
+    assert state.position is not None, "there was an update"
+    positions = run.world.gather(state.position.to_json())
     if run.writer is None:
         return
     progress = {
         "args": vars(run.args),
         "state": state.to_json(),
-        "positions": positions,
+        "position": Progress.merged([Progress.from_json(one) for one in positions]).to_json(),
         "fingerprint": run.fingerprint,
         "validation_fingerprint": run.validation_fingerprint,
         "tokenizer": run.tokenizer.digest(),
@@ -113,10 +115,8 @@ def _go_on(run: Run, checkpoint: Checkpoint) -> None:
         _set_aside(run, later_than=folder)
     run.record.event("resume", update=run.state.update, checkpoint=str(folder))
     logger.info(f"going on from {folder}, after update {run.state.update}")
-    if saved["processes"] == run.world.size:
-        run.state.position = saved["positions"][run.world.rank]
-    else:
-        logger.warning(f"the checkpoint is of {saved['processes']} processes, this run of {run.world.size}")
+    if saved["processes"] != run.world.size:
+        logger.info(f"the checkpoint is of {saved['processes']} processes, this run of {run.world.size}")
 
 
 def _set_aside(run: Run, *, later_than: Path) -> None:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from peft_pretraining.data.order import Document, Skipped
+from peft_pretraining.data.position import Position
 from peft_pretraining.data.sources import DocumentSource, open_documents
 from support.command_line import message_of
 
@@ -27,13 +28,13 @@ def texts(prefix: str, count: int) -> list[str]:
 
 def read(source: DocumentSource, epoch: int = 0, reader: int = 0, readers: int = 1) -> list[str]:
     """The texts of one reader\'s share of an epoch, in its order."""
-    items = source.read(epoch=epoch, reader=reader, readers=readers)
+    items = source.read(epoch=epoch, readers=readers, starts={reader: Position()})
     return [item.text for item in items if isinstance(item, Document)]
 
 
 def skipped(source: DocumentSource) -> list[str]:
     """Why documents of the first epoch were left out."""
-    return [item.reason for item in source.read(epoch=0, reader=0, readers=1) if isinstance(item, Skipped)]
+    return [item.reason for item in source.read(epoch=0) if isinstance(item, Skipped)]
 
 
 def error_of(dataset: Path | str, **options: str) -> str:
