@@ -10,7 +10,7 @@ QUIET = 2.0  # seconds before anything is shown
 PERIOD = 10.0  # seconds between two log lines
 
 
-class Progress:
+class LongWait:
     """Counts to `total` and then ends by itself. Only the main process of a run shows anything.
 
     what: what is waited for, the beginning of a line.

@@ -4,7 +4,7 @@ import pytest
 from support.checkpoints import logged
 
 from peft_pretraining import progress
-from peft_pretraining.progress import Progress
+from peft_pretraining.progress import LongWait
 
 
 def advance(count, *, total, monkeypatch, seconds):
@@ -12,7 +12,7 @@ def advance(count, *, total, monkeypatch, seconds):
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     with logged("INFO") as lines:
-        shown = Progress("first bases", total=total)
+        shown = LongWait("first bases", total=total)
         for _ in range(count):
             now[0] += seconds
             shown.advance()
@@ -37,4 +37,4 @@ def test_only_the_main_process_draws(monkeypatch, rank, shows):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setattr(progress.tqdm, "__init__", lambda self, **given: self.__dict__.update(given))
     monkeypatch.setattr(progress.tqdm, "__del__", lambda self: None)
-    assert Progress("first bases", total=3)._bar.disable == (None if shows else True)
+    assert LongWait("first bases", total=3)._bar.disable == (None if shows else True)

@@ -12,10 +12,11 @@ from support.runs import losses, record
 
 import torchrun_main
 from peft_pretraining.errors import UserError
+from peft_pretraining.model import loss
 from peft_pretraining.training.health import MIN_LOSSES, Health, is_spike
 from peft_pretraining.training.metrics import JsonlSink
 
-LOSS = torchrun_main.token_loss_sum
+LOSS = loss.token_loss_sum
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def spoil(monkeypatch):
                 return loss
             return changes.get(next(seen), lambda loss: loss)(loss)
 
-        monkeypatch.setattr("torchrun_main.token_loss_sum", spoilt)
+        monkeypatch.setattr(loss, "token_loss_sum", spoilt)
 
     return install
 

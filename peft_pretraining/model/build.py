@@ -14,7 +14,7 @@ from peft_pretraining.errors import UserError
 from peft_pretraining.model.adapters import Adapters, draw_factors, insert, is_factor
 from peft_pretraining.model.family import family_of
 from peft_pretraining.model.offload import offload_inputs
-from peft_pretraining.progress import Progress
+from peft_pretraining.progress import LongWait
 from qgalore.param_groups import ParameterGroup, split_parameters
 from qgalore.storage.convert import quantize_module_weight
 
@@ -63,7 +63,7 @@ def build_model(
     generator = None if device.type == "meta" else torch.Generator(device=device).manual_seed(seed)
     std = model.config.initializer_range
     tied = family.part("head", model) if model.config.tie_word_embeddings else None
-    progress = Progress("drawing the weights of modules", total=sum(1 for _ in model.modules()))
+    progress = LongWait("drawing the weights of modules", total=sum(1 for _ in model.modules()))
     for name, module in model.named_modules():
         if module is not tied:
             module.to_empty(device=device, recurse=False)

@@ -15,7 +15,7 @@ from peft_pretraining.errors import UserError
 from peft_pretraining.export.folder import save_model
 from peft_pretraining.host_memory import free_host_memory
 from peft_pretraining.model.adapters import Adapters
-from peft_pretraining.progress import Progress
+from peft_pretraining.progress import LongWait
 from peft_pretraining.training.provenance import git_commit, versions
 from peft_pretraining.training.run import Run, State
 from qgalore.memory import kept_bytes
@@ -101,7 +101,7 @@ def begin(run: Run, start: StartingPoint) -> None:
 def _show_first_bases(optimizer: LowRankOptimizer) -> None:
     """Shows how many bases the first update has computed: those of a 7B take minutes."""
     projected = [update for update in optimizer.updates.values() if update.projector.sides]
-    progress = Progress("first bases", total=len(projected))
+    progress = LongWait("first bases", total=len(projected))
     for update in projected:
         update.observer.refreshed = progress.advance
 
