@@ -23,8 +23,8 @@ Text = str | list[np.ndarray]  # a document, or where it is tokenized already, t
 BUFFER_RECORDS = 10_000
 BUFFER_BYTES = 64 * 2**20
 
-# Virtual readers of a new run: 1, 2, 4, 8 or 16 processes share them evenly. The more they are, the more one process has
-# to read ahead as they part: with 96, its first 6M tokens took a fifth longer.
+# Virtual readers of a new run: 1, 2, 4, 8 or 16 processes share them evenly. The more they are, the more one process
+# has to read ahead as they part: with 96, its first 6M tokens took a fifth longer.
 READERS = 16
 
 
