@@ -44,7 +44,13 @@ def test_the_plan_is_the_program(case, way, tiny):
         assert peak.line == run.peaks[phase].line, phase
 
 
-@pytest.mark.parametrize("flags", [CASES["adamw"], [*CASES["q_galore per layer"], "--gradient_accumulation", "4"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        CASES["adamw"],
+        pytest.param([*CASES["q_galore per layer"], "--gradient_accumulation", "4"], marks=pytest.mark.slow),
+    ],
+)
 def test_the_peak_is_the_allocators(flags):
     """The profiler's record of every allocation on the CPU, which knows what a kernel takes for itself, too."""
     args = arguments(*flags, config="configs/llama_3m.json", batch_size=4)

@@ -1,5 +1,6 @@
 """How many bytes are alive."""
 
+import gc
 import json
 import tempfile
 import weakref
@@ -49,9 +50,12 @@ class LiveBytes(TorchDispatchMode):
 
 def allocated_at_most(work: Callable[[], T]) -> tuple[int, T]:
     """The most bytes that torch's CPU allocator had given out at one time during the work, and the work's result."""
+    gc.collect()
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             result = work()
         profiler.export_chrome_trace(file.name)
         events = json.loads(Path(file.name).read_text())["traceEvents"]
-    return max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]"), result
+    told = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda event: event["ts"])
+    before = told[0]["args"]["Total Allocated"] - told[0]["args"]["Bytes"]  # earlier tests' tensors
+    return max(event["args"]["Total Allocated"] for event in told) - before, result
