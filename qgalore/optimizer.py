@@ -28,6 +28,7 @@ class LowRankOptimizer(ResumableOptimizer):
     """
 
     CONFIGURATION = ("seed", "compile", "measures")
+    flush: Callable[[], None] | None = None  # completes updates that were begun inside backward, see PerLayerUpdates
 
     def __init__(
         self,
@@ -130,7 +131,10 @@ class LowRankOptimizer(ResumableOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient. Waits for the device at the end, see end_update."""
+        """One update of every parameter that has a gradient. Waits for the device at the end, see end_update.
+
+        Where PerLayerUpdates has updated the parameters inside backward, it ends that update.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -138,6 +142,8 @@ class LowRankOptimizer(ResumableOptimizer):
         for p, update in self.updates.items():
             if p.grad is not None:
                 update.update(p.grad)
+        if self.flush is not None:
+            self.flush()
         self._settle()
         return loss
 
