@@ -1,7 +1,7 @@
 """The optimizer of this package: groups, order and state. What happens to one parameter is in update.py."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class LowRankOptimizer(ResumableOptimizer):
     that side. The other options of a group are declared in options.GroupOptions and options.ProjectionOptions.
     """
 
-    CONFIGURATION = ("seed", "compile", "measures")
+    CONFIGURATION: ClassVar[tuple[str, ...]] = ("seed", "compile", "measures")
     flush: Callable[[], None] | None = None  # completes updates that were begun inside backward, see PerLayerUpdates
 
     def __init__(
