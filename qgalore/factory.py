@@ -66,6 +66,7 @@ class Recipe:
         return LowRankOptimizer(
             [self._group(group, settings) for group in groups],
             lr=settings.lr,
+            eps=settings.eps,
             weight_decay=settings.weight_decay,
             seed=settings.seed,
             sync=sync,
@@ -80,7 +81,7 @@ class Recipe:
         if kind is torch.optim.SGD:
             options["momentum"] = settings.beta1 or 0.0
         elif self.uses:
-            options["betas"] = _betas(settings, "adam")
+            options |= {"betas": _betas(settings, "adam"), "eps": settings.eps}
         return MasterWeights.around(kind, [_base_group(group, settings) for group in groups], **options)
 
     def _group(self, group: ParameterGroup, settings: Settings) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class StepValues(NamedTuple):
     def of(cls, group: dict[str, Any], rule: Rule, clock: Clock, state: dict[str, Any], *, seed: int) -> "StepValues":
         """The values for an update that the clock has counted."""
         lr, weight_decay = group["lr"], group["weight_decay"]
-        mass, mass_sq = clock.masses(state)
+        mass, mass_sq = clock.masses(state) if group["correct_bias"] else (1.0, 1.0)
         return cls(
             lr=lr,
             shrink=1 - lr * weight_decay * group["decoupled"],

@@ -1,7 +1,7 @@
 """The optimizer of this package: groups, order and state. What happens to one parameter is in update.py."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,7 +28,8 @@ class LowRankOptimizer(ResumableOptimizer):
     that side. The other options of a group are declared in options.GroupOptions and options.ProjectionOptions.
     """
 
-    CONFIGURATION = ("seed", "compile", "measures")
+    CONFIGURATION: ClassVar[tuple[str, ...]] = ("seed", "compile", "measures")
+    flush: Callable[[], None] | None = None  # completes updates that were begun inside backward, see PerLayerUpdates
 
     def __init__(
         self,
@@ -131,7 +132,10 @@ class LowRankOptimizer(ResumableOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient. Waits for the device at the end, see end_update."""
+        """One update of every parameter that has a gradient. Waits for the device at the end, see end_update.
+
+        Where PerLayerUpdates has updated the parameters inside backward, it ends that update.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -139,6 +143,8 @@ class LowRankOptimizer(ResumableOptimizer):
         for p, update in self.updates.items():
             if p.grad is not None:
                 update.update(p.grad)
+        if self.flush is not None:
+            self.flush()
         self._settle()
         return loss
 

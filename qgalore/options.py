@@ -159,6 +159,7 @@ class GroupOptions:
     rule: str = option("adam", "how gradients become directions", choices=RULES)
     state_bits: int = option(32, "bits of the moments, 4, 8 or 32", range=one_of(4, 8, 32))
     decoupled: bool = option(True, "whether weight decay is decoupled; if not, it is added to the gradient")
+    correct_bias: bool = option(True, "whether moments are divided by the sums of their weights, as in Adam")
     clip: float = option(0.0, "maximum norm of the gradient of each parameter, as projected; 0: no limit",
         range=at_least(0))
     lr: float = option(1e-3, "step size", range=at_least(0))
@@ -184,6 +185,7 @@ class Settings(ProjectionOptions):
         needs=("moments8",))
     embedding_state_bits: int = option(8, "bits of the moments of embedding and head, 8 or 32, where all other "
         "moments have 8", unit="BITS", section=QUANTIZATION, range=one_of(8, 32), needs=("moments8",))
+    eps: float = 1e-8
     seed: int = 0
     compile: bool = False
     log_details: bool = option(False, "record how much of the gradient a subspace misses, how far its basis has "
@@ -207,7 +209,6 @@ _REFUSED = {
     "amsgrad": False,
     "capturable": False,
     "differentiable": False,
-    "correct_bias": True,
     "dim": 2,
     "saddle": False,
 }
@@ -245,12 +246,12 @@ def learner_group(*, rule: str, state_bits: int, eps: float) -> dict[str, Any]:
 
 
 def _understood(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The group in the names of this package: the reference's `quant` keys say how bases are packed.
+    """The group in the names of this package: the references' `quant` keys say how bases are packed.
 
     Raises ValueError for an option that is not supported.
     """
     found = dict(group)
-    quant, bits = found.pop("quant", None), found.pop("quant_n_bit", None)
+    quant, bits = found.pop("quant", found.pop("proj_quant", None)), found.pop("quant_n_bit", None)
     if quant or (quant is None and bits is not None):
         found["proj_bits"] = 4 if bits is None else bits
     if "quant_group_size" in found:

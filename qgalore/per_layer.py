@@ -21,7 +21,12 @@ from qgalore.outcome import Outcome
 
 
 class PerLayerUpdates:
-    """Drives a LowRankOptimizer from post-accumulate-grad hooks, which it registers on all of its parameters."""
+    """Drives a LowRankOptimizer from post-accumulate-grad hooks, which it registers on all of its parameters.
+
+    An update ends with `finish`, or with the optimizer's `step`, so that it runs in loops that know torch.optim only:
+    a Trainer, accelerate, Lightning. `step` may come before the last micro-batch, as at the end of an epoch: what has
+    been summed until then is applied.
+    """
 
     norm_of = "all gradients as projected"
 
@@ -45,6 +50,7 @@ class PerLayerUpdates:
         self.sums: dict[Tensor, Tensor] = {}  # sums of parameters between their first and last micro-batch
         for group in optimizer.param_groups:
             group["clip"] = clip
+        optimizer.flush = self._flush
         self._hooks = [p.register_post_accumulate_grad_hook(self._on_gradient) for p in optimizer.updates]
 
     def finish(self) -> Outcome:
@@ -55,13 +61,20 @@ class PerLayerUpdates:
                 f"{len(late)} parameters have seen {late[0]} of {self.accumulation} micro-batches: finish() ends an "
                 "update, after its last backward"
             )
-        self._seen = dict.fromkeys(self._seen, 0)
+        self._flush()
         return self.optimizer.end_update()
 
     def remove(self) -> None:
         """Takes the hooks off the parameters."""
+        self.optimizer.flush = None
         for hook in self._hooks:
             hook.remove()
+
+    def _flush(self) -> None:
+        """Applies what has been summed, and counts micro-batches from the beginning."""
+        for p in list(self.sums):
+            self._apply(p)
+        self._seen = dict.fromkeys(self._seen, 0)
 
     @torch.no_grad()
     def _on_gradient(self, p: Tensor) -> None:
@@ -69,7 +82,7 @@ class PerLayerUpdates:
         if self._seen[p] > self.accumulation:
             raise RuntimeError(
                 f"an update has {self.accumulation} backward passes here, and this is one more: after the last one, "
-                "call finish() of the PerLayerUpdates in place of optimizer.step(), or remove() to do without them"
+                "call finish() of the PerLayerUpdates or optimizer.step(), or remove() to do without them"
             )
         assert p.grad is not None
         if self.accumulation == 1:
@@ -87,8 +100,12 @@ class PerLayerUpdates:
         part = (G if whole else update.project(G)).to(self.dtype or p.dtype)
         self.sums[p] = part if first else self.sums[p].add_(part)
         if last:
-            total = self.optimizer.sync.reduce(self.sums.pop(p))
-            if whole:
-                update.update_whole(total)
-            else:
-                update.apply(total.to(torch.promote_types(total.dtype, torch.float32)))
+            self._apply(p)
+
+    def _apply(self, p: Tensor) -> None:
+        """Updates the parameter from its sum."""
+        update, total = self.optimizer.updates[p], self.optimizer.sync.reduce(self.sums.pop(p))
+        if self._whole[p]:
+            update.update_whole(total)
+        else:
+            update.apply(total.to(torch.promote_types(total.dtype, torch.float32)))

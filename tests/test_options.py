@@ -57,6 +57,8 @@ def test_an_unknown_key_is_refused_with_the_right_one(key, message):
     [
         (dict(quant=True, quant_n_bit=4, quant_group_size=128), dict(proj_bits=4, proj_group_size=128)),
         (dict(quant=True, quant_n_bit=8), dict(proj_bits=8)),
+        (dict(proj_quant=True), dict(proj_bits=4)),
+        (dict(proj_quant=False), dict(proj_bits=None)),
         (dict(quant=False, quant_n_bit=4), dict(proj_bits=None)),
         (dict(cos_threshold=0.4, gamma_proj=2, queue_size=5), dict(cos_threshold=0.4, gamma_proj=2, queue_size=5)),
         (dict(scale=0.25, proj_type="reverse_std"), dict(scale=0.25, proj_type="reverse_std")),
@@ -67,10 +69,10 @@ def test_an_unknown_key_is_refused_with_the_right_one(key, message):
 def test_the_reference_packages_keys_are_understood(theirs, ours):
     group = group_of(**theirs)
     assert {name: group[name] for name in ours} == ours
-    assert not {"quant", "quant_n_bit", "quant_group_size", "dim", "saddle"} & group.keys()
+    assert not {"quant", "proj_quant", "quant_n_bit", "quant_group_size", "dim", "saddle"} & group.keys()
 
 
-@pytest.mark.parametrize("options", [dict(dim=3), dict(saddle=True), dict(maximize=True), dict(correct_bias=False)])
+@pytest.mark.parametrize("options", [dict(dim=3), dict(saddle=True), dict(maximize=True)])
 def test_what_cannot_be_had_is_refused_by_name(options):
     (name,) = options
     with pytest.raises(ValueError, match=f"'{name}' of a parameter group is not supported"):

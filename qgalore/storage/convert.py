@@ -1,6 +1,7 @@
 """Which weights of a model live in 8 or 4 bits; and all of them back to floating point."""
 
 import warnings
+from collections import Counter
 from collections.abc import Callable
 
 from torch import nn
@@ -45,6 +46,7 @@ def quantize_linear_layers(
     model: nn.Module,
     *,
     select: Callable[[str], bool] = lambda name: True,
+    kinds: tuple[type[nn.Module], ...] = (nn.Linear,),
     bits: int = 8,
     group_size: int = 256,
     stochastic: bool = True,
@@ -55,15 +57,17 @@ def quantize_linear_layers(
     """Replaces the weights of linear layers by quantized ones, one after the other. Returns their parameters' names.
 
     select: whether a layer is one of them, by the module's name.
+    kinds: classes of modules that count as linear layers; each has a matrix `weight`.
     The other arguments are those of QuantizedWeight.from_float.
     Raises ValueError for a weight that another module shares: only one of the two would be replaced.
     """
-    owners = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
     names: list[str] = []
+    shared = shared_parameters(model)
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or not select(name):
+        if not isinstance(module, kinds) or not select(name):
             continue
-        if owners.count(id(module.weight)) > 1:
+        assert isinstance(module.weight, nn.Parameter)
+        if id(module.weight) in shared:
             raise ValueError(f"the weight of {name} is shared with another module and cannot be quantized")
         own = None if seed is None else mix_seed(seed, len(names))
         quantize_module_weight(
@@ -72,6 +76,12 @@ def quantize_linear_layers(
         )  # fmt: skip
         names.append(f"{name}.weight")
     return names
+
+
+def shared_parameters(model: nn.Module) -> set[int]:
+    """The ids of the parameters that two modules of a model hold."""
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    return {owner for owner, count in owners.items() if count > 1}
 
 
 def dequantize_linear_layers(model: nn.Module) -> list[str]:

@@ -277,22 +277,44 @@ def test_gradients_are_freed_or_zeroed(name):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_updates_per_layer_in_a_loop_that_does_not_know_them_say_what_to_call(accumulation):
+def test_updates_per_layer_in_a_loop_that_does_not_know_them(accumulation):
+    """`step` ends an update, also before its last micro-batch; a loop without it is told what to call."""
     model = model_of()
+    twin = copy.deepcopy(model)
     optimizer = optimizer_of("galore_adamw_per_layer", model)
     updates = PerLayerUpdates(optimizer, accumulation=accumulation)
-    data = data_of(accumulation + 1)
-    for batch in data[:-1]:
+    data = data_of(8)
+    losses = train(model, optimizer, data)
+    assert losses == train(twin, optimizer_of("galore_adamw", twin), data)
+    assert same(weights(model), weights(twin))
+    for batch in data[:accumulation]:
         loss_of(model, batch).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    with pytest.raises(RuntimeError, match=r"call finish\(\) of the PerLayerUpdates"):
+    with pytest.raises(RuntimeError, match=r"call finish\(\) of the PerLayerUpdates or optimizer.step\(\)"):
         loss_of(model, data[-1]).backward()
     updates.finish()
     loss_of(model, data[0]).backward()
     if accumulation > 1:
         with pytest.raises(RuntimeError, match="1 of 2 micro-batches"):
             updates.finish()
+
+
+def test_a_closure_may_hold_the_backward_of_updates_per_layer():
+    """As in Lightning, whose closures run zero_grad, forward and backward inside of `step`."""
+    model = model_of()
+    twin, data = copy.deepcopy(model), data_of(6)
+    optimizer = optimizer_of("galore_adamw_per_layer", model)
+    PerLayerUpdates(optimizer)
+    for batch in data:
+
+        def closure(batch=batch):
+            optimizer.zero_grad()
+            loss = loss_of(model, batch)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    train(twin, optimizer_of("galore_adamw", twin), data)
+    assert same(weights(model), weights(twin))
 
 
 @every_one_of_ours
