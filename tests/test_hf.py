@@ -1,6 +1,7 @@
 """transformers' Trainer by qgalore.hf: what is trained, with what, saved, resumed, exported and logged."""
 
 import copy
+import json
 import warnings
 
 import accelerate
@@ -23,6 +24,7 @@ from transformers.trainer_optimizer import _setup_low_rank_optimizer
 from qgalore.hf import LogRefreshes, QGaLore, export, linear_layers, quantize
 from qgalore.optimizer import LowRankOptimizer
 from qgalore.storage.quantized_weight import QuantizedWeight
+from scripts import train_with_trainer
 
 DATA = [{"input_ids": row, "labels": row} for row in (torch.arange(16) + torch.arange(36)[:, None]) % 64]
 LLAMA = LlamaConfig(
@@ -133,7 +135,7 @@ def test_per_layer_is_the_whole_model(kind, tmp_path):
 
 
 def test_accumulated_per_layer_is_nearly_the_whole_model(tmp_path):
-    """Only the first bases differ. The Trainer's own division of the loss counts target tokens over all micro-batches."""
+    """Only the first bases differ. The Trainer divides the loss by the target tokens of all micro-batches."""
     runs = []
     for name in ("galore_adamw", "galore_adamw_per_layer"):
         trainer = trainer_of(model_of("llama"), tmp_path, name, max_grad_norm=0.0, gradient_accumulation_steps=4)
@@ -298,3 +300,18 @@ def test_an_accelerate_loop_takes_the_same_object(name, tmp_path):
 def test_what_cannot_be_is_refused_in_words(options, message):
     with pytest.raises(ValueError, match=message):
         QGaLore()(model_of("llama"), **options)
+
+
+def test_the_example_trains_on_a_text_file_and_goes_on(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("A quick brown fox jumps over the lazy dog. " * 100)
+    command = ["--text", str(text), "--output", str(tmp_path / "run")]
+    assert train_with_trainer.main([*command, "--steps", "6"]) == 0
+    assert train_with_trainer.main([*command, "--steps", "9"]) == 0
+    state = json.loads((tmp_path / "run" / "checkpoint-9" / "trainer_state.json").read_text())
+    assert state["global_step"] == 9 and (tmp_path / "run" / "checkpoint-6").exists(), "the first run's"
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    ids = torch.frombuffer(bytearray(text.read_bytes()), dtype=torch.uint8).long()[None, :128]
+    assert model(input_ids=ids, labels=ids).loss < 5.0, "a byte that is drawn costs 5.5"
+    assert train_with_trainer.main(["--text", str(tmp_path / "none"), "--output", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.endswith(f"error: --text {tmp_path / 'none'} is no file of at least 2 KB\n")
