@@ -1,6 +1,6 @@
 """Groups of a model's parameters by kind: each trainable parameter is in exactly one group."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +26,15 @@ class ParameterGroup:
 
 
 def split_parameters(
-    model: nn.Module, *, projected_modules: Sequence[str] = PROJECTED_MODULES
+    model: nn.Module,
+    *,
+    projected_modules: Sequence[str] = PROJECTED_MODULES,
+    matrices: Collection[nn.Parameter] | None = None,
 ) -> tuple[ParameterGroup, ...]:
     """Groups the trainable parameters by kind: attention and MLP linears, embeddings, head, norms and the rest.
 
     projected_modules: a linear layer is a matrix if its name contains one of these, as in the reference; else a head.
+    matrices: the parameters of kind `matrix`, in place of those that `projected_modules` finds.
     A tied parameter belongs to the first module that holds it. Empty groups are left out.
     Raises ValueError if nothing is trainable.
     """
@@ -39,9 +43,13 @@ def split_parameters(
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), module)
+    named = None if matrices is None else {id(p) for p in matrices}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            kinds[_kind(name, owners[id(parameter)], parameter, projected_modules)].append((name, parameter))
+            kind = _kind(name, owners[id(parameter)], parameter, projected_modules)
+            if named is not None:
+                kind = "matrix" if id(parameter) in named else "head" if kind == "matrix" else kind
+            kinds[kind].append((name, parameter))
     groups = tuple(
         ParameterGroup(
             kind=kind,

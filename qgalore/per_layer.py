@@ -13,6 +13,8 @@ before the first micro-batch, so they need no sums in full.
 Schedules, refreshes and bias corrections count updates, never micro-batches.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ class PerLayerUpdates:
 
     An update ends with `finish`, or with the optimizer's `step`, so that it runs in loops that know torch.optim only:
     a Trainer, accelerate, Lightning. `step` may come before the last micro-batch, as at the end of an epoch: what has
-    been summed until then is applied.
+    been summed until then is applied. Whatever drove one of the parameters before is removed.
     """
 
     norm_of = "all gradients as projected"
@@ -50,6 +52,7 @@ class PerLayerUpdates:
         self.sums: dict[Tensor, Tensor] = {}  # sums of parameters between their first and last micro-batch
         for group in optimizer.param_groups:
             group["clip"] = clip
+        release(optimizer.updates)
         optimizer.flush = self._flush
         self._hooks = [p.register_post_accumulate_grad_hook(self._on_gradient) for p in optimizer.updates]
 
@@ -81,8 +84,8 @@ class PerLayerUpdates:
         self._seen[p] += 1
         if self._seen[p] > self.accumulation:
             raise RuntimeError(
-                f"an update has {self.accumulation} backward passes here, and this is one more: after the last one, "
-                "call finish() of the PerLayerUpdates or optimizer.step(), or remove() to do without them"
+                f"an update has {self.accumulation} backward passes here, and this is one more: raise the "
+                "accumulation, or call finish() of the PerLayerUpdates or optimizer.step() after the last one"
             )
         assert p.grad is not None
         if self.accumulation == 1:
@@ -109,3 +112,11 @@ class PerLayerUpdates:
             update.update_whole(total)
         else:
             update.apply(total.to(torch.promote_types(total.dtype, torch.float32)))
+
+
+def release(parameters: Iterable[Tensor]) -> None:
+    """Removes every PerLayerUpdates that drives one of the parameters, of an earlier optimizer for example."""
+    hooks = [hook for p in parameters for hook in (p._post_accumulate_grad_hooks or {}).values()]  # type: ignore[attr-defined]
+    owners = [getattr(hook, "__self__", None) for hook in hooks]
+    for updates in {owner for owner in owners if isinstance(owner, PerLayerUpdates)}:
+        updates.remove()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support import import_rules
 from support.runs import ROOT
-from support.source_code import sources
+from support.source_code import imports, sources
 
 OPTIONAL = ("wandb", "datasets", "pyarrow", "peft")
 PACKAGES = ("qgalore", "peft_pretraining")
@@ -22,7 +22,12 @@ def test_the_walk_sees_all_there_is():
 
 
 def test_qgalore_needs_torch_alone():
-    assert not import_rules.imports_beyond(ROOT, "qgalore", allowed=CORE)
+    """But for qgalore.hf, the door to transformers, which no other module opens."""
+    found = import_rules.imports_beyond(ROOT, "qgalore", allowed=CORE)
+    assert found and all(line.startswith("qgalore/hf.py:") and "imports transformers" in line for line in found)
+    users = [name for name, path in sources(ROOT, "qgalore").items() for each in imports(path)
+             if (each.name + ".").startswith("qgalore.hf.")]  # fmt: skip
+    assert not users
 
 
 def test_peft_pretraining_knows_qgalore_but_not_the_script():

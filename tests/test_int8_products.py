@@ -156,7 +156,7 @@ def test_a_cpu_without_vnni_is_refused(monkeypatch):
     int8_products.check_device(torch.device("cpu"))
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
 def test_a_run_learns_as_well_as_with_floating_products(tiny, tmp_path, monkeypatch, compiled):
     """Through the script, with activations recomputed. The losses are near each other, and not the same."""
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)  # without it the products are only slower

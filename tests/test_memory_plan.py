@@ -81,6 +81,7 @@ def test_a_plan_leaves_nothing_behind():
     assert torch.get_default_dtype() == default and torch.is_grad_enabled()
 
 
+@pytest.mark.slow
 def test_options_change_the_plan_as_they_should():
     def peak(*flags):
         return plan_memory(arguments(*flags, config="configs/llama_3m.json"), dtype=torch.bfloat16).peak.bytes

@@ -67,3 +67,12 @@ def test_groups_can_be_made_on_the_meta_device():
     with torch.device("meta"):
         model = Model()
     assert sum(group.elements for group in split_parameters(model)) == sum(p.numel() for p in Model().parameters())
+
+
+def test_the_matrices_may_be_named_one_by_one():
+    """They need no name of attention or MLP; a linear layer that is not among them is a head."""
+    model = Model()
+    chosen = [model.layers[1].other.weight, model.layers[0].mlp.up_proj.weight]
+    groups = {group.kind: set(group.names) for group in split_parameters(model, matrices=chosen)}
+    assert groups["matrix"] == {"layers.1.other.weight", "layers.0.mlp.up_proj.weight"}
+    assert "layers.1.mlp.up_proj.weight" in groups["head"]

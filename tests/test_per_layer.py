@@ -173,3 +173,13 @@ def test_removed_hooks_leave_gradients_alone():
     updates.remove()
     loss_of(model, batches(1)[0]).backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_another_optimizer_takes_a_models_parameters_over():
+    """Its PerLayerUpdates removes the hooks of the first, which would update the model as well."""
+    model, (batch,) = Model(), batches(1)
+    first, second = PerLayerUpdates(optimizer_of(model)), PerLayerUpdates(optimizer_of(model))
+    loss_of(model, batch).backward()
+    second.finish()
+    assert not first.optimizer.state and first.optimizer.flush is None
+    assert all(state["step"] == 1 for state in second.optimizer.state.values())
