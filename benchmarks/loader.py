@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.support import print_table
+from benchmarks.support import add_data_flags, print_table
 from peft_pretraining.cli.args import default_tokenizer
 from peft_pretraining.data.loader import train_batches
 from peft_pretraining.data.sources import open_documents
@@ -87,8 +87,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="pydocs", metavar="NAME|PATH")
-    parser.add_argument("--tokenizer", metavar="NAME|PATH", help="default: t5-base; for pydocs its own")
+    add_data_flags(parser)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 4], metavar="PROCESSES")
     parser.add_argument("--batch_size", type=int, default=16, metavar="SEQUENCES")
     parser.add_argument("--max_length", type=int, default=256, metavar="TOKENS")

@@ -11,21 +11,17 @@ MB are 1e6 bytes. A plan knows nothing of the allocator's reserve, of a GPU's co
 """
 
 import argparse
-import json
 import resource
 import sys
-import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.support import machine, print_table, save_lines
+from benchmarks.support import allocated_at_most, machine, print_table, save_lines
 from peft_pretraining.cli.args import parse_args
 from peft_pretraining.errors import UserError
 from peft_pretraining.model.dtypes import DTYPES
@@ -34,23 +30,13 @@ from peft_pretraining.training.memory_plan import MemoryPlan, plan_memory
 
 def rows_of(plan: MemoryPlan) -> list[dict[str, Any]]:
     """A row for what is held, and one for each phase."""
-    kinds = [kind for kind in dict.fromkeys(k for peak in plan.peaks.values() for k in peak.kinds)]
+    kinds = list(dict.fromkeys(kind for peak in plan.peaks.values() for kind in peak.kinds))
     held = {"": "held between updates", "line": "", "MB": sum(plan.held.values()) / 1e6}
     rows = [held | {kind: plan.held.get(kind, 0) / 1e6 for kind in kinds}]
     for phase, peak in plan.peaks.items():
         own = {kind: peak.kinds.get(kind, 0) / 1e6 for kind in kinds}
         rows.append({"": phase, "line": peak.line, "MB": peak.bytes / 1e6} | own)
     return rows
-
-
-def allocated_at_most(work: Callable[[], MemoryPlan]) -> tuple[int, MemoryPlan]:
-    """The most bytes that torch's CPU allocator had given out at one time during the work, and the work's result."""
-    with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            result = work()
-        profiler.export_chrome_trace(file.name)
-        events = json.loads(Path(file.name).read_text())["traceEvents"]
-    return max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]"), result
 
 
 def check(args: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, Any]]:

@@ -1,18 +1,24 @@
-"""What the benchmarks share: the machine's name, processes that take turns, tables, JSON lines."""
+"""What the benchmarks share: the machine's name, flags, processes that take turns, memory, tables, JSON lines."""
 
+import argparse
+import gc
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from peft_pretraining.training.provenance import git_commit, versions
+
+T = TypeVar("T")
 
 
 def machine() -> dict[str, Any]:
@@ -34,6 +40,17 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """--dataset and --tokenizer, by default those that need no download."""
+    parser.add_argument("--dataset", default="pydocs", metavar="NAME|PATH")
+    parser.add_argument("--tokenizer", metavar="NAME|PATH", help="default: t5-base; for pydocs its own")
+
+
+def command_line(values: Mapping[str, Any]) -> list[str]:
+    """The flags of torchrun_main.py for these values; None leaves a flag out."""
+    return [text for name, value in values.items() if value is not None for text in (f"--{name}", str(value))]
 
 
 class Worker:
@@ -71,6 +88,19 @@ class Worker:
     def close(self) -> None:
         self.orders.close()
         self.process.wait()
+
+
+def allocated_at_most(work: Callable[[], T]) -> tuple[int, T]:
+    """The most bytes that torch's CPU allocator had given out at one time for the work, and the work's result."""
+    gc.collect()
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            result = work()
+        profiler.export_chrome_trace(file.name)
+        events = json.loads(Path(file.name).read_text())["traceEvents"]
+    told = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda event: event["ts"])
+    before = told[0]["args"]["Total Allocated"] - told[0]["args"]["Bytes"]  # what was there before the work
+    return max(event["args"]["Total Allocated"] for event in told) - before, result
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.support import machine, print_table, save_lines
+from benchmarks.support import add_data_flags, command_line, machine, print_table, save_lines
 
 ROOT = Path(__file__).parent.parent
 Q_GALORE = ["--optimizer", "q_galore_adamw8bit_per_layer", "--weight_quant", "--stochastic_round", "--proj_quant"]
@@ -30,7 +30,6 @@ limit, stop_after, log, root, *flags = sys.argv[1:]
 sys.path.insert(0, root)
 import torch
 import torchrun_main as script
-from peft_pretraining.training import report
 from qgalore.memory import kept_bytes
 
 GPU = torch.cuda.is_available()
@@ -93,8 +92,7 @@ def flags_of(args: argparse.Namespace, save_dir: Path) -> list[str]:
         "num_training_steps": args.updates + 1, "warmup_steps": 0, "eval_tokens": args.max_length, "workers": 0,
         "num_threads": args.threads, "wandb_mode": "disabled", "save_dir": save_dir,
     }  # fmt: skip
-    told = [text for name, value in given.items() if value is not None for text in (f"--{name}", str(value))]
-    return [*Q_GALORE, "--activation_checkpointing", "--resume", "auto", *told]
+    return [*Q_GALORE, "--activation_checkpointing", "--resume", "auto", *command_line(given)]
 
 
 def run(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
@@ -119,8 +117,7 @@ def run(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_config", default="configs/llama_7b.json", metavar="JSON")
-    parser.add_argument("--dataset", default="pydocs", metavar="NAME|PATH")
-    parser.add_argument("--tokenizer", metavar="NAME|PATH", help="default: t5-base; for pydocs its own")
+    add_data_flags(parser)
     parser.add_argument("--limit", type=float, default=16.0, help="GB, 1e9 bytes, of a process")
     parser.add_argument("--updates", type=int, default=3, help="of the first process")
     parser.add_argument("--batch_size", type=int, default=1)

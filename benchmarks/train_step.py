@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.support import Worker, machine, print_table, save_lines
+from benchmarks.support import Worker, add_data_flags, command_line, machine, print_table, save_lines
 
 ROOT = Path(__file__).parent.parent
 INT8 = ["--weight_quant", "--stochastic_round", "--proj_quant"]
@@ -80,8 +80,7 @@ def flags_of(args: argparse.Namespace, optimizer: str, flags: list[str], *, comp
         "save_dir": folder, "rank": args.rank if projects else None,
         "update_proj_gap": args.update_proj_gap if projects else None,
     }  # fmt: skip
-    told = [text for name, value in common.items() if value is not None for text in (f"--{name}", str(value))]
-    return [*told, *flags, *(["--compile"] if compiled else [])]
+    return [*command_line(common), *flags, *(["--compile"] if compiled else [])]
 
 
 def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
@@ -141,8 +140,7 @@ def summarize(records: list[dict[str, Any]], *, tokens: int) -> list[dict[str, A
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_config", default="configs/llama_20m.json", metavar="JSON")
-    parser.add_argument("--dataset", default="pydocs", metavar="NAME|PATH")
-    parser.add_argument("--tokenizer", metavar="NAME|PATH", help="default: t5-base; for pydocs its own")
+    add_data_flags(parser)
     parser.add_argument("--dtype", metavar="TYPE", help="default: bfloat16 where the device multiplies it natively")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences of 256 tokens")
     parser.add_argument("--rank", type=int, default=64)

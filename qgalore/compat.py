@@ -18,7 +18,7 @@ from qgalore.factory import LAZY_THRESHOLD
 from qgalore.optimizer import LowRankOptimizer
 from qgalore.storage.convert import quantize_module_weight, shared_parameters
 
-# The projected part of a group, and what a group that cannot be projected has in its place.
+# What a group that cannot be projected has in place of its own rank and scale.
 UNPROJECTED = {"rank": None, "scale": 1.0}
 
 

@@ -13,7 +13,6 @@ Lightning and loops of your own call its `step` as that of any other.
 """
 
 import dataclasses
-import difflib
 import warnings
 from collections.abc import Collection
 from pathlib import Path
@@ -27,7 +26,7 @@ from transformers.trainer_utils import check_target_module_exists
 
 from qgalore.factory import create_optimizer, find_recipe
 from qgalore.optimizer import LowRankOptimizer
-from qgalore.options import Settings
+from qgalore.options import Settings, unknown_option
 from qgalore.param_groups import ParameterGroup, split_parameters
 from qgalore.per_layer import PerLayerUpdates, release
 from qgalore.storage.convert import quantize_linear_layers
@@ -254,9 +253,7 @@ def _settings(chosen: dict[str, Any]) -> Settings:
     known = [field.name for field in dataclasses.fields(Settings)]
     for name in chosen:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"Did you mean '{close[0]}'? " if close else ""
-            raise ValueError(f"unknown option '{name}' of QGaLore. {hint}Known: {', '.join(known)}.")
+            raise ValueError(unknown_option(name, of="QGaLore", known=known))
     return Settings(**chosen)
 
 

@@ -36,16 +36,18 @@ def kept_bytes(
     return dict(kept)
 
 
+def weight_kind(part: str) -> str:
+    """The kind of a part of a weight, see Stored."""
+    return "weights" if part in ("", "codes", "values") else "scales"
+
+
 def state_kind(name: str) -> str:
     """The kind of an entry of a parameter's state."""
     return "bases" if is_basis(name) else "moments"
 
 
 def _weight_bytes(p: Tensor) -> list[tuple[str, int]]:
-    return [
-        ("weights" if part in ("", "codes", "values") else "scales", tensor.nbytes)
-        for part, tensor in open_weight(p).tensors().items()
-    ]
+    return [(weight_kind(part), tensor.nbytes) for part, tensor in open_weight(p).tensors().items()]
 
 
 def adamw_bytes(model: nn.Module) -> dict[str, int]:

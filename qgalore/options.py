@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -263,10 +263,14 @@ def _understood(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _unknown(name: str) -> str:
-    known = [*GROUP_OPTIONS, "betas"]
+    return unknown_option(name, of="a parameter group", known=[*GROUP_OPTIONS, "betas"])
+
+
+def unknown_option(name: str, *, of: str, known: Sequence[str]) -> str:
+    """What to say of an option that is not known, with the one that may have been meant."""
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"Did you mean '{close[0]}'? " if close else ""
-    return f"unknown option '{name}' of a parameter group. {hint}Known: {', '.join(known)}."
+    return f"unknown option '{name}' of {of}. {hint}Known: {', '.join(known)}."
 
 
 def _check_projection(group: dict[str, Any]) -> None:

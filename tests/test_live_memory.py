@@ -4,9 +4,9 @@ import random
 
 import pytest
 import torch
-from support.memory import allocated_at_most
 from torch import nn
 
+from benchmarks.support import allocated_at_most
 from qgalore.live_memory import GRANULARITY, LiveMemory
 from qgalore.storage.quantized_weight import QuantizedWeight
 

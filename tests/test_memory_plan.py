@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from support.memory import allocated_at_most
 
+from benchmarks.support import allocated_at_most
 from peft_pretraining.cli.args import parse_args
 from peft_pretraining.model.build import prepare_model
 from peft_pretraining.model.config import read_config

@@ -75,10 +75,7 @@ def train_batches(
         progress = Progress((Position(),) * source.readers)
     else:
         progress = resume_progress(resume, shares=world_size * max(1, workers), readers=source.readers, rank=rank)
-    useful = useful_workers(workers, world_size=world_size, readers=len(progress.readers))
-    if useful < workers:
-        logger.info(f"--workers {workers}: started {useful}, because more would read the same documents")
-        workers = useful
+    workers = _started(workers, world_size=world_size, readers=len(progress.readers))
     first = progress.sequences + rank
     readers = partial(Readers, source, tokenizer, max_length=max_length, packing=packing, progress=progress)
     loader = DataLoader(
@@ -93,6 +90,15 @@ def train_batches(
     # iter() starts the workers: here, because a process should not be forked from the prefetching thread.
     collate = partial(_collate, batch_size=batch_size, progress=progress, first=first, step=world_size)
     return _deliver(iter(loader), collate=collate, device=torch.device(device))
+
+
+def _started(workers: int, *, world_size: int, readers: int) -> int:
+    """How many of the workers are started: those that have documents of their own."""
+    useful = useful_workers(workers, world_size=world_size, readers=readers)
+    if useful >= workers:
+        return workers
+    logger.info(f"--workers {workers}: started {useful}, because more would read the same documents")
+    return useful
 
 
 class _Sequences(IterableDataset):

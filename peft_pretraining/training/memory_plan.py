@@ -24,12 +24,11 @@ from peft_pretraining.model.loss import accumulate_gradients, token_loss_sum
 from peft_pretraining.training.plan import open_updates
 from peft_pretraining.training.report import format_table
 from qgalore.live_memory import LiveMemory, Peak
-from qgalore.memory import state_kind
+from qgalore.memory import state_kind, weight_kind
 from qgalore.optimizer import LowRankOptimizer
 from qgalore.per_layer import PerLayerUpdates
 from qgalore.storage.chunks import meta_stands_for
 from qgalore.storage.quantized_weight import open_weight
-from qgalore.update import ParameterUpdate
 from qgalore.whole_model import WholeModelUpdates
 
 _ATTENTION = "planned"
@@ -64,6 +63,7 @@ class MemoryPlan:
 
     @property
     def peak(self) -> Peak:
+        """The largest of the peaks."""
         return max(self.peaks.values(), key=lambda peak: peak.bytes)
 
 
@@ -132,7 +132,7 @@ def _mark(live: LiveMemory, model: PreTrainedModel, updates: WholeModelUpdates |
     """Tells the watcher what is kept."""
     for p in model.parameters():
         for part, tensor in open_weight(p).tensors().items():
-            live.mark("weights" if part in ("", "codes", "values") else "scales", [tensor])
+            live.mark(weight_kind(part), [tensor])
     live.mark("buffers", model.buffers())
     for state in updates.optimizer.state.values():
         for name, value in state.items():
@@ -144,16 +144,9 @@ def _make_due(optimizer: torch.optim.Optimizer) -> bool:
     """Makes as many of the largest matrices due for a refresh as one update has at most. Whether there are any."""
     if not isinstance(optimizer, LowRankOptimizer):
         return False
-    due = [u for u in optimizer.updates.values() if u.projector.sides and not u.projector.learns]
-    due.sort(key=_elements, reverse=True)
-    for update in due[: -(-len(due) // update_gap(due))] if due else []:
+    due = [update for update in optimizer.updates.values() if update.projector.sides and not update.projector.learns]
+    due.sort(key=lambda update: update.p.numel(), reverse=True)
+    gap = min((update.projector.schedule.gap for update in due), default=1)
+    for update in due[: -(-len(due) // gap)]:
         update.state["next_refresh"] = 0
     return bool(due)
-
-
-def update_gap(updates: list[ParameterUpdate]) -> int:
-    return min(update.projector.schedule.gap for update in updates)
-
-
-def _elements(update: ParameterUpdate) -> int:
-    return update.p.numel()

@@ -14,6 +14,7 @@ from torch import Tensor
 from peft_pretraining.batch import Batch
 from peft_pretraining.errors import UserError
 from peft_pretraining.model.build import meta_model
+from peft_pretraining.progress import LongWait
 from peft_pretraining.training.evaluate import evaluate
 from peft_pretraining.training.run import Run
 from qgalore.memory import adamw_bytes, kept_bytes
@@ -49,6 +50,14 @@ def log_step(run: Run, *, loss: float, outcome: Outcome, batch: Batch, targets: 
     if run.args.log_details:
         for details in per_matrix(run, LowRankOptimizer.details):
             run.record.event("subspace_details", update=state.update, **details)
+
+
+def show_first_bases(optimizer: LowRankOptimizer) -> None:
+    """Shows how many bases the first update has computed: those of a 7B take minutes."""
+    projected = [update for update in optimizer.updates.values() if update.projector.sides]
+    progress = LongWait("first bases", total=len(projected))
+    for update in projected:
+        update.observer.refreshed = progress.advance
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -15,8 +15,8 @@ from peft_pretraining.errors import UserError
 from peft_pretraining.export.folder import save_model
 from peft_pretraining.host_memory import free_host_memory
 from peft_pretraining.model.adapters import Adapters
-from peft_pretraining.progress import LongWait
 from peft_pretraining.training.provenance import git_commit, versions
+from peft_pretraining.training.report import show_first_bases
 from peft_pretraining.training.run import Run, State
 from qgalore.memory import kept_bytes
 from qgalore.optimizer import LowRankOptimizer
@@ -95,15 +95,7 @@ def begin(run: Run, start: StartingPoint) -> None:
     if start.checkpoint is not None:
         _go_on(run, start.checkpoint)
     elif isinstance(run.updates.optimizer, LowRankOptimizer):
-        _show_first_bases(run.updates.optimizer)
-
-
-def _show_first_bases(optimizer: LowRankOptimizer) -> None:
-    """Shows how many bases the first update has computed: those of a 7B take minutes."""
-    projected = [update for update in optimizer.updates.values() if update.projector.sides]
-    progress = LongWait("first bases", total=len(projected))
-    for update in projected:
-        update.observer.refreshed = progress.advance
+        show_first_bases(run.updates.optimizer)
 
 
 def _go_on(run: Run, checkpoint: Checkpoint) -> None:

@@ -1,20 +1,11 @@
 """How many bytes are alive."""
 
-import gc
-import json
-import tempfile
 import weakref
-from collections.abc import Callable
-from pathlib import Path
-from typing import TypeVar
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qgalore.storage.quantized_weight import QuantizedWeight
-
-T = TypeVar("T")
 
 
 class LiveBytes(TorchDispatchMode):
@@ -46,16 +37,3 @@ class LiveBytes(TorchDispatchMode):
 
     def _forget(self, size):
         self.live -= size
-
-
-def allocated_at_most(work: Callable[[], T]) -> tuple[int, T]:
-    """The most bytes that torch's CPU allocator had given out at one time during the work, and the work's result."""
-    gc.collect()
-    with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            result = work()
-        profiler.export_chrome_trace(file.name)
-        events = json.loads(Path(file.name).read_text())["traceEvents"]
-    told = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda event: event["ts"])
-    before = told[0]["args"]["Total Allocated"] - told[0]["args"]["Bytes"]  # earlier tests' tensors
-    return max(event["args"]["Total Allocated"] for event in told) - before, result
