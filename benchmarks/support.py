@@ -1,6 +1,7 @@
 """What the benchmarks share: the machine's name, flags, processes that take turns, memory, tables, JSON lines."""
 
 import argparse
+import functools
 import gc
 import json
 import os
@@ -70,10 +71,15 @@ class Worker:
         )
         assert self.process.stdout is not None and self.process.stdin is not None
         self.answers, self.orders = self.process.stdout, self.process.stdin
-        self.ready = self._answer()
+
+    @functools.cached_property
+    def ready(self) -> Any:
+        """What it has told when it was ready; waits for that."""
+        return self._answer()
 
     def work(self, updates: int) -> Any:
         """What so many updates have given."""
+        assert self.ready is not None
         print(updates, file=self.orders, flush=True)
         return self._answer()
 

@@ -11,7 +11,7 @@ updates each, so that a busy machine slows down all of them. Prints, for each ca
                       so its figure is the machine's noise
     first, s          the first update: compiling, from an empty cache, and all the first bases
     compiled          how many graphs torch has compiled: at most one for each kind of parameter, and the layers'
-    peak, MB          the largest resident memory of the process, from its start
+    peak, MB          the largest resident memory of the process, from its start; on a GPU, of what torch has allocated
 """
 
 import argparse
@@ -37,7 +37,7 @@ CASES = {  # title: optimizer and flags
 }
 WORKER = """
 import contextlib, json, sys, time
-root, *flags = sys.argv[1:]
+root, limit, *flags = sys.argv[1:]
 sys.path.insert(0, root)
 import torch
 import torchrun_main as script
@@ -45,6 +45,9 @@ from torch._dynamo.utils import counters
 from peft_pretraining.training.report import memory_bytes
 with contextlib.ExitStack() as cleanup:
     world = script.World.from_environment()
+    if on_gpu := world.device.type == "cuda":
+        share = float(limit) / torch.cuda.get_device_properties(world.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share), world.device)
     args = script.parse_args(flags)
     script.use_threads(world, num_threads=args.num_threads)
     script.make_deterministic(args.seed)
@@ -55,12 +58,15 @@ with contextlib.ExitStack() as cleanup:
     def update():
         began = time.perf_counter()
         script.train_step(run)
+        if on_gpu:
+            torch.cuda.synchronize()
         return time.perf_counter() - began
 
     def told(seconds):
         print(json.dumps({
             "seconds": seconds,
             "peak": memory_bytes(world.device),
+            "reserved": torch.cuda.max_memory_reserved() if on_gpu else None,
             "compiled": counters["stats"].get("unique_graphs", 0),
         }), flush=True)
 
@@ -95,7 +101,10 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     for number, ((title, compiled), (optimizer, flags)) in enumerate(chosen.items()):
         own = str(folder / str(number))
         line = flags_of(args, optimizer, flags, compiled=compiled, folder=own)
-        workers[title, compiled] = Worker(WORKER, str(ROOT), *line, TORCHINDUCTOR_CACHE_DIR=f"{own}-cache")
+        worker = Worker(WORKER, str(ROOT), "inf", *line, TORCHINDUCTOR_CACHE_DIR=f"{own}-cache")
+        workers[title, compiled] = worker
+        if not args.together:
+            assert worker.ready
     for worker in workers.values():
         worker.work(2)  # what is allocated or compiled in the second update
     rounds: dict[tuple[str, bool], list[list[float]]] = {case: [] for case in workers}
@@ -149,6 +158,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--updates", type=int, default=4, help="of each case in a round")
     parser.add_argument("--compile", action="store_true", help="every case compiled as well")
+    parser.add_argument("--together", action="store_true", help="set up all cases at once, which `first` then says")
     parser.add_argument("--only", default="", help="cases whose name contains this; AdamW too")
     parser.add_argument("--output", type=Path, help="a file for JSON lines")
     args = parser.parse_args()
