@@ -4,7 +4,7 @@
 
 Each row of CASES is a process that trains as torchrun_main.py does, under a limit that torch's allocator keeps
 (set_per_process_memory_fraction): what it reserves beside what is in use counts, the context of the GPU, some hundred
-MB, does not. With --together all of them share the GPU, which disturbs nothing but the seconds.
+MB, does not. They take turns, as on a smaller GPU; with --together all are set up at once, and then train one by one.
 
     plan, GB        the peak that peft_pretraining/training/memory_plan.py plans for these flags
     peak, GB        the most that was allocated at one time
@@ -18,7 +18,9 @@ import json
 import multiprocessing
 import sys
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,6 +40,7 @@ CASES: list[tuple[float, list[str]]] = [  # GB of 1e9 bytes, flags beside the de
     (13, AUTO),
     (12, [*AUTO, *OFFLOAD]),
     (11, [*AUTO, *OFFLOAD, *LEAN]),
+    (15, ["--weight_group_size", "-1", "--int8_matmul", "all"]),
 ]
 
 
@@ -61,13 +64,16 @@ def planned(flags: list[str]) -> float:
 def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """One record for each case."""
     cases = [case for case in CASES if not args.limits or case[0] in args.limits]
+    if args.compile:
+        cases += [(limit, [*flags, "--compile"]) for limit, flags in cases]
     lines = [flags_of(args, flags, folder=str(folder / str(number))) for number, (_, flags) in enumerate(cases)]
-    started = (_start(limit, line) for (limit, _), line in zip(cases, lines, strict=True))
-    told = [_finish(worker, args.updates) for worker in (list(started) if args.together else started)]
     with ProcessPoolExecutor(len(cases), mp_context=multiprocessing.get_context("spawn")) as pool:
-        plans = list(pool.map(planned, lines))
+        plans = pool.map(planned, lines)  # while the workers work
+        started = (_start(limit, line) for (limit, _), line in zip(cases, lines, strict=True))
+        told = [_finish(worker, args.updates) for worker in (_all_ready(started) if args.together else started)]
+        planned_bytes = list(plans)
     rows = []
-    for number, ((limit, flags), plan, told_by) in enumerate(zip(cases, plans, told, strict=True)):
+    for number, ((limit, flags), plan, told_by) in enumerate(zip(cases, planned_bytes, told, strict=True)):
         row = {"limit, GB": limit, "flags": " ".join(flags), "plan, GB": plan / 1e9}
         rows.append(row | _figures(told_by, tokens=args.batch_size * args.max_length, folder=folder / str(number)))
     return rows
@@ -75,6 +81,15 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 
 def _start(limit: float, line: list[str]) -> Worker:
     return Worker(WORKER, str(ROOT), str(limit * 1e9), *line, OMP_NUM_THREADS="1")
+
+
+def _all_ready(started: Iterable[Worker]) -> list[Worker]:
+    """Waits until none of them is busy."""
+    workers = list(started)
+    for worker in workers:
+        with suppress(SystemExit):  # it has ended; _finish says so
+            assert worker.ready
+    return workers
 
 
 def _finish(worker: Worker, updates: int) -> list[dict[str, Any]] | None:
@@ -114,7 +129,8 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=1024)
     parser.add_argument("--lr", type=float, default=0.001)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--together", action="store_true", help="all cases at once")
+    parser.add_argument("--compile", action="store_true", help="every case compiled as well")
+    parser.add_argument("--together", action="store_true", help="set up all cases at once")
     parser.add_argument("--output", type=Path, help="a file for JSON lines")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -28,8 +28,8 @@ RUNNER = """
 import json, os, resource, signal, sys, time
 limit, stop_after, log, root, *flags = sys.argv[1:]
 sys.path.insert(0, root)
+import torchrun_main as script  # before torch, for which it sets environment variables
 import torch
-import torchrun_main as script
 from qgalore.memory import kept_bytes
 
 GPU = torch.cuda.is_available()

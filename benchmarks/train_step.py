@@ -39,8 +39,8 @@ WORKER = """
 import contextlib, json, sys, time
 root, limit, *flags = sys.argv[1:]
 sys.path.insert(0, root)
+import torchrun_main as script  # before torch, for which it sets environment variables
 import torch
-import torchrun_main as script
 from torch._dynamo.utils import counters
 from peft_pretraining.training.report import memory_bytes
 with contextlib.ExitStack() as cleanup:

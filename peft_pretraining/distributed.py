@@ -137,6 +137,7 @@ def use_threads(world: World, *, num_threads: int | None) -> int:
 def make_deterministic(seed: int) -> None:
     """Makes the losses of a seed the same to the last bit in every run on the same machine."""
     torch.manual_seed(seed)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Not `warn_only`: attention kernels would then take it for a wish, and a GPU's losses differ from run to run.
+    torch.use_deterministic_algorithms(True)
     # A read of uninitialized memory is a bug that tests should find; it is not worth a pass over every new tensor.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from peft_pretraining.errors import UserError
 from peft_pretraining.model.adapters import Adapters, draw_factors, insert, is_factor
+from peft_pretraining.model.attention import attention_for
 from peft_pretraining.model.family import family_of
 from peft_pretraining.model.offload import offload_inputs
 from peft_pretraining.progress import LongWait
@@ -29,7 +30,7 @@ def meta_model(
     config = copy.deepcopy(config)
     config.use_cache = False
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention_for(config), dtype=dtype)
     # A padding row gets no gradient. Where the padding token is also the end of a text, that row must learn.
     family_of(config).part("embedding", model).padding_idx = None
     if adapters is not None:

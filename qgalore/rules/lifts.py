@@ -37,7 +37,7 @@ class Way(NamedTuple):
     bases: Mapping[str, Tensor]  # the values of the bases, by side
     last: Tensor | None = None  # () float32: the norm that the lift keeps, written in place; 0 before the first update
 
-    def back(self, D: Tensor, rows: slice = slice(None)) -> Tensor:
+    def back(self, D: Tensor, rows: slice | None = None) -> Tensor:  # compiled by torch 2.11: no slice as a default
         """P D Q^T, or some of its rows. (m, n)"""
         return self.projector.back(D, self.bases, rows=rows)
 

@@ -138,9 +138,10 @@ class Stored:
 
     def rows(self, rows: slice) -> "Stored":
         """Some rows of a matrix: writing to them writes to it, with the noise that the whole would have there."""
-        if rows == slice(None):  # also of a tensor that has no rows
+        # torch 2.11 compiles neither comparisons of slices nor their `indices`.
+        if rows.start is None and rows.stop is None:  # also of a tensor that has no rows
             return self
-        start, stop, _ = rows.indices(self.shape[0])
+        start, stop = rows.start or 0, self.shape[0] if rows.stop is None else min(rows.stop, self.shape[0])
         width = self.shape[1:].numel()
         parts = self.codec.rows(self.parts, slice(start, stop), width=width)
         return Stored(self.codec, parts, torch.Size((stop - start, *self.shape[1:])), self.row_start + start)

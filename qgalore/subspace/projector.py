@@ -183,12 +183,13 @@ class Projector:
         """The values of the bases, as products use them."""
         return {side: basis.read(self.dtype) for side, basis in bases.items()}
 
-    def back(self, D: Tensor, bases: Mapping[str, Tensor], *, rows: slice = slice(None)) -> Tensor:
+    def back(self, D: Tensor, bases: Mapping[str, Tensor], *, rows: slice | None = None) -> Tensor:
         """P D Q^T: the direction in the full space, in D's dtype. (r or m, r or n) -> (m, n)
 
         bases: their values, see `read`.
-        rows: the rows that are wanted, of the m, where there is a basis.
+        rows: the rows that are wanted, of the m, where there is a basis; None for all.
         """
+        rows = slice(None) if rows is None else rows
         if not self.sides:
             return D
         U = D.to(self.dtype)
