@@ -49,8 +49,8 @@ def flags_of(args: argparse.Namespace, flags: list[str], *, folder: str) -> list
     common = {
         "model_config": args.model_config, "dataset": args.dataset, "tokenizer": args.tokenizer, "dtype": args.dtype,
         "batch_size": args.batch_size, "max_length": args.max_length, "rank": args.rank, "lr": args.lr,
-        "optimizer": "q_galore_adamw8bit_per_layer", "num_training_steps": 10**6, "warmup_steps": 0, "workers": 0,
-        "wandb_mode": "disabled", "save_dir": folder,
+        "optimizer": "q_galore_adamw8bit_per_layer", "galore_scale": 0.25, "num_training_steps": 10**6,
+        "warmup_steps": 0, "workers": 0, "wandb_mode": "disabled", "save_dir": folder,
     }  # fmt: skip
     return [*command_line(common), *INT8, "--activation_checkpointing", *flags]
 
@@ -64,8 +64,7 @@ def planned(flags: list[str]) -> float:
 def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """One record for each case."""
     cases = [case for case in CASES if not args.limits or case[0] in args.limits]
-    if args.compile:
-        cases += [(limit, [*flags, "--compile"]) for limit, flags in cases]
+    cases += [(limit, [*flags, "--compile"]) for limit, flags in cases if limit in args.compile]
     lines = [flags_of(args, flags, folder=str(folder / str(number))) for number, (_, flags) in enumerate(cases)]
     with ProcessPoolExecutor(len(cases), mp_context=multiprocessing.get_context("spawn")) as pool:
         plans = pool.map(planned, lines)  # while the workers work
@@ -129,7 +128,9 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=1024)
     parser.add_argument("--lr", type=float, default=0.001)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--compile", action="store_true", help="every case compiled as well")
+    parser.add_argument(
+        "--compile", type=float, nargs="+", default=(), help="rows to run compiled as well, by their GB"
+    )
     parser.add_argument("--together", action="store_true", help="set up all cases at once")
     parser.add_argument("--output", type=Path, help="a file for JSON lines")
     args = parser.parse_args()

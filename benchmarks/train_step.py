@@ -15,6 +15,7 @@ updates each, so that a busy machine slows down all of them. Prints, for each ca
 """
 
 import argparse
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -95,7 +96,7 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         (title, compiled): case
         for title, case in CASES.items()
         for compiled in ([False, True] if args.compile else [False])
-        if args.only in title or title == "AdamW"
+        if re.search(args.only, title) or title == "AdamW"
     }
     workers = {}
     for number, ((title, compiled), (optimizer, flags)) in enumerate(chosen.items()):
@@ -159,7 +160,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=4, help="of each case in a round")
     parser.add_argument("--compile", action="store_true", help="every case compiled as well")
     parser.add_argument("--together", action="store_true", help="set up all cases at once, which `first` then says")
-    parser.add_argument("--only", default="", help="cases whose name contains this; AdamW too")
+    parser.add_argument("--only", default="", help="cases in whose name this regular expression is found; AdamW too")
     parser.add_argument("--output", type=Path, help="a file for JSON lines")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -67,6 +67,9 @@ def random_bits(count: int, *, seed: Seed, device: torch.device | str = "cpu") -
     """
     low, high = (_as_int32(seed), _as_int32(seed >> 32)) if isinstance(seed, int) else seed
     h = torch.arange(count, dtype=torch.int32, device=device)
+    if torch.compiler.is_compiling():
+        # It changes nothing. Without it, torch.compile takes the product for an index, which must not wrap around.
+        h.bitwise_and_(0x7FFFFFFF)
     h.mul_(_as_int32(_GOLDEN)).add_(low)
     h.bitwise_xor_(h.bitwise_right_shift(16).bitwise_and_(0xFFFF)).mul_(_as_int32(0x85EBCA6B))
     h.bitwise_xor_(high)
