@@ -201,7 +201,8 @@ class ParameterUpdate:
 
     def _run(self, R: Tensor, weight: Stored, *, G: Tensor | None = None) -> Tensor:
         """Counts the update and calls the kernel on the stored tensors. Returns the norm of R. ()"""
-        state, group, clock, compiled = self.state, self.group, self.clock, self.engine.compiled
+        state, group, clock = self.state, self.group, self.clock
+        compiled = self.engine.compiled and self.rule.compiles
         wide = torch.promote_types(R.dtype, torch.float32)
         options = group["betas"], group["eps"], group["scale"]
         clock.begin(state)
@@ -219,7 +220,7 @@ class ParameterUpdate:
             R,
             weight,
             open_moments(state, self.kinds, dtype=wide, seed=seed, compiled=compiled, prefix=self.prefix),
-            kernel=self.engine.kernel,
+            kernel=self.engine.kernel if compiled else write_rows,
             bases=self.projector.open(state),
             step=step.as_tensors(wide) if compiled else step,
             constants=UpdateConstants(self.projector, self.rule, self.lift, *options),

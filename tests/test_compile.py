@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 import torchrun_main
 from peft_pretraining.model.build import build_model, compile_layers
 from peft_pretraining.model.loss import token_loss_sum
-from qgalore.factory import Settings, create_optimizer, create_updates
+from qgalore.factory import OPTIMIZERS, Settings, create_optimizer, create_updates
 from qgalore.optimizer import LowRankOptimizer
 from qgalore.param_groups import split_parameters
 from qgalore.storage.affine import unpack_nibbles
@@ -188,6 +188,26 @@ def test_noise_is_the_same_bits_from_tensors_and_compiled():
         compiled = torch.compile(random_bits, fullgraph=True, dynamic=False)
         assert torch.equal(compiled(1000, seed=seed_tensors(seed)), expected)
     assert compiles() == 1, "no seed is compiled in"
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, recipe in OPTIMIZERS.items() if recipe.rule != "adam" and not recipe.per_layer]
+)
+def test_rules_that_are_no_adam_compile(name):
+    """SCALE's head has a rule that torch cannot compile, and is updated by eager code."""
+    ends = []
+    for compile in (False, True):
+        model = tiny_llama(dtype=torch.float32, layers=1)
+        settings = Settings(rank=32, compile=compile, lr=1e-3)
+        optimizer = create_optimizer(name, groups=split_parameters(model), settings=settings)
+        for _ in range(2):
+            x = sequences(torch.Generator().manual_seed(1))
+            token_loss_sum(model, x[:, :-1], x[:, 1:]).backward()
+            optimizer.step()
+        ends.append([p.detach() for p in model.parameters()])
+    assert compiles() > 0
+    for eager, compiled in zip(*ends, strict=True):
+        assert ((eager - compiled).abs() > 1e-5).float().mean() < 0.02
 
 
 def test_more_shapes_than_torch_would_compile_by_itself():
