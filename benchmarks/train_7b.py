@@ -89,6 +89,7 @@ def flags_of(args: argparse.Namespace, save_dir: Path) -> list[str]:
     given = {
         "model_config": args.model_config, "dataset": args.dataset, "tokenizer": args.tokenizer, "dtype": args.dtype,
         "batch_size": args.batch_size, "max_length": args.max_length, "rank": args.rank, "lr": args.lr,
+        "galore_scale": 0.25,
         "num_training_steps": args.updates + 1, "warmup_steps": 0, "eval_tokens": args.max_length, "workers": 0,
         "num_threads": args.threads, "wandb_mode": "disabled", "save_dir": save_dir,
     }  # fmt: skip
@@ -123,7 +124,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--max_length", type=int, default=256, metavar="TOKENS")
     parser.add_argument("--rank", type=int, default=1024)
-    parser.add_argument("--lr", type=float, default=0.0002)
+    parser.add_argument("--lr", type=float, default=0.0004)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, metavar="THREADS")
     parser.add_argument("--output", type=Path, help="a file for JSON lines")
