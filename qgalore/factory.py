@@ -218,14 +218,18 @@ def create_updates(
     accumulation: int = 1,
     clip: float = 0.0,
     accumulation_dtype: torch.dtype | None = None,
+    accumulate_on_host: bool = False,
 ) -> WholeModelUpdates | PerLayerUpdates:
     """The object that applies an optimizer's updates, inside backward if the name ends in `_per_layer`, else after it.
 
     accumulation: backward passes, one for each micro-batch, in an update.
     clip: maximum norm of all gradients together, or of each parameter's if per layer; 0 for no limit.
     accumulation_dtype: dtype of sums over micro-batches; None for the dtype of the parameter.
+    accumulate_on_host: whether updates inside backward keep these sums in host memory.
     """
     if find_recipe(name).per_layer:
         assert isinstance(optimizer, LowRankOptimizer)
-        return PerLayerUpdates(optimizer, accumulation=accumulation, dtype=accumulation_dtype, clip=clip)
+        return PerLayerUpdates(
+            optimizer, accumulation=accumulation, dtype=accumulation_dtype, clip=clip, on_host=accumulate_on_host
+        )
     return WholeModelUpdates(optimizer, sync=sync, clip=clip, dtype=accumulation_dtype if accumulation > 1 else None)

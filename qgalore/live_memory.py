@@ -34,6 +34,8 @@ _LIKE_THE_FIRST = frozenset(
 _KINDS = (
     ("build.py", "meta_model", ""),  # a skeleton of the model, which is on the meta device in any run: not counted
     ("offload.py", "_to_host", ""),  # it stands for host memory
+    ("sums.py", "_host", ""),
+    ("sums.py", "", "sums"),
     ("loss.py", "forward", "gradients"),  # _HeadLoss makes them there
     ("loss.py", "_head_loss", "logits"),
     ("moments.py", "create_moments", "moments"),

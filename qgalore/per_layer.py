@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qgalore.optimizer import LowRankOptimizer
 from qgalore.outcome import Outcome
+from qgalore.sums import HostSums, Sums
 
 
 class PerLayerUpdates:
@@ -39,17 +40,19 @@ class PerLayerUpdates:
         accumulation: int = 1,
         dtype: torch.dtype | None = None,
         clip: float = 0.0,
+        on_host: bool = False,
     ) -> None:
         """
         accumulation: number of micro-batches, each a backward pass, in an update.
         dtype: dtype of the sums over micro-batches; None for the dtype of the parameter.
         clip: maximum norm of each parameter's own projected gradient; 0 for no limit. The norm of all gradients is not
             known before the last one, when the first ones are freed.
+        on_host: whether the sums over micro-batches are kept in host memory.
         """
         self.optimizer, self.accumulation, self.dtype = optimizer, accumulation, dtype
         self._seen = dict.fromkeys(optimizer.updates, 0)
         self._whole: dict[Tensor, bool] = {}  # whether the gradient of a parameter is summed in full
-        self.sums: dict[Tensor, Tensor] = {}  # sums of parameters between their first and last micro-batch
+        self.sums = HostSums() if on_host else Sums()
         for group in optimizer.param_groups:
             group["clip"] = clip
         release(optimizer.updates)
@@ -101,13 +104,18 @@ class PerLayerUpdates:
             self._whole[p] = update.begin_from(G)
         whole = self._whole[p]
         part = (G if whole else update.project(G)).to(self.dtype or p.dtype)
-        self.sums[p] = part if first else self.sums[p].add_(part)
         if last:
-            self._apply(p)
+            self._apply(p, part)
+        else:
+            self.sums.add(p, part)
 
-    def _apply(self, p: Tensor) -> None:
-        """Updates the parameter from its sum."""
-        update, total = self.optimizer.updates[p], self.optimizer.sync.reduce(self.sums.pop(p))
+    def _apply(self, p: Tensor, last: Tensor | None = None) -> None:
+        """Updates the parameter from its sum. last: what has not been added to it yet."""
+        total = self.sums.take(p)
+        update, total = (
+            self.optimizer.updates[p],
+            self.optimizer.sync.reduce(total if last is None else total.add_(last)),
+        )
         if self._whole[p]:
             update.update_whole(total)
         else:

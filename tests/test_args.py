@@ -175,7 +175,7 @@ def test_a_residual_is_recovered_only_where_that_is_possible():
     assert "only *galore_adamw* can" in flags_refusal(*fira, "galore_lion")
     assert "--proj_type full" in flags_refusal(*fira, "galore_adamw", "--proj_type", "full")
     accumulated = (*fira, "galore_adamw_per_layer", "--gradient_accumulation", 4)
-    assert "Take --optimizer galore_adamw, or one micro-batch" in flags_refusal(*accumulated)
+    assert "Take --accumulate_on host, --optimizer galore_adamw, or one micro-batch" in flags_refusal(*accumulated)
 
 
 def test_names_follow_from_the_rest():

@@ -255,6 +255,17 @@ def test_offloaded_activations_leave_the_device(tiny, tmp_path):
     assert runs.losses(tmp_path / "host") == runs.losses(tmp_path / "device")
 
 
+@pytest.mark.parametrize("residual", [None, "fira"])
+def test_sums_on_the_host_are_the_same_sums(residual, tiny, tmp_path):
+    """To the last bit, through streams that run beside each other."""
+    shared = dict(RUNS["q_galore"], dtype="bfloat16", num_training_steps=6, gradient_accumulation=4, residual=residual)
+    whole = shared | dict(optimizer="q_galore_adamw8bit") if residual else shared
+    runs.run(tiny, tmp_path / "device", **whole)
+    runs.run(tiny, tmp_path / "host", **shared, accumulate_on="host")
+    found, expected = (runs.losses(tmp_path / name) for name in ("host", "device"))
+    assert found == expected if residual is None else found == pytest.approx(expected, rel=0.02)
+
+
 def test_int8_products_in_a_run(tiny, tmp_path):
     shared = dict(RUNS["q_galore"], weight_group_size=-1, num_training_steps=12)
     for name, chosen in (("floating", {}), ("forward", {"int8_matmul": "forward"}), ("all", {"int8_matmul": "all"})):

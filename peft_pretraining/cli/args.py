@@ -131,11 +131,12 @@ def _check_residual(args: argparse.Namespace) -> None:
         raise UserError(f"--residual {args.residual} with --optimizer {args.optimizer}: only *galore_adamw* can.")
     if args.proj_type == "full":
         raise UserError(f"--residual {args.residual} needs a side that is not projected: --proj_type full has none.")
-    if recipe.per_layer and args.gradient_accumulation > 1:
+    if recipe.per_layer and args.gradient_accumulation > 1 and args.accumulate_on == "device":
         whole = args.optimizer.removesuffix("_per_layer")
         raise UserError(
             f"--residual {args.residual} needs whole gradients, and a per-layer optimizer would keep them all over "
-            f"{args.gradient_accumulation} micro-batches. Take --optimizer {whole}, or one micro-batch per update."
+            f"{args.gradient_accumulation} micro-batches. Take --accumulate_on host, --optimizer {whole}, or one "
+            "micro-batch per update."
         )
 
 
@@ -196,6 +197,7 @@ def _conditions(args: argparse.Namespace, recipe: Recipe) -> dict[str, tuple[boo
     learns, lora = args.proj_type in LEARNERS, args.peft in LORA_KINDS
     return {
         "projected": (recipe.projected, optimizer),
+        "per_layer": (recipe.per_layer, optimizer),
         "rank": (recipe.projected or args.peft is not None, optimizer),
         "scaled": ((recipe.projected and RULES[recipe.rule].finish is None) or "scale" in recipe.uses, optimizer),
         "beta1": ("beta1" in recipe.uses, optimizer),

@@ -142,6 +142,9 @@ class RunOptions:
     proj_quant: bool = option(False, "keep the bases in --proj_bits", section=QUANTIZATION, needs=("projected",))
     accumulation_dtype: str | None = option(None, "data type of the sums over micro-batches", unit="TYPE",
         section=QUANTIZATION, choices=("bfloat16", "float32"), shown="the model's")
+    accumulate_on: str = option("device", "where a per-layer optimizer keeps the sums over micro-batches; on the host "
+        "they take no GPU memory, and cross the bus twice a micro-batch", section=QUANTIZATION,
+        choices=("device", "host"), needs=("per_layer",), may_change=True)
     save_every: int = option(10_000, "updates from one checkpoint to the next; every run ends with one",
         unit="UPDATES", section=CHECKPOINTS, range=at_least(1), may_change=True)
     keep_last: int = option(3, "checkpoints that stay; older ones are deleted; 0: all stay", unit="CHECKPOINTS",

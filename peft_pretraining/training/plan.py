@@ -218,4 +218,5 @@ def open_updates(args: argparse.Namespace, *, model: PreTrainedModel) -> WholeMo
         accumulation=args.gradient_accumulation,
         clip=args.grad_clipping,
         accumulation_dtype=DTYPES.get(args.accumulation_dtype),
+        accumulate_on_host=args.accumulate_on == "host",
     )
