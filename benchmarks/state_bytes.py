@@ -44,7 +44,12 @@ def count(config_path: str, *, optimizer: str, weight_bits: int | None, proj_bit
     config, recipe = read_config(config_path), find_recipe(optimizer)
     groups = split_parameters(meta_model(config))
     quantization = argparse.Namespace(
-        weight_bits=weight_bits, weight_group_size=256, stochastic_round=True, simulation=False, int8_matmul=None
+        weight_bits=weight_bits,
+        weight_group_size=256,
+        stochastic_round=True,
+        simulation=False,
+        int8_matmul=None,
+        embedding_weight_bits=None,
     )
     finish = weight_quantizer(quantization, groups=groups) if weight_bits else None
     model = build_model(config, device="meta", dtype=torch.bfloat16, seed=0, finish=finish)

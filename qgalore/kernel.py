@@ -134,7 +134,7 @@ def _in_blocks(
     if projected:
         return R, weight, own
     rows = weight.in_blocks()
-    return (R, weight, own) if rows is None else (R.reshape(rows.shape), rows, own)
+    return (R, weight, moments) if rows is None else (R.reshape(rows.shape), rows, own)
 
 
 def _chunks(R: Tensor, moments: Sequence[Moment], *, elements: int | None = None) -> Iterator[slice]:

@@ -93,7 +93,12 @@ def test_start_up_needs_no_more_than_training():
     config = read_config(CONFIG)
     groups = split_parameters(meta_model(config))
     settings = argparse.Namespace(
-        weight_group_size=256, stochastic_round=True, simulation=False, weight_bits=8, int8_matmul=None
+        weight_group_size=256,
+        stochastic_round=True,
+        simulation=False,
+        weight_bits=8,
+        int8_matmul=None,
+        embedding_weight_bits=None,
     )
     finish = weight_quantizer(settings, groups=groups)
     with LiveBytes() as watch:

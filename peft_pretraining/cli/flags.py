@@ -136,6 +136,9 @@ class RunOptions:
         "average", section=QUANTIZATION, needs=("weight_quant",))
     simulation: bool = option(False, "keep, as float32, exactly the values that quantized weights would have",
         section=QUANTIZATION, needs=("weight_quant",))
+    embedding_weight_bits: int | None = option(None, "bits of the weights of embedding and head, 8 or 4, "
+        "which are then quantized like the others", unit="BITS", section=QUANTIZATION, range=one_of(4, 8),
+        needs=("weight_quant",), shown="none: the model's data type")
     int8_matmul: str | None = option(None, "multiply quantized weights as INT8, with activations quantized on the fly: "
         "forward, the products of the forward pass; all, those of the backward pass as well; each row of a weight is "
         "one group then", section=QUANTIZATION, choices=PRODUCTS, shown="none", needs=("weight_quant",))

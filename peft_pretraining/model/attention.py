@@ -8,12 +8,13 @@ attention function that it has no mask function for.
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from peft_pretraining.model.family import family_of
+
 CAUSAL = "causal_sdpa"
 
 AttentionInterface.register(CAUSAL, sdpa_attention_forward)
 
 
 def attention_for(config: PreTrainedConfig) -> str:
-    """The name of the attention function for a model. Layers that attend to a window need their masks."""
-    kinds = getattr(config, "layer_types", None) or ["full_attention"]
-    return CAUSAL if set(kinds) == {"full_attention"} else "sdpa"
+    """The name of the attention function for a model. Where a layer may look at a window only, masks are needed."""
+    return CAUSAL if family_of(config).full_attention else "sdpa"

@@ -126,18 +126,21 @@ def compile_layers(model: PreTrainedModel) -> None:
 
 
 def weight_quantizer(args: argparse.Namespace, *, groups: Sequence[ParameterGroup]) -> Callable[[str, nn.Module], None]:
-    """The function by which --weight_quant quantizes the weight of an initialised module, if it is a matrix."""
-    chosen = {name for group in groups if group.kind == "matrix" for name in group.names}
+    """The function by which --weight_quant quantizes the weight of an initialised module: that of a matrix and, with
+    --embedding_weight_bits, of embedding and head."""
+    kinds = {name: group.kind for group in groups for name in group.names}
+    bits = {"matrix": args.weight_bits, "embedding": args.embedding_weight_bits, "head": args.embedding_weight_bits}
 
     def finish(name: str, module: nn.Module) -> None:
-        if f"{name}.weight" in chosen:
+        kind = kinds.get(f"{name}.weight", "")
+        if bits.get(kind) is not None:
             quantize_module_weight(
                 module,
-                bits=args.weight_bits,
+                bits=bits[kind],
                 group_size=args.weight_group_size,
                 stochastic=args.stochastic_round,
                 simulation=args.simulation,
-                products=args.int8_matmul,
+                products=args.int8_matmul if kind == "matrix" else None,
             )
 
     return finish

@@ -31,6 +31,7 @@ class Family:
     rotary: str = "model.rotary_emb"  # its buffers are computed from the configuration and are in no checkpoint
     head: str = "lm_head"  # the linear layer from hidden states to logits
     norm: str = "RMSNorm"  # the end of the names of the norms' classes; their weights begin as ones
+    full_attention: bool = False  # whether no option of the configuration makes a layer look at fewer earlier tokens
     own_shape: tuple[str, ...] = ()  # fields besides those in SHAPE that change what the weights compute
 
     def part(self, name: str, model: nn.Module) -> Any:
@@ -61,7 +62,7 @@ SHAPE = tuple(
 
 # By model_type, as transformers and config.json name it.
 FAMILIES: dict[str, Family] = {
-    "llama": Family(config=LlamaConfig, model=LlamaForCausalLM, own_shape=("mlp_bias",)),
+    "llama": Family(config=LlamaConfig, model=LlamaForCausalLM, full_attention=True, own_shape=("mlp_bias",)),
     "qwen3": Family(
         config=Qwen3Config,
         model=Qwen3ForCausalLM,

@@ -46,6 +46,7 @@ from transformers import PreTrainedModel
 from peft_pretraining.batch import IGNORED, Batch
 from peft_pretraining.model.family import family_of
 from qgalore.storage.chunks import on_cpu, row_chunks
+from qgalore.storage.quantized_weight import QuantizedWeight
 
 PRODUCT_ELEMENTS = 1 << 22  # of dW, made at once before they are added
 CHUNK_ELEMENTS = 1 << 24  # logits held at once: 64 MB in float32, 512 rows of a vocabulary of 32000
@@ -61,7 +62,10 @@ def token_loss_sum(model: PreTrainedModel, input_ids: Tensor, targets: Tensor) -
     # No attention mask: the sequences are full, and without one SDPA takes its causal kernel.
     family = family_of(model.config)
     hidden = family.part("body", model)(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, L, hidden)
-    return head_loss_sum(hidden.flatten(0, 1), family.part("head", model).weight, targets.flatten())
+    weight = family.part("head", model).weight
+    if isinstance(weight, QuantizedWeight):
+        weight = weight.dequantize()  # for this call
+    return head_loss_sum(hidden.flatten(0, 1), weight, targets.flatten())
 
 
 def accumulate_gradients(

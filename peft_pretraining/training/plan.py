@@ -116,6 +116,11 @@ def _check_model(args: argparse.Namespace, *, world: World) -> tuple[PreTrainedC
             int8_products.check_device(world.device)
         except ValueError as error:
             raise UserError(f"--int8_matmul {args.int8_matmul}: {error}. Leave it out.") from None
+    if args.weight_quant and args.embedding_weight_bits is not None and config.tie_word_embeddings:
+        raise UserError(
+            f"--embedding_weight_bits {args.embedding_weight_bits}: {args.model_config} ties the head to the "
+            "embedding, and a shared weight cannot be quantized. Leave it out."
+        )
     if args.max_length > (longest := config.max_position_embeddings):
         raise UserError(f"--max_length {args.max_length}: {args.model_config} allows at most {longest}.")
     return config, dtype
@@ -144,7 +149,9 @@ def describe_groups(model: nn.Module, args: argparse.Namespace) -> list[dict[str
     rows = []
     for group in split_parameters(model):
         unprojected = matrices if group.kind == "matrix" else "full rank"
-        weights = f"INT{args.weight_bits} weights, " if args.weight_quant and group.kind == "matrix" else ""
+        bits = args.weight_bits if group.kind == "matrix" else args.embedding_weight_bits
+        quantized = args.weight_quant and bits is not None and group.kind != "norm"
+        weights = f"INT{bits} weights, " if quantized else ""
         rows.append((group, weights + recipe.describe(group, settings, unprojected=unprojected)))
     rows += [(group, "nothing: W0 of the adapters") for group in frozen_parameters(model)]
     return [

@@ -11,7 +11,8 @@ The three products of a linear layer, none of which keeps anything of the weight
     dx = dy W         backward, W dequantized once more
     dW = dy^T x       an ordinary tensor of the weight's dtype: hooks, clipping and accumulation see nothing unusual
 
-Or, if the weight asks for it, as products of INT8 codes, without dequantizing (int8_products.py).
+Or, if the weight asks for it, as products of INT8 codes, without dequantizing (int8_products.py). Of an embedding, only
+the rows that are looked up are dequantized. What autograd sees of all that is in quantized_ops.py.
 
 Writing is `write` with a seed, or `copy_`, which rounds to nearest. Arithmetic in place has no seed to round with. On a
 weight that is trained it would lose small updates for ever, and is refused; on a frozen one, as when an adapter is
@@ -30,8 +31,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from qgalore.storage import affine, int8_products, rounding, stored
+from qgalore.storage import affine, int8_products, quantized_ops, rounding, stored
 from qgalore.storage.affine import Affine, Simulated, check_finite
+from qgalore.storage.quantized_ops import Dequantize, Embed, Linear
 from qgalore.storage.rounding import Seed
 from qgalore.storage.stored import Stored
 
@@ -115,7 +117,7 @@ class QuantizedWeight(Tensor):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
         """The values as an ordinary tensor: the weight's dtype or the one asked for, rounded once. Differentiable."""
-        return _Dequantize.apply(self, dtype or self.dtype)
+        return Dequantize.apply(self, dtype or self.dtype)
 
     def float(self) -> Tensor:  # type: ignore[override]
         """The values as an ordinary float32 tensor; .to(torch.float32) is a quantized weight that appears as one."""
@@ -176,6 +178,8 @@ class QuantizedWeight(Tensor):
         kwargs = kwargs or {}
         if func is F.linear:
             return _linear(*args, **kwargs)
+        if func is F.embedding:
+            return _embedding(*args, **kwargs)
         if func == _SET_DATA:
             return _set_data(*args)
         with torch._C.DisableTorchFunctionSubclass():
@@ -195,55 +199,25 @@ def open_weight(p: Tensor) -> Stored:
 def _code() -> str:
     """What the compiled kernels are made of."""
     return "".join(
-        inspect.getsource(module) for module in (rounding, affine, stored, int8_products, sys.modules[__name__])
+        inspect.getsource(module)
+        for module in (rounding, affine, stored, int8_products, quantized_ops, sys.modules[__name__])
     )
-
-
-class _Dequantize(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
-        ctx.dtype = weight.dtype
-        return weight._decode(dtype)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return gradient.to(ctx.dtype), None
-
-
-class _Linear(torch.autograd.Function):
-    """The three products at the top of this file. Saves x and the weight as it is, in codes."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        if not _in_int8(x, weight):
-            return F.linear(x, weight._decode(weight.dtype), bias)
-        y = int8_products.output(x.flatten(0, -2), **weight.stored().parts).unflatten(0, x.shape[:-1])
-        return y if bias is None else y.add_(bias)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # type: ignore[override]
-        x, weight = ctx.saved_tensors
-        needs_dx, _, needs_db = ctx.needs_input_grad
-        rows = dy.reshape(-1, dy.shape[-1])  # (tokens, out)
-        columns = None if x is None else x.reshape(-1, x.shape[-1]).to(dy.dtype)  # (tokens, in)
-        dx, dW = None, None
-        if weight.products == "all" and _in_int8(dy, weight):
-            if needs_dx:
-                dx = int8_products.input_gradient(rows, **weight.stored().parts).unflatten(0, dy.shape[:-1])
-            if columns is not None:
-                dW = int8_products.weight_gradient(rows, columns)
-        else:
-            dx = dy @ weight._decode(dy.dtype) if needs_dx else None
-            dW = rows.mT @ columns if columns is not None else None
-        return dx, dW, rows.sum(0) if needs_db else None
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if isinstance(weight, QuantizedWeight):
-        return _Linear.apply(input, weight, bias)
+        return Linear.apply(input, weight, bias)
     with torch._C.DisableTorchFunctionSubclass():
         return F.linear(input, weight, bias)
+
+
+def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, **others: Any) -> Tensor:
+    """Others of its arguments, which transformers leaves alone, see the dequantized values."""
+    usual = not any(others.get(name) for name in ("max_norm", "scale_grad_by_freq", "sparse"))
+    if isinstance(weight, QuantizedWeight) and usual:
+        return Embed.apply(input, weight, -1 if padding_idx is None else padding_idx)
+    with torch._C.DisableTorchFunctionSubclass():
+        return F.embedding(input, weight, padding_idx, **others)
 
 
 def _check_products(products: str, *, bits: int, whole_rows: bool, simulation: bool) -> None:
@@ -251,12 +225,6 @@ def _check_products(products: str, *, bits: int, whole_rows: bool, simulation: b
         raise ValueError(f"INT8 products are for {' or '.join(int8_products.PRODUCTS)}, not for {products}")
     if bits != 8 or not whole_rows or simulation:
         raise ValueError("INT8 products need 8-bit weights with one group a row (a group size of -1), not simulated")
-
-
-def _in_int8(rows: Tensor, weight: QuantizedWeight) -> bool:
-    """Whether the products with (..., in) or (..., out) `rows` are INT8 products."""
-    tokens = rows.shape[:-1].numel()
-    return weight.products is not None and rows.ndim > 1 and int8_products.fits(tokens, weight.shape)
 
 
 def _share(func: Any, weight: QuantizedWeight) -> QuantizedWeight:
