@@ -64,6 +64,11 @@ METHODS: Methods = {  # title: optimizer, flags, learning rates
         [*ITERATE, *INT8, "--moments_bits", "4"],
         (0.008, 0.016),
     ),
+    "Q-GaLore, lazy, 8-bit weights of embedding and head": (
+        "q_galore_adamw8bit_per_layer",
+        [*ITERATE, *INT8, "--embedding_weight_bits", "8"],
+        (0.008, 0.016),
+    ),
     "Q-GaLore, lazy, the side that keeps fewer bytes": (
         "q_galore_adamw8bit_per_layer",
         [*ITERATE, *INT8, "--proj_type", "auto"],
