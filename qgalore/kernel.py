@@ -25,8 +25,6 @@ from qgalore.storage.rounding import Seed, seed_tensors
 from qgalore.storage.stored import Stored
 from qgalore.subspace.projector import Projector
 
-MAX_COMPILES = 256  # shapes times constants. torch stops at 8, where it suspects a number that changes
-
 
 class StepValues(NamedTuple):
     """The numbers of one update."""
@@ -257,9 +255,3 @@ def _update_of(rows: slice, D: Tensor | None, phi: Tensor | None, G: Tensor | No
 def _add_(x: Tensor, y: Tensor, *, factor: float | Tensor) -> Tensor:
     """x += factor * y; `alpha` takes Python numbers only."""
     return x.add_(y * factor) if isinstance(factor, Tensor) else x.add_(y, alpha=factor)
-
-
-def compiled_rows() -> Callable[..., None]:
-    """write_rows, compiled at the first use of each shape and set of constants."""
-    compiled = torch.compile(write_rows, dynamic=False, fullgraph=True)
-    return torch._dynamo.config.patch(recompile_limit=MAX_COMPILES)(compiled)

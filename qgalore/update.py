@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from qgalore.clock import Clock
-from qgalore.kernel import StepValues, UpdateConstants, compiled_rows, write_rows, write_update
+from qgalore.compiling import compiled_rows
+from qgalore.kernel import StepValues, UpdateConstants, write_rows, write_update
 from qgalore.rules.lifts import LIFTS, Lift
 from qgalore.rules.moments import create_moments, follow_basis, open_moments
 from qgalore.rules.rules import RULES, Rule
@@ -201,8 +202,7 @@ class ParameterUpdate:
 
     def _run(self, R: Tensor, weight: Stored, *, G: Tensor | None = None) -> Tensor:
         """Counts the update and calls the kernel on the stored tensors. Returns the norm of R. ()"""
-        state, group, clock = self.state, self.group, self.clock
-        compiled = self.engine.compiled and self.rule.compiles
+        state, group, clock, compiled = self.state, self.group, self.clock, self.engine.compiled
         wide = torch.promote_types(R.dtype, torch.float32)
         options = group["betas"], group["eps"], group["scale"]
         clock.begin(state)
@@ -220,7 +220,7 @@ class ParameterUpdate:
             R,
             weight,
             open_moments(state, self.kinds, dtype=wide, seed=seed, compiled=compiled, prefix=self.prefix),
-            kernel=self.engine.kernel if compiled else write_rows,
+            kernel=self.engine.kernel,
             bases=self.projector.open(state),
             step=step.as_tensors(wide) if compiled else step,
             constants=UpdateConstants(self.projector, self.rule, self.lift, *options),

@@ -194,7 +194,7 @@ def test_noise_is_the_same_bits_from_tensors_and_compiled():
     "name", [name for name, recipe in OPTIMIZERS.items() if recipe.rule != "adam" and not recipe.per_layer]
 )
 def test_rules_that_are_no_adam_compile(name):
-    """SCALE's head has a rule that torch cannot compile, and is updated by eager code."""
+    """SCALE's head among them, whose code torch fails to generate by itself."""
     ends = []
     for compile in (False, True):
         model = tiny_llama(dtype=torch.float32, layers=1)

@@ -39,7 +39,6 @@ class Rule:
     finish: Callable[[Tensor], Tensor] | None = None  # last step, in the full space
     matrices_only: bool = False  # whether vectors are refused
     separable: Literal["elements", "rows"] | None = None  # what can be updated one after the other; None: the whole
-    compiles: bool = True  # False where torch.compile fails
 
 
 def adam_direction(
@@ -198,8 +197,7 @@ RULES = {
     "muon": Rule(muon_direction, _first, betas=(0.95, 0.0), matrices_only=True),
     "scale": Rule(normalized_direction, lambda shape: (), matrices_only=True, separable="rows"),
     "scale_embedding": Rule(partial(normalized_direction, dim=0), lambda shape: (), matrices_only=True),
-    # For C++, torch 2.11 and 2.13 fail (a KeyError) where a norm of rows, a quotient by it and a write to M are fused.
-    "scale_head": Rule(normalized_direction, _first, matrices_only=True, separable="rows", compiles=False),
+    "scale_head": Rule(normalized_direction, _first, matrices_only=True, separable="rows"),
     "foam": Rule(foam_direction, _blocks, betas=(0.9, 0.95), matrices_only=True, separable="rows"),
     "sgd": Rule(sgd_direction, _first, separable="elements"),
     "descent": Rule(descent_direction, lambda shape: (), separable="elements"),
