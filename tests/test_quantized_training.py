@@ -8,6 +8,8 @@ from support.quantized_models import gradients_of, quantized_mlp, tiny_llama
 from torch.utils.checkpoint import checkpoint
 
 from qgalore.optimizer import LowRankOptimizer
+from qgalore.storage import chunks
+from qgalore.storage.quantized_weight import QuantizedWeight
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -97,3 +99,22 @@ def test_compiled_equals_eager(bits):
             torch.testing.assert_close(gradients_of(compiled)[name], gradient)
         for model in (compiled, eager):
             model[0].weight.write(torch.full((80, 96), 0.1 * (step + 1)), seed=step)
+
+
+@pytest.mark.parametrize("bits", [32, 8, 4])
+@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
+@pytest.mark.parametrize("options", [{}, {"rank": 16}, {"rank": 16, "lift": "fira"}], ids=["full rank", "low", "fira"])
+def test_chunks_change_nothing(options, int8, bits, monkeypatch):
+    """Eager code works through a few rows at a time; blocks of moments lie across the rows of this matrix."""
+    ends = []
+    start, gradients = torch.randn(150, 96), [torch.randn(150, 96) for _ in range(3)]
+    for elements in (1 << 30, 1 << 11):
+        monkeypatch.setattr(chunks, "CPU_ELEMENTS", elements)
+        p = torch.nn.Parameter(QuantizedWeight.from_float(start, group_size=32) if int8 else start.clone())
+        optimizer = LowRankOptimizer([{"params": [p], "state_bits": bits, **options}], lr=0.1)
+        for G in gradients:
+            p.grad = G.clone()
+            optimizer.step()
+        ends.append(p.detach().float())
+    assert (ends[0] - start).abs().mean() > 0.01
+    assert ((ends[0] - ends[1]).abs() > 1e-5).float().mean() < (0.01 if options or bits < 32 else 1e-6)
