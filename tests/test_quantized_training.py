@@ -107,7 +107,7 @@ def test_compiled_equals_eager(bits):
 def test_chunks_change_nothing(options, int8, bits, monkeypatch):
     """Eager code works through a few rows at a time; blocks of moments lie across the rows of this matrix."""
     ends = []
-    start, gradients = torch.randn(150, 96), [torch.randn(150, 96) for _ in range(3)]
+    start, gradients = torch.randn(160, 96), [torch.randn(160, 96) for _ in range(3)]
     for elements in (1 << 30, 1 << 11):
         monkeypatch.setattr(chunks, "CPU_ELEMENTS", elements)
         p = torch.nn.Parameter(QuantizedWeight.from_float(start, group_size=32) if int8 else start.clone())
