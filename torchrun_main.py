@@ -36,6 +36,7 @@ from peft_pretraining.training.interruption import BY_HAND, Interrupted, Interru
 from peft_pretraining.training.memory_plan import log_memory
 from peft_pretraining.training.metrics import set_up_log
 from peft_pretraining.training.plan import make_plan, open_model, open_run, open_validation
+from peft_pretraining.training.replicas import check_replicas
 from peft_pretraining.training.report import evaluate_and_log, log_step, report_end
 from peft_pretraining.training.run import Run, State
 from peft_pretraining.training.saving import begin, give_up, last_checkpoint, save, save_result
@@ -84,6 +85,8 @@ def loop(run: Run) -> None:
     while True:
         state = run.state
         last = state.update == args.num_training_steps
+        if args.check_replicas and due(state, args.check_replicas):
+            check_replicas(run.model, run.updates.optimizer, world=run.world, update=state.update)
         if (last or due(state, args.eval_every)) and state.evaluated != state.update and not run.stopping:
             evaluate_and_log(run)
         if last or run.stopping or due(state, args.save_every):

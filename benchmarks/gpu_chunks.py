@@ -37,7 +37,8 @@ def update_of(shape: tuple[int, int], name: str, *, rank: int, compile: bool) ->
     bits = 4 if name.startswith("q_") else None
     settings = Settings(rank=rank, proj_bits=bits, update_proj_gap=10**6, lr=1e-4, compile=compile)
     optimizer = create_optimizer(name, groups=split_parameters(net), settings=settings)
-    return lambda: optimizer.updates[weight].update(gradient)
+    update = optimizer.updates[weight]
+    return lambda: update.complete(update.prepare(gradient))
 
 
 @torch.no_grad()

@@ -74,6 +74,13 @@ class World:
             tensor.copy_(on_device)
         return tensor
 
+    def agree(self, numbers: Tensor) -> Tensor:
+        """Whether all ranks pass the same number, element by element. int64 -> bool, on the CPU."""
+        extremes = torch.stack([numbers, ~numbers]).to(self.device)  # the largest ~x is that of the smallest x
+        if self.size > 1:
+            dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+        return (extremes[0] == ~extremes[1]).cpu()
+
     def gather(self, value: Any) -> list[Any]:
         """The values that the ranks pass, in the order of the ranks. A value is plain JSON; nothing is unpickled."""
         if self.size == 1:

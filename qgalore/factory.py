@@ -232,4 +232,5 @@ def create_updates(
         return PerLayerUpdates(
             optimizer, accumulation=accumulation, dtype=accumulation_dtype, clip=clip, on_host=accumulate_on_host
         )
-    return WholeModelUpdates(optimizer, sync=sync, clip=clip, dtype=accumulation_dtype if accumulation > 1 else None)
+    dtype = accumulation_dtype if accumulation > 1 else None
+    return WholeModelUpdates(optimizer, sync=sync, accumulation=accumulation, clip=clip, dtype=dtype)

@@ -1,6 +1,6 @@
 """The optimizer of this package: groups, order and state. What happens to one parameter is in update.py."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +30,7 @@ class LowRankOptimizer(ResumableOptimizer):
 
     CONFIGURATION: ClassVar[tuple[str, ...]] = ("seed", "compile", "measures")
     flush: Callable[[], None] | None = None  # completes updates that were begun inside backward, see PerLayerUpdates
+    driven: Collection[Tensor] = ()  # the parameters of these updates
 
     def __init__(
         self,
@@ -90,7 +91,7 @@ class LowRankOptimizer(ResumableOptimizer):
 
     def _build_updates(self) -> None:
         """Makes one ParameterUpdate for each parameter. Refreshes are staggered over all the projected matrices."""
-        self._engine = Engine(self.seed, self.sync, compiled=self.compile)
+        self._engine = Engine(self.seed, compiled=self.compile)
         self._outcome = Outcome(0.0)
         pairs = [(p, group) for group in self.param_groups for p in group["params"]]
         turns = {p: turn for turn, p in enumerate(p for p, group in pairs if group["rank"])}
@@ -140,13 +141,24 @@ class LowRankOptimizer(ResumableOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        exchange = self.sync.exchange((p for p in self.updates if p not in self.driven), inside=True)
         for p, update in self.updates.items():
             if p.grad is not None:
-                update.update(p.grad)
+                self.complete(exchange.send(p, update.prepare(p.grad)))
+        self.complete(exchange.finish(self.missing))
         if self.flush is not None:
             self.flush()
         self._settle()
         return loss
+
+    def complete(self, arrived: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Completes the updates of parameters whose sums have arrived, see Exchange."""
+        for p, total in arrived:
+            self.updates[p].complete(total)
+
+    def missing(self, p: Tensor) -> Tensor:
+        """The part of a parameter that this rank has no gradient of, though others may have one."""
+        return self.updates[p].prepare(torch.zeros(p.shape, dtype=p.dtype, device=p.device))
 
     def end_update(self) -> Outcome:
         """Ends an update whose parameters were updated one by one, and returns its outcome. Waits for the device.

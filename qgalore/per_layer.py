@@ -21,6 +21,7 @@ from torch import Tensor
 from qgalore.optimizer import LowRankOptimizer
 from qgalore.outcome import Outcome
 from qgalore.sums import HostSums, Sums
+from qgalore.sync import Exchange
 
 
 class PerLayerUpdates:
@@ -51,12 +52,15 @@ class PerLayerUpdates:
         """
         self.optimizer, self.accumulation, self.dtype = optimizer, accumulation, dtype
         self._seen = dict.fromkeys(optimizer.updates, 0)
-        self._whole: dict[Tensor, bool] = {}  # whether the gradient of a parameter is summed in full
+        self._begun = self._flushed = False  # whether the update has begun; whether it has been applied
         self.sums = HostSums() if on_host else Sums()
+        self._exchange = optimizer.sync.exchange(optimizer.updates, inside=True)
+        self._early: Exchange | None = None  # of gradients that first bases are made of, in the first micro-batch
+        self._waiting: dict[Tensor, Tensor] = {}  # gradients of the first micro-batch that wait for their bases
         for group in optimizer.param_groups:
             group["clip"] = clip
         release(optimizer.updates)
-        optimizer.flush = self._flush
+        optimizer.flush, optimizer.driven = self._flush, set(optimizer.updates)
         self._hooks = [p.register_post_accumulate_grad_hook(self._on_gradient) for p in optimizer.updates]
 
     def finish(self) -> Outcome:
@@ -67,23 +71,33 @@ class PerLayerUpdates:
                 f"{len(late)} parameters have seen {late[0]} of {self.accumulation} micro-batches: finish() ends an "
                 "update, after its last backward"
             )
-        self._flush()
+        if not self._flushed:
+            self._flush()
+        self._flushed = False
         return self.optimizer.end_update()
 
     def remove(self) -> None:
         """Takes the hooks off the parameters."""
-        self.optimizer.flush = None
+        self.optimizer.flush, self.optimizer.driven = None, ()
         for hook in self._hooks:
             hook.remove()
 
     def _flush(self) -> None:
         """Applies what has been summed, and counts micro-batches from the beginning."""
+        if not self._begun:
+            self._begin()
+        self._finish_early()
         for p in list(self.sums):
-            self._apply(p)
+            self.optimizer.complete(self._exchange.send(p, self.sums.take(p)))
+        self.optimizer.complete(self._exchange.finish(self._missing))
         self._seen = dict.fromkeys(self._seen, 0)
+        self._flushed, self._begun = True, False
 
     @torch.no_grad()
     def _on_gradient(self, p: Tensor) -> None:
+        self._flushed = False
+        if not self._begun:
+            self._begin()
         self._seen[p] += 1
         if self._seen[p] > self.accumulation:
             raise RuntimeError(
@@ -91,35 +105,58 @@ class PerLayerUpdates:
                 "accumulation, or call finish() of the PerLayerUpdates or optimizer.step() after the last one"
             )
         assert p.grad is not None
-        if self.accumulation == 1:
-            self.optimizer.updates[p].update(p.grad)
-        else:
-            self._accumulate(p, p.grad, first=self._seen[p] == 1, last=self._seen[p] == self.accumulation)
+        part = self.optimizer.updates[p].prepare(p.grad) if self.accumulation == 1 else self._accumulate(p, p.grad)
+        if part is not None:
+            self.optimizer.complete(self._exchange.send(p, part))
         p.grad = None
 
-    def _accumulate(self, p: Tensor, G: Tensor, *, first: bool, last: bool) -> None:
-        """Adds the gradient of one micro-batch, projected if possible. The last one updates the parameter."""
-        update = self.optimizer.updates[p]
-        if first:
-            self._whole[p] = update.begin_from(G)
-        whole = self._whole[p]
-        part = (G if whole else update.project(G)).to(self.dtype or p.dtype)
-        if last:
-            self._apply(p, part)
-        else:
-            self.sums.add(p, part)
+    def _accumulate(self, p: Tensor, G: Tensor) -> Tensor | None:
+        """Adds the gradient of one micro-batch, projected if possible. Returns the sum if it was the last one."""
+        update, first = self.optimizer.updates[p], self._seen[p] == 1
+        if not first:
+            self._finish_early()
+        elif update.begin_early() and self._early is not None:
+            self._waiting[p] = G
+            self._start(self._early.send(p, G.clone() if self._early.active else G))
+            return None
+        elif not update.whole:
+            update.refresh_if_due(G)
+        part = self._part(p, G)
+        if self._seen[p] == self.accumulation:
+            return self.sums.take(p).add_(part)
+        self.sums.add(p, part)
+        return None
 
-    def _apply(self, p: Tensor, last: Tensor | None = None) -> None:
-        """Updates the parameter from its sum. last: what has not been added to it yet."""
-        total = self.sums.take(p)
-        update, total = (
-            self.optimizer.updates[p],
-            self.optimizer.sync.reduce(total if last is None else total.add_(last)),
-        )
-        if self._whole[p]:
-            update.update_whole(total)
-        else:
-            update.apply(total.to(torch.promote_types(total.dtype, torch.float32)))
+    def _part(self, p: Tensor, G: Tensor) -> Tensor:
+        return self.optimizer.updates[p].part(G).to(self.dtype or p.dtype)
+
+    def _begin(self) -> None:
+        """Begins an update, with its first gradient or, on a rank that has none, at its end."""
+        self._begun, updates = True, self.optimizer.updates
+        if self.accumulation > 1 and not any(update.steps for update in updates.values()):
+            starting = (p for p, update in updates.items() if update.starts_early)
+            self._early = self.optimizer.sync.exchange(starting, inside=True)
+
+    def _finish_early(self) -> None:
+        """Ends the first micro-batch, on every rank before anything else is sent."""
+        if self._early is not None:
+            early, self._early = self._early, None
+            self._start(early.finish(self._missing_early))
+
+    def _start(self, arrived: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Makes first bases of gradients that are summed over the ranks, and adds this rank's own ones."""
+        for p, total in arrived:
+            self.optimizer.updates[p].start_from(total)
+            if p in self._waiting:
+                self.sums.add(p, self._part(p, self._waiting.pop(p)))
+
+    def _missing_early(self, p: Tensor) -> Tensor:
+        self.optimizer.updates[p].begin_early()
+        return torch.zeros(p.shape, dtype=p.dtype, device=p.device)
+
+    def _missing(self, p: Tensor) -> Tensor:
+        part = self.optimizer.missing(p)
+        return part if self.accumulation == 1 else part.to(self.dtype or p.dtype)
 
 
 def release(parameters: Iterable[Tensor]) -> None:

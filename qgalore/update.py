@@ -36,7 +36,6 @@ from qgalore.storage.stored import Stored
 from qgalore.subspace.observer import Observer
 from qgalore.subspace.online_pca import pca_gradient
 from qgalore.subspace.projector import Projector, Turn
-from qgalore.sync import GradSync
 
 
 @dataclass
@@ -44,7 +43,6 @@ class Engine:
     """Shared by the updates of all parameters."""
 
     seed: int  # decides the stochastic rounding
-    sync: GradSync  # sums gradients over data-parallel ranks
     compiled: bool = False  # whether the kernel is compiled
     kernel: Callable[..., None] = field(init=False)  # write_rows, compiled or not
     norms: dict[Tensor, Tensor] = field(default_factory=dict)  # norms of this update's projected gradients
@@ -90,7 +88,8 @@ class ParameterUpdate:
         self.seed, self.prefix = engine.seed, ""
         self.clock = Clock()
         self.learner: BasisUpdate | None = None
-        self._due = False
+        self._due = False  # whether a refresh is
+        self.whole = False  # whether this update needs the whole gradient
 
     @property
     def state(self) -> dict[str, Any]:
@@ -107,15 +106,32 @@ class ParameterUpdate:
         """Whether every update needs G: p is not projected, its basis learns, or its lift uses G."""
         return not self.projector.sides or self.learner is not None or self.lift.needs_whole
 
-    def update(self, G: Tensor) -> None:
-        """One update from this rank's gradient. G: (m, n). Raises RuntimeError for a sparse one."""
+    def prepare(self, G: Tensor) -> Tensor:
+        """Begins an update. Returns this rank's part of it, to be summed over the ranks and given to `complete`.
+
+        G: this rank's gradient, (m, n). Raises RuntimeError if it is sparse.
+        """
         if G.layout != torch.strided:
             raise RuntimeError("LowRankOptimizer does not support sparse gradients: use nn.Embedding(sparse=False)")
-        if self.begin():
-            self.update_whole(self.engine.sync.reduce(G))
-        else:
+        if not self.begin():
             self.refresh_if_due(G)
-            self.apply(self.engine.sync.reduce(self.project(G)))
+        return self.part(G)
+
+    def part(self, G: Tensor) -> Tensor:
+        """What is summed of a gradient G (m, n): G if this update needs the whole gradient, else R."""
+        return G if self.whole else self.project(G)
+
+    def complete(self, total: Tensor) -> None:
+        """The update from the sum of all parts, over micro-batches and ranks."""
+        G = R = total
+        if self.whole:
+            self.refresh_if_due(G)
+            R = self.project(G)
+        R = R.to(torch.promote_types(R.dtype, torch.float32)) if self.projector.sides else R
+        self.engine.norms[self.p] = self._run(R, open_weight(self.p), G=G if self.whole else None)
+        torch.autograd.graph.increment_version(self.p)  # autograd does not see the writing of a QuantizedWeight's parts
+        if self.learner is not None and self.steps > 1:  # the first basis is new
+            self.learner.learn(G, R)
 
     def begin(self) -> bool:
         """Begins an update. Returns whether it needs the whole gradient, summed over micro-batches and ranks.
@@ -125,7 +141,8 @@ class ParameterUpdate:
         self._identify()
         self.clock.begin(self.state)
         self._due = self.projector.due(self.state, step=self.steps + 1)
-        return self.always_whole or (self._due and self.projector.sees_gradient)
+        self.whole = self.always_whole or (self._due and self.projector.sees_gradient)
+        return self.whole
 
     def _identify(self) -> None:
         """Tells the noise of an optimizer's only parameter, whose index says nothing, by the values it began with.
@@ -140,27 +157,23 @@ class ParameterUpdate:
             if self.learner is not None:
                 self.learner.index, self.learner.seed = self.index, seed
 
-    def begin_from(self, G: Tensor) -> bool:
-        """Begins an update with the gradient G (m, n) of the first of several micro-batches.
+    @property
+    def starts_early(self) -> bool:
+        """Whether this is the first update, and the first basis is computed from the gradient."""
+        return self.projector.sees_gradient and not self.always_whole and self.steps == 0
 
-        A basis that is not computed from the gradient is refreshed now. So is the first basis, from G alone: every
-        matrix is due in the first update, and sums of all their gradients would need the memory of a whole model.
-        Returns whether the update needs the whole gradient.
+    def begin_early(self) -> bool:
+        """Begins an update of several micro-batches. Returns whether its basis comes from the first of them alone.
+
+        The first basis does: every matrix is due in the first update, and sums of all their gradients would need the
+        memory of a whole model. `start_from` takes the gradient.
         """
-        whole = self.begin()
-        first = self.steps == 0 and not self.always_whole
-        if whole and not (first and self._due):
-            return True
-        self.refresh_if_due(self.engine.sync.reduce(G.clone()) if first and whole else G)
-        return False
+        return self.begin() and self.starts_early
 
-    def update_whole(self, G: Tensor) -> None:
-        """The update from the whole gradient G (m, n), summed over micro-batches and ranks."""
+    def start_from(self, G: Tensor) -> None:
+        """Computes the first basis from the gradient G (m, n) of one micro-batch, summed over the ranks."""
         self.refresh_if_due(G)
-        R = self.project(G)
-        self.apply(R, G)
-        if self.learner is not None and self.steps > 1:  # the first basis is new
-            self.learner.learn(G, R)
+        self.whole = False
 
     def refresh_if_due(self, G: Tensor) -> None:
         """Computes the bases from G (m, n) if `begin` found them due, and carries the moments over.
@@ -191,14 +204,6 @@ class ParameterUpdate:
             R = self.projector.project(G, bases)
         self.observer.projected(G, R, bases, projector=self.projector)
         return R
-
-    def apply(self, R: Tensor, G: Tensor | None = None) -> None:
-        """Updates moments and weight from the projected gradient R, summed over micro-batches and ranks.
-
-        G: the whole gradient (m, n), if the lift needs it.
-        """
-        self.engine.norms[self.p] = self._run(R, open_weight(self.p), G=G)
-        torch.autograd.graph.increment_version(self.p)  # autograd does not see the writing of a QuantizedWeight's parts
 
     def _run(self, R: Tensor, weight: Stored, *, G: Tensor | None = None) -> Tensor:
         """Counts the update and calls the kernel on the stored tensors. Returns the norm of R. ()"""

@@ -158,7 +158,8 @@ def test_updates_do_not_wait_for_the_device(kind):
         (token_loss_sum(training.model, ids, targets) / targets.numel()).backward()
         if not OPTIMIZERS[KINDS[kind]["optimizer"]].per_layer:
             for p in training.model.parameters():
-                optimizer.updates[p].update(p.grad)
+                update = optimizer.updates[p]
+                update.complete(update.prepare(p.grad))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert not optimizer.end_update().bad

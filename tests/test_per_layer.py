@@ -61,7 +61,9 @@ def test_with_accumulation_it_is_the_whole_model_given_the_same_first_bases():
         for p, state in zip(optimizer.updates, bases, strict=True):
             optimizer.state[p].update(state)
         for update in optimizer.updates.values():
-            update.begin_from = lambda G, update=update: update.begin()  # waits for the whole gradient at first, too
+            update.begin_early = lambda update=update: (
+                update.begin() and False
+            )  # waits for the whole gradient at first, too
 
     probe = copy.deepcopy(twin)
     optimizer = optimizer_of(probe)

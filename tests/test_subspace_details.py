@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from support.models import Model, batches, loss_of
+from support.ranks import run_distributed
 from support.runs import losses, record
 
 import torchrun_main
@@ -205,19 +206,19 @@ def test_of_micro_batches_that_are_projected_one_by_one_the_first_is_measured():
     assert figures["reconstruction_error"] == pytest.approx(missed(gradients[0], used), rel=1e-9)
 
 
-def test_of_several_ranks_each_measures_its_own_share():
-    """Where sums travel at rank size, as here, in place."""
-
-    class Doubling(GradSync):
-        def reduce(self, tensor):
-            return tensor.mul_(2)
-
+def errors_on_a_rank():
     p = torch.nn.Parameter(torch.randn(10, 16, dtype=torch.float64))
-    optimizer = optimizer_of(p, proj_type="random", sync=Doubling())
-    p.grad = torch.randn_like(p)
+    optimizer = optimizer_of(p, proj_type="random", sync=GradSync())
+    p.grad = torch.randn_like(p) + torch.distributed.get_rank()
     optimizer.step()
     expected = missed(p.grad, stored_bases(optimizer.state[p], p))
-    assert optimizer.details(p)["reconstruction_error"] == pytest.approx(expected, rel=1e-9)
+    return [optimizer.details(p)["reconstruction_error"], expected]
+
+
+def test_of_several_ranks_each_measures_its_own_share():
+    """Where sums travel at rank size, in place."""
+    (one, expected), (two, other) = run_distributed(errors_on_a_rank)
+    assert one == pytest.approx(expected, rel=1e-9) and two == pytest.approx(other, rel=1e-9) and one != two
 
 
 def test_an_overlap_is_forgotten_with_the_refresh_that_it_is_of():

@@ -215,7 +215,10 @@ def open_run(plan: Plan, *, interruption: Interruption, cleanup: ExitStack) -> R
 def open_updates(args: argparse.Namespace, *, model: PreTrainedModel) -> WholeModelUpdates | PerLayerUpdates:
     """The optimizer that the arguments name over the model's parameters, and the object that applies its updates."""
     recipe = find_recipe(args.optimizer)
-    sync = GradSync(at_rank_size=recipe.low_rank_engine and (recipe.per_layer or not args.grad_clipping))
+    sync = GradSync(
+        at_rank_size=recipe.low_rank_engine and (recipe.per_layer or not args.grad_clipping),
+        order=reversed(list(model.parameters())),
+    )
     groups = split_parameters(model)
     optimizer = create_optimizer(args.optimizer, groups=groups, settings=settings_of(args), sync=sync)
     return create_updates(
