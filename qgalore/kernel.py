@@ -84,6 +84,7 @@ def write_update(
     step: StepValues,
     constants: UpdateConstants,
     kernel: Callable[..., None],
+    whole_norm: Callable[[Tensor], Tensor] | None = None,
     **others: Any,
 ) -> Tensor:
     """Writes moments, weight and `last`, or nothing at all if the gradient is not finite.
@@ -92,17 +93,19 @@ def write_update(
     weight: the weight (m, n).
     moments: the moments that the rule keeps for the shape of R.
     kernel: write_rows, compiled or not.
+    whole_norm: makes the norm over all ranks of that of the rows here, if it is needed to clip.
     others: further arguments of write_rows.
-    Returns the norm of R before clipping, ().
+    Returns the norm of R before clipping, (); of a shard, that of its own rows.
 
     A weight that is not projected is written a few rows at a time if its rule allows it: embedding and head are the
     largest tensors of a model, and their temporaries would be the peak of its memory.
     """
-    norm = torch.linalg.vector_norm(R, dtype=torch.promote_types(R.dtype, torch.float32))
+    own_norm = torch.linalg.vector_norm(R, dtype=torch.promote_types(R.dtype, torch.float32))
+    norm = own_norm if whole_norm is None else whole_norm(own_norm)
     finite = norm.isfinite()
     if on_cpu(norm.device):
         if not finite:
-            return norm
+            return own_norm
         finite = None
     shared: dict[str, Any] = dict(norm=norm, finite=finite, constants=constants, **others)
     projected, separable = bool(constants.projector.sides), constants.rule.separable
@@ -110,7 +113,7 @@ def write_update(
         R, weight, moments = _in_blocks(R, weight, moments, projected=projected)
     if projected or separable is None or R.ndim != 2:
         kernel(R, weight, moments, step=step, **shared)
-        return norm
+        return own_norm
     compiled = isinstance(step.lr, Tensor)
     for rows in _chunks(R, moments, elements=COMPILED_ELEMENTS if compiled else None):
         part, own, seed = weight.rows(rows), [moment.rows(rows) for moment in moments], step.seed
@@ -118,7 +121,7 @@ def write_update(
             part, seed = part.at_start(seed)
             own = [moment.at_start() for moment in own]
         kernel(R[rows], part, own, step=step._replace(seed=seed), **shared)
-    return norm
+    return own_norm
 
 
 def _in_blocks(

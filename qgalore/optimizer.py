@@ -10,8 +10,10 @@ from qgalore.options import complete_group, learner_group
 from qgalore.outcome import Outcome
 from qgalore.resumable import ResumableOptimizer
 from qgalore.rules.lifts import LIFTS
-from qgalore.rules.moments import create_moments, moment_codec
+from qgalore.rules.moments import moment_codec
 from qgalore.rules.rules import RULES
+from qgalore.sharding import Shard, shard_of
+from qgalore.storage.blockwise import BLOCK, Blockwise
 from qgalore.storage.dynamic8 import upgrade_moments
 from qgalore.storage.rounding import mix_seed
 from qgalore.subspace.probe import observers
@@ -126,8 +128,7 @@ class LowRankOptimizer(ResumableOptimizer):
             state, projector, wide = self.state[p], update.projector, update.projector.wide
             projector.allocate(state, device=p.device)
             for each in [update] if update.learner is None else [update, update.learner]:
-                bits = each.group["state_bits"]
-                create_moments(state, each.kinds, bits=bits, dtype=wide, device=p.device, prefix=each.prefix)
+                each.create_moments(wide, device=p.device)
             if update.lift.remembers:
                 state[update.lift.remembers] = torch.zeros((), dtype=wide, device=p.device)
 
@@ -173,7 +174,9 @@ class LowRankOptimizer(ResumableOptimizer):
         return outcome
 
     def _settle(self) -> None:
-        self._outcome = Outcome.of(self._engine.norms)
+        shards = (update.shard for update in self.updates.values())
+        shard = next((shard for shard in shards if shard is not None), None)
+        self._outcome = Outcome.of(self._engine.norms, shard=shard)
         for p in self._outcome.bad:
             self.updates[p].undo()
         for update in self.updates.values():
@@ -207,9 +210,16 @@ class LowRankOptimizer(ResumableOptimizer):
 
 
 def _projector(p: Tensor, group: dict[str, Any], *, seed: int, turn: int, count: int) -> Projector:
-    """The projector of a parameter, which is number `turn` of the `count` projected ones, or the identity."""
+    """The projector of a parameter, which is number `turn` of the `count` projected ones, or the identity.
+
+    Raises ValueError for a sharded parameter that cannot be updated by the rows.
+    """
+    shard = shard_of(p)
+    shape = p.shape if shard is None else shard.shape
     if not group["rank"]:
-        return Projector(p.shape, p.dtype)
+        projector = Projector(shape, p.dtype)
+        _check_shard(shard, projector, group)
+        return projector
     gap, random = group["update_proj_gap"], group["proj_type"] == "random"
     schedule = RefreshSchedule(
         gap=gap,
@@ -221,7 +231,7 @@ def _projector(p: Tensor, group: dict[str, Any], *, seed: int, turn: int, count:
 
     def facing(proj_type: str) -> Projector:
         return Projector(
-            p.shape,
+            shape,
             p.dtype,
             sides=projection_sides(p.shape, proj_type=proj_type),
             rank=min(group["rank"], *p.shape),
@@ -233,9 +243,36 @@ def _projector(p: Tensor, group: dict[str, Any], *, seed: int, turn: int, count:
             group_size=group["proj_group_size"],
         )
 
+    if shard is not None:
+        projector = facing("right" if random or group["proj_type"] == SMALLEST else group["proj_type"])
+        _check_shard(shard, projector, group)
+        return projector
     if group["proj_type"] == SMALLEST:
         return min(facing("std"), facing("reverse_std"), key=lambda projector: _state_bytes(projector, group))
     return facing(group["proj_type"])
+
+
+def _check_shard(shard: Shard | None, projector: Projector, group: dict[str, Any]) -> None:
+    """Raises ValueError for what needs more than the rows of one rank."""
+    if shard is None:
+        return
+    rule, what = RULES[group["rule"]], f"a parameter of shape {tuple(shard.whole)} that is sharded over its rows"
+    if rule.separable is None:
+        raise ValueError(f"{what} cannot be updated by the rule {group['rule']}, which needs all of them")
+    if group["lift"] != "none":
+        raise ValueError(f"{what} cannot be updated with the lift {group['lift']}, which needs norms of all rows")
+    if projector.learns:
+        raise ValueError(f"{what} cannot have a basis that learns (proj_type {group['proj_type']})")
+    if projector.sides not in ((), ("right",)):
+        raise ValueError(f"{what} can be projected on the right only: proj_type 'right', not '{group['proj_type']}'")
+    for kind in rule.moments(projector.projected_shape):
+        whole = kind._replace(shape=torch.Size((shard.whole[0], *kind.shape[1:])))
+        codec, width = moment_codec(whole, bits=group["state_bits"], dtype=projector.wide), kind.shape[1:].numel()
+        if isinstance(codec, Blockwise) and (-(-shard.whole[0] // shard.group.size()) * width) % BLOCK:
+            raise ValueError(
+                f"{what} over {shard.group.size()} ranks has blocks of moments on two of them: the rows of a rank "
+                f"times {width} must be a multiple of {BLOCK}. Moments in 32 bits have no blocks"
+            )
 
 
 def _state_bytes(projector: Projector, group: dict[str, Any]) -> int:

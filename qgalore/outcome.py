@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qgalore.sharding import Shard
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -20,11 +22,15 @@ class Outcome:
     bad: tuple[Tensor, ...] = ()  # parameters whose gradients were not finite
 
     @classmethod
-    def of(cls, norms: Mapping[Tensor, Tensor]) -> "Outcome":
-        """The outcome for the gradients' norms, 0-d tensors. Waits for the device once; twice if a norm is bad."""
+    def of(cls, norms: Mapping[Tensor, Tensor], *, shard: Shard | None = None) -> "Outcome":
+        """The outcome for the gradients' norms, 0-d tensors. Waits for the device once; twice if a norm is bad.
+
+        shard: of one of the parameters, if all are sharded alike; the norms are then those of the rows of this rank.
+        """
         if not norms:
             return cls(0.0)
         stacked = torch.stack([norm.double() for norm in norms.values()])  # float64: squares of float32 fit
+        stacked = stacked if shard is None else shard.sum(stacked.square()).sqrt()
         norm = float(stacked.norm())
         if math.isfinite(norm):
             return cls(norm)

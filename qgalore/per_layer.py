@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qgalore.optimizer import LowRankOptimizer
 from qgalore.outcome import Outcome
+from qgalore.sharding import local
 from qgalore.sums import HostSums, Sums
 from qgalore.sync import Exchange
 
@@ -105,7 +106,8 @@ class PerLayerUpdates:
                 "accumulation, or call finish() of the PerLayerUpdates or optimizer.step() after the last one"
             )
         assert p.grad is not None
-        part = self.optimizer.updates[p].prepare(p.grad) if self.accumulation == 1 else self._accumulate(p, p.grad)
+        G = local(p.grad)
+        part = self.optimizer.updates[p].prepare(G) if self.accumulation == 1 else self._accumulate(p, G)
         if part is not None:
             self.optimizer.complete(self._exchange.send(p, part))
         p.grad = None

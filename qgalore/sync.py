@@ -30,17 +30,20 @@ class GradSync:
         self,
         *,
         at_rank_size: bool = True,
+        enabled: bool = True,
         group: dist.ProcessGroup | None = None,
         order: Iterable[Tensor] = (),
     ) -> None:
         """
         at_rank_size: whether each gradient is summed in its subspace if it can be, so that r numbers travel instead of
             n. Otherwise whole gradients are summed before the step, as clipping by their norm needs.
+        enabled: False where something else has summed the gradients, such as FSDP2.
         group: the process group; None for the default one.
         order: parameters in the order in which backward comes to them, for the best overlap. Others follow.
         """
         self.group = group
-        self.parallel = dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
+        self.parallel = enabled and several
         self.at_rank_size = self.parallel and at_rank_size
         self._places = {p: place for place, p in enumerate(order)}
 

@@ -28,8 +28,9 @@ from qgalore.clock import Clock
 from qgalore.compiling import compiled_rows
 from qgalore.kernel import StepValues, UpdateConstants, write_rows, write_update
 from qgalore.rules.lifts import LIFTS, Lift
-from qgalore.rules.moments import create_moments, follow_basis, open_moments
+from qgalore.rules.moments import Moment, create_moments, follow_basis, open_moments
 from qgalore.rules.rules import RULES, Rule
+from qgalore.sharding import Shard, local, shard_of
 from qgalore.storage.quantized_weight import open_weight
 from qgalore.storage.rounding import mix_seed
 from qgalore.storage.stored import Stored
@@ -84,6 +85,7 @@ class ParameterUpdate:
         self._states = states
         self.rule: Rule = RULES[group["rule"]]
         self.lift: Lift = LIFTS[group["lift"]]
+        self.shard = shard_of(p)
         self.kinds = self.rule.moments(projector.projected_shape)
         self.seed, self.prefix = engine.seed, ""
         self.clock = Clock()
@@ -109,8 +111,9 @@ class ParameterUpdate:
     def prepare(self, G: Tensor) -> Tensor:
         """Begins an update. Returns this rank's part of it, to be summed over the ranks and given to `complete`.
 
-        G: this rank's gradient, (m, n). Raises RuntimeError if it is sparse.
+        G: this rank's gradient, (m, n); of a sharded parameter, its rows. Raises RuntimeError if it is sparse.
         """
+        G = local(G)
         if G.layout != torch.strided:
             raise RuntimeError("LowRankOptimizer does not support sparse gradients: use nn.Embedding(sparse=False)")
         if not self.begin():
@@ -185,14 +188,14 @@ class ParameterUpdate:
         self._due, state = False, self.state
         # Bases are kept in the dtype of the weight, although sums over micro-batches may be float32.
         with self.observer.refreshing(self.projector, state):
-            turn = self.projector.refresh(G.to(self.p.dtype), state, step=self.steps + 1)
+            turn = self.projector.refresh(G.to(self.p.dtype), state, step=self.steps + 1, shard=self.shard)
             if turn is not None and self.clock.counts_moments(state):
                 self._follow(turn)
 
     def _follow(self, turn: Turn) -> None:
         policy, state = self.group["moments_on_refresh"], self.state
         seed = mix_seed(self.seed, self.steps, self.index, True)  # not the seed of the update
-        moments = open_moments(state, self.kinds, dtype=self.projector.wide, seed=seed)
+        moments = self._moments(self.projector.wide, seed=seed)
         follow_basis(moments, self.kinds, turn, policy=policy)
         if policy == "reset":
             self.clock.reset_mass(state)
@@ -212,8 +215,7 @@ class ParameterUpdate:
         options = group["betas"], group["eps"], group["scale"]
         clock.begin(state)
         if not clock.counts_moments(state):
-            bits = group["state_bits"]
-            create_moments(state, self.kinds, bits=bits, dtype=wide, device=R.device, prefix=self.prefix)
+            self.create_moments(wide, device=R.device)
         clock.tick(state, betas=group["betas"], decay=self.rule.decay)
         noise = self.seed, clock.steps(state), self.index
         seed = mix_seed(*noise, False)
@@ -224,7 +226,7 @@ class ParameterUpdate:
         norm = write_update(
             R,
             weight,
-            open_moments(state, self.kinds, dtype=wide, seed=seed, compiled=compiled, prefix=self.prefix),
+            self._moments(wide, seed=seed, compiled=compiled),
             kernel=self.engine.kernel,
             bases=self.projector.open(state),
             step=step.as_tensors(wide) if compiled else step,
@@ -232,10 +234,27 @@ class ParameterUpdate:
             G=G.to(self.p.dtype) if G is not None and needs_whole else None,
             last=state.setdefault(name, R.new_zeros((), dtype=wide)) if name else None,
             watch=nullcontext if compiled else self.observer.lifting,
+            whole_norm=self.shard.norm if self.shard is not None and step.clip is not None else None,
         )
         for part, tensor in (still or {}).items():
             weight.parts[part].copy_(tensor)
         return norm
+
+    def create_moments(self, dtype: torch.dtype, *, device: torch.device) -> None:
+        """Puts moments of zeros into the state. dtype: that of the gradients which they average."""
+        whole = None if self.shard is None else self.rule.moments(self._whole_shape(self.shard))
+        bits, prefix = self.group["state_bits"], self.prefix
+        create_moments(self.state, self.kinds, bits=bits, dtype=dtype, device=device, prefix=prefix, whole=whole)
+
+    def _whole_shape(self, shard: Shard) -> torch.Size:
+        """The shape of R over all ranks."""
+        return torch.Size((shard.whole[0], *self.projector.projected_shape[1:]))
+
+    def _moments(self, dtype: torch.dtype, *, seed: int, compiled: bool = False) -> list[Moment]:
+        start = 0 if self.shard is None else self.shard.start
+        return open_moments(
+            self.state, self.kinds, dtype=dtype, seed=seed, compiled=compiled, prefix=self.prefix, row_start=start
+        )
 
     def undo(self) -> None:
         """Takes back the counts of this update, whose gradient was not finite: the kernel has written nothing."""

@@ -4,10 +4,10 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_
 
 from qgalore.optimizer import LowRankOptimizer
 from qgalore.outcome import Outcome
+from qgalore.sharding import local, shard_of
 from qgalore.sync import GradSync
 
 
@@ -42,6 +42,7 @@ class WholeModelUpdates:
             self.norm_of = "all gradients as projected"
         self._seen = {p: 0 for group in optimizer.param_groups for p in group["params"]}
         self._totals: dict[Tensor, Tensor] = {}  # sums over the ranks that have arrived
+        self._shard = next((shard for shard in map(shard_of, self._seen) if shard is not None), None)
         self._exchange = sync.exchange(self._seen, inside=False)
         for p in self._seen:
             if dtype is not None:
@@ -93,11 +94,13 @@ class WholeModelUpdates:
                 p.grad = total
 
     def _step(self) -> Outcome:
-        norms = _norms((p, p.grad) for p in self._seen if p.grad is not None)
-        outcome = Outcome.of(norms)
+        gradients = {p: local(p.grad) for p in self._seen if p.grad is not None}
+        outcome = Outcome.of(_norms(gradients.items()), shard=self._shard)
         if not outcome.bad:
             if self.clip:
-                clip_grads_with_norm_(norms, self.clip, torch.tensor(outcome.norm))
+                factor = (self.clip / (torch.tensor(outcome.norm) + 1e-6)).clamp(max=1)
+                for G in gradients.values():
+                    G.mul_(factor)
             self.optimizer.step()
         return outcome
 

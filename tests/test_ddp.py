@@ -1,12 +1,10 @@
 """Data parallel: two ranks with half of every batch are one process with the whole of it."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 import torch.distributed as dist
 from support.models import Model, batches, loss_of
-from support.ranks import run_distributed
+from support.ranks import run_distributed, watched
 from torch import nn
 
 from qgalore.factory import Settings, create_optimizer, create_updates
@@ -116,22 +114,6 @@ class Two(nn.Module):
 
     def parameters_of(self, *names):
         return [p for name, p in self.named_parameters() if name.split(".")[0] in names]
-
-
-@contextmanager
-def watched(events: list):
-    """Notes the elements of each all-reduce."""
-    original = dist.all_reduce
-
-    def noting(tensor, *args, **kwargs):
-        events.append(tensor.numel())
-        return original(tensor, *args, **kwargs)
-
-    dist.all_reduce = noting
-    try:
-        yield
-    finally:
-        dist.all_reduce = original
 
 
 def optimizer_of(model: nn.Module, *, gap: int = 5) -> LowRankOptimizer:

@@ -240,7 +240,9 @@ def test_it_is_a_parameter(kind):
     assert (weight.shape, weight.dtype) == ((8, 64), torch.bfloat16)
     name = f"{'simulated ' * kind['simulation']}{kind['bits']} bits, groups of 64"
     assert f"QuantizedWeight((8, 64), torch.bfloat16, {name}" in repr(weight)
-    for dense in (torch.zeros_like(weight), torch.empty_like(weight), weight.new_zeros(8, 64)):
+    rows = weight.new_zeros(3, 64)  # as fully_shard asks for
+    assert type(rows) is QuantizedWeight and rows.shape == (3, 64) and not rows.float().any()
+    for dense in (torch.zeros_like(weight), torch.empty_like(weight), weight.new_zeros(8, 64, dtype=weight.dtype)):
         assert type(dense) is torch.Tensor and dense.dtype == torch.bfloat16 and dense.shape == (8, 64)
     assert torch.zeros_like(weight, dtype=torch.float32).dtype == torch.float32
     shared, copies = weight.detach(), (weight.detach().clone(), weight.detach().to(torch.float32))

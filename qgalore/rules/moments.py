@@ -84,10 +84,15 @@ def create_moments(
     dtype: torch.dtype,
     device: torch.device,
     prefix: str = "",
+    whole: Sequence[MomentKind] | None = None,
 ) -> None:
-    """Puts moments of zeros into a state. dtype: dtype of the gradients that they average, float32 or float64."""
-    for kind in kinds:
-        codec = moment_codec(kind, bits=bits, dtype=dtype)
+    """Puts moments of zeros into a state.
+
+    dtype: dtype of the gradients that they average, float32 or float64.
+    whole: of a shard, the moments of the whole parameter, whose size decides their bits.
+    """
+    for kind, of in zip(kinds, whole or kinds, strict=True):
+        codec = moment_codec(of, bits=bits, dtype=dtype)
         put(state, prefix + kind.name, Stored.zeros(codec, kind.shape, device=device))
 
 
@@ -99,11 +104,13 @@ def open_moments(
     seed: int,
     compiled: bool = False,
     prefix: str = "",
+    row_start: int = 0,
 ) -> list[Moment]:
     """The moments in a state. Writing to them writes the tensors of the state.
 
     seed: 64 bits for this update of this parameter; each moment mixes in its name.
     compiled: whether they are for compiled code, which needs seeds as tensors.
+    row_start: of a shard, its first row within the whole.
     """
     moments = []
     for kind in kinds:
@@ -112,8 +119,8 @@ def open_moments(
             codec: Codec = Plain(state[name].dtype)
         else:
             bits = 8 if state[part_key(name, "codes")].numel() == kind.shape.numel() else 4
-            codec = moment_codec(kind, bits=bits, dtype=dtype)
-        stored = find(state, name, codec=codec, shape=kind.shape)
+            codec = Power(bits) if kind.signed else Log(bits)
+        stored = find(state, name, codec=codec, shape=kind.shape, row_start=row_start)
         own = mix_seed(seed, zlib.crc32(name.encode()))
         moments.append(Moment(stored, dtype, seed_tensors(own) if compiled else own))
     return moments

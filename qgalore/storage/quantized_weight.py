@@ -24,6 +24,7 @@ import hashlib
 import inspect
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from qgalore.sharding import local, shard_of
 from qgalore.storage import affine, int8_products, quantized_ops, rounding, stored
 from qgalore.storage.affine import Affine, Simulated, check_finite
 from qgalore.storage.quantized_ops import Dequantize, Embed, Linear
@@ -142,12 +144,34 @@ class QuantizedWeight(Tensor):
         """Raises ValueError if the weight holds NaN or infinity. Waits for the device."""
         check_finite(self.codec.magnitudes(self.stored().parts), name=name)
 
-    def _decode(self, dtype: torch.dtype) -> Tensor:
-        return self.stored().read(dtype)
+    def fsdp_pre_all_gather(
+        self, mesh: Any, outer_size: Any, outer_stride: Any, module: Any, mp_policy: Any
+    ) -> tuple[tuple[Tensor, ...], None]:
+        """What FSDP2 gathers of the rows of each rank: codes, scales and zero points, not values."""
+        return tuple(self.stored().parts.values()), None
 
-    def _like(self, parts: dict[str, Tensor], *, dtype: torch.dtype | None = None) -> "QuantizedWeight":
+    def fsdp_post_all_gather(
+        self, parts: tuple[Tensor, ...], metadata: None, dtype: torch.dtype, *, out: Tensor | None = None
+    ) -> tuple["QuantizedWeight", tuple[Tensor, ...]] | None:
+        """The whole weight, whose parts are in the memory that FSDP2 has gathered them in and will free.
+
+        out: the weight that was returned the first time; its memory has been filled again.
+        """
+        if out is not None:
+            return None
+        named = dict(zip(self.codec.PARTS, parts, strict=True))
+        return self._like(named, shape=self.codec.shape_of(named)), parts
+
+    def _decode(self, dtype: torch.dtype) -> Tensor:
+        parts = self.stored().parts
+        return Stored(self.codec, parts, self.codec.shape_of(parts)).read(dtype).view(self.shape)
+
+    def _like(
+        self, parts: dict[str, Tensor], *, dtype: torch.dtype | None = None, shape: torch.Size | None = None
+    ) -> "QuantizedWeight":
         """Another weight with these parts and the settings of this one."""
-        return type(self)(Stored(self.codec, parts, self.shape), dtype=dtype or self.dtype, products=self.products)
+        stored = Stored(self.codec, parts, self.shape if shape is None else shape)
+        return type(self)(stored, dtype=dtype or self.dtype, products=self.products)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         shape, grad, codec = tuple(self.shape), ", requires_grad=True" if self.requires_grad else "", self.codec
@@ -191,8 +215,13 @@ class QuantizedWeight(Tensor):
 
 
 def open_weight(p: Tensor) -> Stored:
-    """A parameter as a stored tensor. After a write, increment the version of the parameter."""
-    return p.stored() if isinstance(p, QuantizedWeight) else Stored.of(p.detach())
+    """A parameter as a stored tensor; of a sharded one, the rows of this rank.
+
+    After a write, increment the version of the parameter.
+    """
+    shard, held = shard_of(p), local(p.detach())
+    stored = held.stored() if isinstance(held, QuantizedWeight) else Stored.of(held)
+    return stored if shard is None else replace(stored, row_start=shard.start)
 
 
 @functools.cache
@@ -227,8 +256,11 @@ def _check_products(products: str, *, bits: int, whole_rows: bool, simulation: b
         raise ValueError("INT8 products need 8-bit weights with one group a row (a group size of -1), not simulated")
 
 
-def _share(func: Any, weight: QuantizedWeight) -> QuantizedWeight:
-    alias = weight._like({name: func(part) for name, part in weight.stored().parts.items()})
+def _share(
+    func: Any, weight: QuantizedWeight, *, parts: dict[str, Tensor] | None = None, shape: torch.Size | None = None
+) -> QuantizedWeight:
+    parts = parts or {name: func(part) for name, part in weight.stored().parts.items()}
+    alias = weight._like(parts, shape=shape)
     alias.trained = weight.requires_grad or weight.trained  # `.data` of a weight that is trained is trained, too
     return alias
 
@@ -261,7 +293,7 @@ def _copy_(func: Any, target: Tensor, source: Tensor, non_blocking: bool = False
         new = own.stored().parts
     else:
         values = source.to(target.device) if own is None else own._decode(torch.float32)
-        new = target.codec.encode(values.expand(target.shape))
+        new = target.codec.encode(values.expand(target.shape).reshape(target.codec.shape_of(parts)))
         if not values.is_meta:
             check_finite(target.codec.magnitudes(new), name="copy_")
     for name, part in parts.items():
@@ -278,6 +310,51 @@ def _new(func: Any, weight: QuantizedWeight, *args: Any, **kwargs: Any) -> Tenso
     """zeros_like and its kind give ordinary tensors: an optimizer's moments are not weights."""
     shape = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
     return func(shape, *args, **kwargs | {"device": kwargs.get("device") or weight.device})
+
+
+# Of views, what FSDP2 makes of a parameter: rows, all elements in one row, and the whole.
+
+
+def _rows(weight: QuantizedWeight, start: int, stop: int) -> QuantizedWeight:
+    parts = weight.codec.rows(weight.stored().parts, slice(start, stop), width=weight.shape[1])
+    return _share(None, weight, parts=parts, shape=torch.Size((stop - start, weight.shape[1])))
+
+
+def _slice(
+    func: Any, weight: QuantizedWeight, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Tensor:
+    if weight.ndim != 2 or dim not in (0, -2) or step != 1:
+        return _on_values(func, weight, dim, start, end, step)
+    start, stop, _ = slice(start, end).indices(weight.shape[0])
+    return _rows(weight, start, max(start, stop))
+
+
+def _split(func: Any, weight: QuantizedWeight, size: int, dim: int = 0) -> Any:
+    if weight.ndim != 2 or dim not in (0, -2):
+        return _on_values(func, weight, size, dim)
+    rows = weight.shape[0]
+    return [_rows(weight, start, min(start + size, rows)) for start in range(0, max(1, rows), max(1, size))]
+
+
+def _view(func: Any, weight: QuantizedWeight, size: list[int]) -> Tensor:
+    if list(size) not in ([-1], [weight.numel()], list(weight.shape)):
+        return _on_values(func, weight, size)
+    shape = weight.shape if len(size) == 2 else torch.Size((weight.numel(),))
+    return _share(None, weight, parts=weight.stored().parts, shape=shape)
+
+
+def _as_strided(func: Any, weight: QuantizedWeight, size: Any, stride: Any, offset: int | None = None) -> Tensor:
+    if tuple(size) != tuple(weight.shape) or tuple(stride) != tuple(weight.stride()) or offset:
+        return _on_values(func, weight, size, stride, offset)
+    return _share(None, weight, parts=weight.stored().parts)
+
+
+def _new_zeros(func: Any, weight: QuantizedWeight, size: Any, **kwargs: Any) -> Tensor:
+    """Rows of zeros in codes, which FSDP2 copies the rows of a rank into; of any other width, an ordinary tensor."""
+    if weight.ndim != 2 or len(size) != 2 or size[1] != weight.shape[1] or kwargs.get("dtype") is not None:
+        return _new(func, weight, size, **kwargs)
+    shape = torch.Size(size)
+    return weight._like(Stored.zeros(weight.codec, shape, device=weight.device).parts, shape=shape)
 
 
 def _on_values(func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -297,12 +374,17 @@ def _on_values(func: Any, *args: Any, **kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
-_NEW = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_empty", "new_zeros")
+_NEW = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_empty")
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.detach.default: _share,
     aten.alias.default: _share,
     aten.clone.default: _clone,
     aten._to_copy.default: _to,
     aten.copy_.default: _copy_,
+    aten.slice.Tensor: _slice,
+    aten.split.Tensor: _split,
+    aten.view.default: _view,
+    aten.as_strided.default: _as_strided,
+    aten.new_zeros.default: _new_zeros,
     **{getattr(aten, name).default: _new for name in _NEW},
 }

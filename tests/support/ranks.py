@@ -10,7 +10,7 @@ import os
 import subprocess
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -37,6 +37,22 @@ def run_on_two_ranks(flags: list[str]) -> subprocess.CompletedProcess[str]:
     port = _free_port()
     (status, first), (other, second) = _call(_script, flags, port)
     return subprocess.CompletedProcess(flags, status or other, "", first + second)
+
+
+@contextlib.contextmanager
+def watched(events: list[int]) -> Iterator[None]:
+    """Notes the elements of each all-reduce."""
+    original = dist.all_reduce
+
+    def noting(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        events.append(tensor.numel())
+        return original(tensor, *args, **kwargs)
+
+    dist.all_reduce = noting
+    try:
+        yield
+    finally:
+        dist.all_reduce = original
 
 
 def _free_port() -> int:
