@@ -85,7 +85,7 @@ def loop(run: Run) -> None:
     while True:
         state = run.state
         last = state.update == args.num_training_steps
-        if args.check_replicas and due(state, args.check_replicas):
+        if args.check_replicas and args.parallel == "ddp" and due(state, args.check_replicas):
             check_replicas(run.model, run.updates.optimizer, world=run.world, update=state.update)
         if (last or due(state, args.eval_every)) and state.evaluated != state.update and not run.stopping:
             evaluate_and_log(run)

@@ -58,6 +58,13 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def as_sharded(rows: Tensor, *, like: Tensor) -> Tensor:
+    """The DTensor whose rows on this rank are these, of the shape and placement of another."""
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    kind: Any = type(like.detach())
+    return kind.from_local(rows, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+
+
 def is_dtensor(tensor: Any) -> bool:
     """Whether it is a DTensor. Where nobody has imported these, there are none: the import takes a second."""
     module = sys.modules.get("torch.distributed.tensor")

@@ -23,7 +23,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,7 +34,9 @@ from loguru import logger
 from safetensors import SafetensorError, safe_open
 
 from peft_pretraining.checkpoint.old_format import upgrade_progress
+from peft_pretraining.checkpoint.shared_file import SharedFile
 from peft_pretraining.checkpoint.tensor_file import TensorFile
+from peft_pretraining.distributed import World
 from peft_pretraining.errors import UserError
 from peft_pretraining.json_files import read_json
 
@@ -46,6 +48,7 @@ RNG, STATE = "rng.safetensors", "state.json"
 FILES = frozenset((CONFIG, MODEL, OPTIMIZER, RNG, STATE))
 TOKENIZER = "tokenizer"  # a folder, which checkpoints of older versions do not have
 
+Content = str | bytes | TensorFile | SharedFile
 _NAME = re.compile(r"checkpoint-(\d{8,})|\.checkpoint-(\d{8,})\.replaced")
 _EXTRA = re.compile(rf"{TOKENIZER}/\w[\w.-]*")
 _HEADERS = 1 << 20  # bytes, more than what the files hold beside tensors and texts
@@ -57,14 +60,20 @@ class Snapshot:
     """The content of a checkpoint: copies in host memory, or the tensors of the run themselves."""
 
     update: int  # the update after which it was taken
-    files: Mapping[str, str | bytes | TensorFile]  # the content of each of FILES, and of the files in TOKENIZER
+    files: Mapping[str, Content]  # the content of each of FILES, and of the files in TOKENIZER
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors and texts."""
-        texts = sum(len(_as_bytes(file)) for file in self.files.values() if not isinstance(file, TensorFile))
-        tensors = [t for file in self.files.values() if isinstance(file, TensorFile) for t in file.tensors.values()]
-        return texts + sum(tensor.nbytes for tensor in tensors)
+        return sum(
+            file.nbytes if isinstance(file, TensorFile | SharedFile) else len(_as_bytes(file))
+            for file in self.files.values()
+        )
+
+    @property
+    def shared(self) -> dict[str, SharedFile]:
+        """The files that several processes write together."""
+        return {name: file for name, file in self.files.items() if isinstance(file, SharedFile)}
 
 
 def checkpoint_folder(save_dir: Path, *, update: int) -> Path:
@@ -90,6 +99,47 @@ def write_checkpoint(save_dir: Path, snapshot: Snapshot) -> Path:
 
     Returns its folder, which is synced to the disk. Raises OSError; `tidy` then removes the rest.
     """
+    return _finish(save_dir, snapshot, hashes=_begin(save_dir, snapshot))
+
+
+def write_together(save_dir: Path, snapshot: Snapshot, *, world: World) -> Path:
+    """write_checkpoint by all processes of a run, of which each has other rows of the tensors, see shared_file.py.
+
+    snapshot: what this process has; of other files than the shared ones, what the main process has counts.
+    Raises OSError on every rank if it fails on one.
+    """
+    hashes = _on_all(world, lambda: _begin(save_dir, snapshot) if world.is_main else {})
+    partial = _hidden(checkpoint_folder(save_dir, update=snapshot.update), "incomplete")
+
+    def fill() -> None:
+        for name, file in snapshot.shared.items():
+            file.fill(partial / name)
+
+    def finish() -> None:
+        if world.is_main:
+            read = {name: _sha256(partial / name) for name in snapshot.shared}
+            _finish(save_dir, snapshot, hashes=hashes | read)
+
+    for step in (fill, finish):
+        _on_all(world, step)
+    return checkpoint_folder(save_dir, update=snapshot.update)
+
+
+def _on_all(world: World, work: Callable[[], Any]) -> Any:
+    """What `work` returns here, when it has ended on every rank. Raises OSError on every rank if one has failed."""
+    result, problem, failed = None, None, None
+    try:
+        result = work()
+    except Exception as error:  # whatever it is, the others wait for word of it
+        failed, problem = error, getattr(error, "strerror", None) or str(error) or type(error).__name__
+    for rank, said in enumerate(world.gather(problem)):
+        if said is not None:
+            raise OSError(f"process {rank}: {said}") from failed
+    return result
+
+
+def _begin(save_dir: Path, snapshot: Snapshot) -> dict[str, str]:
+    """Writes all files but the shared ones, which it creates, under a hidden name. Returns the checksums."""
     assert all(name in FILES or _EXTRA.fullmatch(name) for name in snapshot.files) and snapshot.files.keys() >= FILES
     folder = checkpoint_folder(save_dir, update=snapshot.update)
     save_dir.mkdir(parents=True, exist_ok=True)
@@ -98,7 +148,16 @@ def write_checkpoint(save_dir: Path, snapshot: Snapshot) -> Path:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     partial = _hidden(folder, "incomplete")
     partial.mkdir()
-    hashes = {name: _write_file(partial / name, content) for name, content in snapshot.files.items()}
+    for name, file in snapshot.shared.items():
+        file.create(partial / name)
+    own = ((name, file) for name, file in snapshot.files.items() if not isinstance(file, SharedFile))
+    return {name: _write_file(partial / name, content) for name, content in own}
+
+
+def _finish(save_dir: Path, snapshot: Snapshot, *, hashes: Mapping[str, str]) -> Path:
+    """Writes the manifest and gives the folder its name. Returns the folder."""
+    folder = checkpoint_folder(save_dir, update=snapshot.update)
+    partial = _hidden(folder, "incomplete")
     files = {name: {"bytes": (partial / name).stat().st_size, "sha256": sha256} for name, sha256 in hashes.items()}
     manifest = {"format": FORMAT, "update": snapshot.update, "files": files}
     _write_file(partial / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True))

@@ -29,14 +29,20 @@ from peft_pretraining.checkpoint.files import (
     STATE,
     TOKENIZER,
     Checkpoint,
+    Content,
     Snapshot,
 )
 from peft_pretraining.checkpoint.old_format import upgrade_quantized, upgrade_state
+from peft_pretraining.checkpoint.shared_file import SharedFile, rows_of, rows_to_write
 from peft_pretraining.checkpoint.tensor_file import TensorFile
+from peft_pretraining.distributed import World
 from peft_pretraining.errors import UserError
 from qgalore.master_weights import MasterWeights
+from qgalore.optimizer import LowRankOptimizer
+from qgalore.sharding import as_sharded, local, shard_of
 from qgalore.storage.quantized_weight import QuantizedWeight, open_weight
 from qgalore.storage.stored import describe_codec, part_key
+from qgalore.subspace.projector import is_basis
 
 RESERVED = ("format", "optimizer")  # keys of state.json that are not the caller's
 
@@ -49,6 +55,7 @@ def take_snapshot(
     progress: Mapping[str, Any],
     tokenizer: Mapping[str, bytes] | None = None,
     copied: bool = True,
+    world: World | None = None,
 ) -> Snapshot:
     """A snapshot of model, optimizer and generators.
 
@@ -56,6 +63,7 @@ def take_snapshot(
     tokenizer: the files of the tokenizer, by name.
     copied: whether tensors are copied to host memory, so that training may go on. The copy takes as many bytes as model
         and optimizer keep. Otherwise the snapshot holds the tensors of the run, and must be written before they change.
+    world: the processes that the parameters are spread over, which all call this; None if this one has all of them.
     Raises ValueError or TypeError if `progress` uses a key of RESERVED or is not JSON.
     """
     if taken := progress.keys() & set(RESERVED):
@@ -63,18 +71,45 @@ def take_snapshot(
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     tensors, scalars = _split_states({names[p]: state for p, state in optimizer.state.items()})
     weights = {key: tensor for p, name in names.items() for key, tensor in _pieces(name, p).items()}
-    quantized = {name: _settings(p) for p, name in names.items() if isinstance(p, QuantizedWeight)}
+    quantized = {name: _settings(weight) for p, name in names.items() if (weight := _quantized(p)) is not None}
     held = {MODEL: weights, OPTIMIZER: tensors, RNG: _rng_states()}
     held = _to_host(held) if copied else held
-    files: dict[str, str | bytes | TensorFile] = {
+    spread = _spread(names, optimizer) if world is not None else set()
+
+    def pack(file: str, metadata: dict[str, str]) -> TensorFile | SharedFile:
+        if world is None:
+            return TensorFile(held[file], metadata)
+        return SharedFile(rows_to_write(held[file], spread=spread & held[file].keys(), world=world), metadata)
+
+    files: dict[str, Content] = {
         **{f"{TOKENIZER}/{name}": content for name, content in (tokenizer or {}).items()},
         CONFIG: model.config.to_json_string(),
-        MODEL: TensorFile(held[MODEL], {"format": "pt", "quantized": json.dumps(quantized)}),
-        OPTIMIZER: TensorFile(held[OPTIMIZER], {"optimizer": _title(optimizer)}),
+        MODEL: pack(MODEL, {"format": "pt", "quantized": json.dumps(quantized)}),
+        OPTIMIZER: pack(OPTIMIZER, {"optimizer": _title(optimizer)}),
         RNG: TensorFile(held[RNG]),
         STATE: json.dumps({**progress, "format": FORMAT, "optimizer": scalars}),
     }
     return Snapshot(update, files)
+
+
+def _spread(names: Mapping[Tensor, str], optimizer: torch.optim.Optimizer) -> set[str]:
+    """The keys, in the files, of the tensors of which each rank has other rows."""
+    shards = {p: name for p, name in names.items() if shard_of(p) is not None}
+    weights = {key for p, name in shards.items() for key in _pieces(name, p)}
+    states = {f"{shards[p]}:{key}" for p, state in optimizer.state.items() if p in shards for key in state
+              if torch.is_tensor(state[key]) and _by_rows(key, state[key])}  # fmt: skip
+    return weights | states
+
+
+def _by_rows(key: str, value: Tensor) -> bool:
+    """Whether a tensor in the state of a sharded parameter has rows of its own on each rank: moments; not bases."""
+    return value.ndim > 0 and not is_basis(key)
+
+
+def _quantized(p: Tensor) -> QuantizedWeight | None:
+    """The quantized weight that a parameter is, or that holds its rows."""
+    held = local(p.detach())
+    return held if isinstance(held, QuantizedWeight) else None
 
 
 def _split_states(states: dict[str, dict[str, Any]]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
@@ -82,7 +117,7 @@ def _split_states(states: dict[str, dict[str, Any]]) -> tuple[dict[str, Tensor],
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
     for name, state in states.items():
-        tensors |= {f"{name}:{key}": value for key, value in state.items() if torch.is_tensor(value)}
+        tensors |= {f"{name}:{key}": local(value) for key, value in state.items() if torch.is_tensor(value)}
         scalars[name] = {key: value for key, value in state.items() if not torch.is_tensor(value)}
     return tensors, scalars
 
@@ -136,16 +171,17 @@ def restore_model(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     Raises UserError if names, shapes, dtypes or the settings of INT8 weights differ, or if the file is damaged.
     """
     parameters = dict(model.named_parameters())
-    targets = {key: tensor for name, p in parameters.items() for key, tensor in _pieces(name, p).items()}
+    targets = {key: (tensor, p) for name, p in parameters.items() for key, tensor in _pieces(name, p).items()}
     with checkpoint.tensors(MODEL) as file:
         saved = json.loads((file.metadata() or {}).get("quantized", "{}"))
         for name, p in parameters.items():
-            here = _settings(p) if isinstance(p, QuantizedWeight) else None
+            weight = _quantized(p)
+            here = None if weight is None else _settings(weight)
             entry = saved.get(name)
             _compare(checkpoint, name, saved=entry and upgrade_quantized(entry), here=here)
         _compare(checkpoint, "the parameters", saved=sorted(file.keys()), here=sorted(targets))
-        for key, target in targets.items():
-            tensor = file.get_tensor(key)
+        for key, (target, p) in targets.items():
+            tensor = rows_of(file.get_tensor(key), shard_of(p))
             _compare(checkpoint, key, saved=_kind(tensor), here=_kind(target))
             target.copy_(tensor)
     for p in parameters.values():
@@ -183,14 +219,17 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint, 
         _compare(checkpoint, "the optimizer", saved=saved, here=_title(optimizer))
         unknown = (scalars.keys() | {key.partition(":")[0] for key in file.keys()}) - parameters.keys()
         _compare(checkpoint, "state of other parameters", saved=sorted(unknown), here=[])
-        states = _read_states(file, scalars, parameters)
+        states = _read_states(file, scalars, parameters, own=isinstance(optimizer, LowRankOptimizer))
         optimizer.state.update(states)
 
 
 def _read_states(
-    file: Any, scalars: dict[str, dict[str, Any]], parameters: dict[str, Tensor]
+    file: Any, scalars: dict[str, dict[str, Any]], parameters: dict[str, Tensor], *, own: bool
 ) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-    """Each parameter with its state, read when it is asked for."""
+    """Each parameter with its state, read when it is asked for.
+
+    own: whether the optimizer is ours, whose states hold the rows of a sharded parameter; torch's hold DTensors.
+    """
     keys: dict[str, list[str]] = defaultdict(list)
     for key in file.keys():
         keys[key.partition(":")[0]].append(key)
@@ -199,7 +238,10 @@ def _read_states(
         for key in keys[name]:
             kind = key.partition(":")[2]
             device = torch.device("cpu") if kind == "step" else p.device  # torch's optimizers count on the CPU
-            state[kind] = file.get_tensor(key).to(device, copy=True)
+            tensor, shard = file.get_tensor(key), shard_of(p)
+            by_rows = shard is not None and _by_rows(kind, tensor)
+            value = (rows_of(tensor, shard) if by_rows else tensor).to(device, copy=True)
+            state[kind] = as_sharded(value, like=p) if by_rows and not own else value
         yield p, upgrade_state(state)
 
 

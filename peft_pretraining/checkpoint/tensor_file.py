@@ -32,6 +32,10 @@ class TensorFile:
     tensors: dict[str, Tensor]  # on any device
     metadata: dict[str, str] = field(default_factory=dict)  # texts beside them
 
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
     def write(self, path: Path) -> str:
         """Writes the file and returns its SHA-256, in hexadecimal. Raises OSError."""
         return write_tensors(path, self.tensors, read=self.tensors.__getitem__, metadata=self.metadata)
@@ -47,11 +51,11 @@ def write_tensors(
     metadata: texts that the file holds beside the tensors.
     Returns the file's SHA-256, in hexadecimal. Raises OSError.
     """
-    names = sorted(like, key=lambda name: (-like[name].element_size(), name))
+    header, places, _ = layout(like, metadata)
     digest = hashlib.sha256()
     with path.open("wb") as file:
-        pieces = (_bytes(read(name), like[name]) for name in names)
-        for piece in itertools.chain([_header(names, like, metadata)], pieces):
+        pieces = (_checked_bytes(read(name), like[name]) for name in places)
+        for piece in itertools.chain([header], pieces):
             digest.update(piece)
             file.write(piece)
             del piece  # before the next one is read
@@ -60,21 +64,31 @@ def write_tensors(
     return digest.hexdigest()
 
 
-def _header(names: list[str], like: Mapping[str, Tensor], metadata: Mapping[str, str]) -> memoryview:
+def layout(like: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[memoryview, dict[str, int], int]:
+    """The header of a file, the places of the tensors in it, in their order, and its size, in bytes.
+
+    like, metadata: see write_tensors.
+    """
+    names = sorted(like, key=lambda name: (-like[name].element_size(), name))
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    start = 0
+    start, places = 0, {}
     for name in names:
         end = start + like[name].numel() * like[name].element_size()
         header[name] = {
             "dtype": _NAMES[like[name].dtype], "shape": list(like[name].shape), "data_offsets": [start, end]
         }  # fmt: skip
-        start = end
+        places[name], start = start, end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    return memoryview(len(text).to_bytes(8, "little") + text)
+    begin = memoryview(len(text).to_bytes(8, "little") + text)
+    return begin, {name: len(begin) + place for name, place in places.items()}, len(begin) + start
 
 
-def _bytes(tensor: Tensor, like: Tensor) -> memoryview:
-    """The bytes of a tensor. On a CPU they are its own memory, not a copy, if it is contiguous."""
+def _checked_bytes(tensor: Tensor, like: Tensor) -> memoryview:
     assert (tensor.shape, tensor.dtype) == (like.shape, like.dtype)
+    return to_bytes(tensor)
+
+
+def to_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor. On a CPU they are its own memory, not a copy, if it is contiguous."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -16,11 +16,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from peft_pretraining.checkpoint.files import open_tensors
 from peft_pretraining.checkpoint.old_format import upgrade_quantized
+from peft_pretraining.checkpoint.shared_file import rows_of
 from peft_pretraining.errors import UserError
 from peft_pretraining.model.adapters import base_parameters
 from peft_pretraining.model.config import read_config
 from peft_pretraining.model.dtypes import DTYPES
 from peft_pretraining.model.family import Family, family_of
+from qgalore.sharding import local, shard_of
 from qgalore.storage.affine import Affine
 from qgalore.storage.quantized_weight import QuantizedWeight
 from qgalore.storage.stored import Stored, build_codec, part_key
@@ -207,7 +209,7 @@ def _load(
     weights.check({name: parameter.shape for name, parameter in parameters.items()})
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(weights.read(name))
+            local(parameter).copy_(rows_of(weights.read(name), shard_of(parameter)))
 
 
 def _check_config(ours: PreTrainedConfig, theirs: PreTrainedConfig, *, folder: Path) -> None:

@@ -6,7 +6,8 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from loguru import logger
@@ -18,7 +19,9 @@ from peft_pretraining.checkpoint.files import (
     prune,
     tidy,
     write_checkpoint,
+    write_together,
 )
+from peft_pretraining.distributed import World
 from peft_pretraining.errors import UserError
 
 
@@ -88,17 +91,24 @@ class CheckpointWriter:
         self._saved: Path | None = None
         self._thread: threading.Thread | None = None
 
-    def save(self, snapshot: Snapshot, *, in_background: bool = True) -> None:
+    def save(
+        self,
+        snapshot: Snapshot,
+        *,
+        in_background: bool = True,
+        write: Callable[[Path, Snapshot], Path] | None = None,
+    ) -> None:
         """Writes a checkpoint, after the last save has ended. In the background, it returns at once.
 
         The background needs a snapshot whose tensors were copied, see take_snapshot.
+        write: writes it; None for write_checkpoint.
         """
         self.wait()
-        self._saved = None
+        self._saved, write = None, write or write_checkpoint
         if not in_background:
-            self._write(snapshot)
+            self._write(snapshot, write)
             return
-        self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
+        self._thread = threading.Thread(target=self._write, args=(snapshot, write), name="checkpoint")
         self._thread.start()
 
     def wait(self) -> Path | None:
@@ -108,9 +118,9 @@ class CheckpointWriter:
             self._thread = None
         return self._saved
 
-    def _write(self, snapshot: Snapshot) -> None:
+    def _write(self, snapshot: Snapshot, write: Callable[[Path, Snapshot], Path]) -> None:
         try:
-            self._saved = self.last = write_checkpoint(self.save_dir, snapshot)
+            self._saved = self.last = write(self.save_dir, snapshot)
         except Exception as error:  # any other would end the thread unheard
             self._give_up(checkpoint_folder(self.save_dir, update=snapshot.update), error)
             return
@@ -131,3 +141,13 @@ class CheckpointWriter:
     def _newest(self) -> Path | None:
         complete = complete_checkpoints(self.save_dir)
         return complete[-1] if complete else None
+
+
+def save_together(writer: CheckpointWriter | None, snapshot: Snapshot, *, save_dir: Path, world: World) -> None:
+    """Has all processes write a checkpoint, see write_together. writer: that of the main process, which reports."""
+    write = partial(write_together, world=world)
+    if writer is not None:
+        writer.save(snapshot, in_background=False, write=write)
+        return
+    with contextlib.suppress(OSError):  # the main process says so
+        write(save_dir, snapshot)

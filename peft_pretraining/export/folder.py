@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from peft_pretraining.checkpoint.tensor_file import write_tensors
+from peft_pretraining.checkpoint.weights import StoredWeights
 from peft_pretraining.data.tokenizer import Tokenizer
 from peft_pretraining.errors import UserError
 from peft_pretraining.export.tokenizer import save_tokenizer, to_transformers
@@ -120,17 +121,24 @@ def _write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> 
 
 
 def save_model(
-    model: PreTrainedModel, folder: Path, *, tokenizer: Tokenizer, adapters: Adapters | None = None
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    tokenizer: Tokenizer,
+    adapters: Adapters | None = None,
+    weights: StoredWeights | None = None,
 ) -> str | None:
     """Writes the live model in its own dtype as a transformers folder, as the export does. Replaces an older one.
 
     adapters: the adapters in the model, which are merged into its weights on the way.
+    weights: the model's weights in a checkpoint, if this process does not hold all of them.
     Returns what write_description does.
     """
-    weights: dict[str, Tensor] = dict(model.named_parameters())
+    live: dict[str, Tensor] = dict(model.named_parameters())
+    read = live.__getitem__ if weights is None else weights.read
     like: dict[str, Tensor] = dict(meta_model(model.config, dtype=model.dtype).named_parameters())
     config = copy.deepcopy(model.config)
     with appearing(folder, replace=True) as beside:
         problem = write_description(config, beside, tokenizer=tokenizer)
-        write_weights(like, beside, read=merging(weights.__getitem__, adapters, names=weights))
+        write_weights(like, beside, read=merging(read, adapters, names=live))
     return problem

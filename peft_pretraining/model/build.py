@@ -15,6 +15,7 @@ from peft_pretraining.model.adapters import Adapters, draw_factors, insert, is_f
 from peft_pretraining.model.attention import attention_for
 from peft_pretraining.model.family import family_of
 from peft_pretraining.model.offload import offload_inputs
+from peft_pretraining.model.sharding import Sharding
 from peft_pretraining.progress import LongWait
 from qgalore.param_groups import ParameterGroup, split_parameters
 from qgalore.storage.convert import quantize_module_weight
@@ -48,6 +49,7 @@ def build_model(
     activation_checkpointing: bool = False,
     offload_activations: bool = False,
     finish: Callable[[str, nn.Module], None] | None = None,
+    layer_done: Callable[[nn.Module], None] | None = None,
 ) -> PreTrainedModel:
     """Builds the model on `device` in `dtype`, in training mode, with weights drawn from `seed`.
 
@@ -55,7 +57,8 @@ def build_model(
     zero; LoRA leaves them as they are, and adapters.draw_factors draws the rest. The same seed gives the same weights
     on the same kind of device; the global random state is neither read nor moved. Memory: the model, and no second copy
     of any part of it. finish(name, module) is called for each module right after its own weights are initialised and
-    before the next one's exist, to quantize them, say.
+    before the next one's exist, to quantize them, say; layer_done(layer) for each decoder layer, when its weights all
+    exist.
     """
     device = torch.device(device)
     model = meta_model(config, dtype=dtype, adapters=adapters)
@@ -64,6 +67,7 @@ def build_model(
     generator = None if device.type == "meta" else torch.Generator(device=device).manual_seed(seed)
     std = model.config.initializer_range
     tied = family.part("head", model) if model.config.tie_word_embeddings else None
+    ends = {id(list(layer.modules())[-1]): layer for layer in family.part("layers", model)}
     progress = LongWait("drawing the weights of modules", total=sum(1 for _ in model.modules()))
     for name, module in model.named_modules():
         if module is not tied:
@@ -72,6 +76,8 @@ def build_model(
                 _initialize(module, std=std, generator=generator, norm=family.norm)
             if finish is not None:
                 finish(name, module)
+        if layer_done is not None and id(module) in ends:
+            layer_done(ends[id(module)])
         progress.advance()
     model.tie_weights()
     if adapters is not None:
@@ -89,9 +95,13 @@ def build_model(
 
 
 def prepare_model(
-    args: argparse.Namespace, *, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
+    args: argparse.Namespace, *, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, ranks: int = 1
 ) -> PreTrainedModel:
-    """The model on its device with weights drawn from the seed; with adapters, quantized and compiled by the flags."""
+    """The model on its device with weights drawn from the seed; with adapters, quantized and compiled by the flags.
+
+    ranks: number of processes that the weights are spread over.
+    """
+    sharding = Sharding(device, ranks=ranks) if ranks > 1 else None
     model = build_model(
         config,
         device=device,
@@ -101,7 +111,10 @@ def prepare_model(
         activation_checkpointing=args.activation_checkpointing,
         offload_activations=args.offload_activations,
         finish=weight_quantizer(args, groups=split_parameters(meta_model(config))) if args.weight_quant else None,
+        layer_done=None if sharding is None else sharding.shard_layer,
     )
+    if sharding is not None:
+        sharding.shard_rest(model)
     if args.compile:
         compile_layers(model)
     return model

@@ -49,6 +49,7 @@ from qgalore.storage.chunks import on_cpu, row_chunks
 from qgalore.storage.quantized_weight import QuantizedWeight
 
 PRODUCT_ELEMENTS = 1 << 22  # of dW, made at once before they are added
+SHARDED = "_sharded_token_loss"  # the attribute of a model that FSDP2 has spread: the module whose forward is its loss
 CHUNK_ELEMENTS = 1 << 24  # logits held at once: 64 MB in float32, 512 rows of a vocabulary of 32000
 
 
@@ -59,6 +60,12 @@ def token_loss_sum(model: PreTrainedModel, input_ids: Tensor, targets: Tensor) -
     targets: (B, L) int64, already shifted: targets[b, t] follows input_ids[b, t].
     Returns a float32 scalar. Divide it by the number of targets of the whole update before backward.
     """
+    root = vars(model).get(SHARDED)
+    return loss_of_whole(model, input_ids, targets) if root is None else root(input_ids, targets)
+
+
+def loss_of_whole(model: PreTrainedModel, input_ids: Tensor, targets: Tensor) -> Tensor:
+    """token_loss_sum of a model whose weights are at hand."""
     # No attention mask: the sequences are full, and without one SDPA takes its causal kernel.
     family = family_of(model.config)
     hidden = family.part("body", model)(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, L, hidden)

@@ -16,6 +16,7 @@ from peft_pretraining.distributed import World
 from peft_pretraining.errors import UserError
 from peft_pretraining.model.family import family_of
 from peft_pretraining.model.loss import token_loss_sum
+from peft_pretraining.model.sharding import gather_no_longer
 
 
 class Evaluation(NamedTuple):
@@ -56,6 +57,7 @@ def evaluate(
             sums[1] += (targets != IGNORED).sum()
     finally:
         model.train(was_training)
+        gather_no_longer(model)
     loss_sum, tokens, stopped = reduce_sum(sums).tolist()
     if stopped:
         return None

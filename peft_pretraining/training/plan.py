@@ -28,6 +28,7 @@ from peft_pretraining.model.adapters import Adapters
 from peft_pretraining.model.build import check_compiler, meta_model, prepare_model
 from peft_pretraining.model.config import read_config
 from peft_pretraining.model.dtypes import DTYPES, resolve_dtype
+from peft_pretraining.model.sharding import check_rows
 from peft_pretraining.training.interruption import Interruption
 from peft_pretraining.training.metrics import Record, open_record
 from peft_pretraining.training.provenance import circumstances, device_name
@@ -77,7 +78,11 @@ def make_plan(args: argparse.Namespace, *, world: World, cleanup: ExitStack) -> 
     `cleanup` gives the folder back to others.
     """
     config, dtype = _check_model(args, world=world)
-    groups = describe_groups(meta_model(config, adapters=Adapters.of(vars(args))), args)
+    structure = meta_model(config, adapters=Adapters.of(vars(args)))
+    groups = describe_groups(structure, args)
+    if args.parallel == "fsdp":
+        recipe, settings = find_recipe(args.optimizer), settings_of(args)
+        check_rows(structure, ranks=world.size, settings=settings, recipe=recipe, quantized=args.weight_quant)
     log_plan(args, groups=groups, dtype=dtype, world=world)
     save_dir = Path(args.save_dir) if args.save_dir else None
     trains = world.is_main and not (args.dry_run or args.eval_only)
@@ -185,7 +190,8 @@ def open_validation(plan: Plan) -> ValidationSet:
 
 def open_model(plan: Plan) -> PreTrainedModel:
     """The model on this rank's device, with weights drawn from the seed."""
-    return prepare_model(plan.args, config=plan.config, dtype=plan.dtype, device=plan.world.device)
+    ranks = plan.world.size if plan.args.parallel == "fsdp" and not plan.args.eval_only else 1
+    return prepare_model(plan.args, config=plan.config, dtype=plan.dtype, device=plan.world.device, ranks=ranks)
 
 
 def open_run(plan: Plan, *, interruption: Interruption, cleanup: ExitStack) -> Run:
@@ -217,6 +223,7 @@ def open_updates(args: argparse.Namespace, *, model: PreTrainedModel) -> WholeMo
     recipe = find_recipe(args.optimizer)
     sync = GradSync(
         at_rank_size=recipe.low_rank_engine and (recipe.per_layer or not args.grad_clipping),
+        enabled=args.parallel == "ddp",
         order=reversed(list(model.parameters())),
     )
     groups = split_parameters(model)

@@ -9,7 +9,8 @@ from torch import Tensor
 from peft_pretraining.checkpoint.files import Checkpoint, complete_checkpoints
 from peft_pretraining.checkpoint.snapshot import restore_model, restore_optimizer, restore_rng, take_snapshot
 from peft_pretraining.checkpoint.start import StartingPoint, same_folder
-from peft_pretraining.checkpoint.weights import load_initial_weights
+from peft_pretraining.checkpoint.weights import load_initial_weights, open_checkpoint
+from peft_pretraining.checkpoint.writer import save_together
 from peft_pretraining.data.position import Progress
 from peft_pretraining.errors import UserError
 from peft_pretraining.export.folder import save_model
@@ -38,7 +39,8 @@ def save(run: Run) -> None:
     state.health.rollbacks_since_save = 0
     assert state.position is not None, "there was an update"
     positions = run.world.gather(state.position.to_json())
-    if run.writer is None:
+    shared = run.world if run.args.parallel == "fsdp" and run.world.size > 1 else None
+    if run.writer is None and shared is None:
         return
     progress = {
         "args": vars(run.args),
@@ -52,8 +54,9 @@ def save(run: Run) -> None:
         "versions": versions(),
         "commit": git_commit(),
     }
-    run.writer.wait()  # so that only one copy of model and optimizer exists at a time
-    in_background = not _training_waits(run)
+    if run.writer is not None:
+        run.writer.wait()  # so that only one copy of model and optimizer exists at a time
+    in_background = shared is None and not _training_waits(run)
     snapshot = take_snapshot(
         run.model,
         run.updates.optimizer,
@@ -61,8 +64,13 @@ def save(run: Run) -> None:
         progress=progress,
         tokenizer=run.tokenizer.files(),
         copied=in_background,
+        world=shared,
     )
-    run.writer.save(snapshot, in_background=in_background)
+    if shared is None:
+        assert run.writer is not None
+        run.writer.save(snapshot, in_background=in_background)
+    else:
+        save_together(run.writer, snapshot, save_dir=run.save_dir, world=shared)
 
 
 def _training_waits(run: Run) -> bool:
@@ -78,11 +86,17 @@ def _training_waits(run: Run) -> bool:
 
 
 def save_result(run: Run) -> None:
-    """Writes SAVE_DIR/model, on the main rank."""
+    """Writes SAVE_DIR/model, on the main rank; of a model that is spread over the ranks, from its last checkpoint."""
+    spread = run.args.parallel == "fsdp" and run.world.size > 1
+    checkpoint = last_checkpoint(run) if spread else None
     if run.writer is None:
         return
+    if spread and checkpoint is None:
+        logger.error(f"{run.save_dir / 'model'} is not written: there is no checkpoint to write it from")
+        return
     folder, adapters = run.save_dir / "model", Adapters.of(vars(run.args))
-    problem = save_model(run.model, folder, tokenizer=run.tokenizer, adapters=adapters)
+    weights = None if checkpoint is None else open_checkpoint(checkpoint)
+    problem = save_model(run.model, folder, tokenizer=run.tokenizer, adapters=adapters, weights=weights)
     if problem:
         logger.warning(f"{folder} has no tokenizer for transformers: {problem}")
 
