@@ -9,7 +9,7 @@ from support import import_rules
 from support.runs import ROOT
 from support.source_code import imports, sources
 
-OPTIONAL = ("wandb", "datasets", "pyarrow", "peft")
+OPTIONAL = ("wandb", "datasets", "pyarrow", "peft", "matplotlib")
 PACKAGES = ("qgalore", "peft_pretraining")
 PROGRAM = (*PACKAGES, "torchrun_main", "benchmarks")
 CORE = {*sys.stdlib_module_names, "torch", "qgalore"}

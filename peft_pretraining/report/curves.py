@@ -22,7 +22,7 @@ from peft_pretraining.report.groups import Group
 from peft_pretraining.report.series import Band, axis_values, band_of, smooth, thin, visible, window_of
 
 POINTS = 1500  # of a line, at most; lines of several groups share three times as many
-AXES = {"update": "update", "tokens_seen": "tokens", "seconds": "training time"}
+AXES = {"update": "updates", "tokens_seen": "tokens", "seconds": "training time"}
 INCIDENT_MARKS = {"bad update": "x", "bad documents": "d", "rollback": "v", "resume": "|"}
 
 
@@ -31,7 +31,7 @@ class Curve:
     """A figure that is drawn against an axis.
 
     key: its name among the updates, or with `evals` among the evaluations.
-    raw: whether to draw each update faintly, where one run is shown, behind the mean of a hundredth of all.
+    raw: whether to average over updates, with each one drawn faintly behind the line where one run is shown.
     fitted: whether the vertical axis leaves out the height that the figure falls from in the first tenth.
     """
 
@@ -73,6 +73,7 @@ def draw_curve(curve: Curve, groups: Sequence[Group], *, axis: str = "update") -
         picture.axes.set_xlabel(shown)
         picture.axes.set_ylabel(curve.label)
         whole_numbers(picture.axes)
+        picture.axes.set_xlim(0, 1.02 * max(float(band.x[-1]) for _, band in drawn) / unit)
     return picture
 
 

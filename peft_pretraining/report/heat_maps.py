@@ -10,7 +10,7 @@ from peft_pretraining.report.drawing import WIDTH, Picture, drawing, whole_numbe
 from peft_pretraining.report.records import RunRecord
 
 COLUMNS = 300  # of a heat map, at most
-COLOURS = "cividis"  # the same to colour-blind eyes, and from dark to light in black and white
+COLOURS = "viridis"  # can be told apart by colour-blind eyes, and gets lighter in black and white, too
 BINS = 60  # columns of figures that were measured of one matrix at a time
 
 
@@ -71,7 +71,7 @@ def _of_details(run: RunRecord) -> Grid | None:
 
 def _parts(name: str) -> tuple[str, int]:
     """The kind of a matrix and its layer: ("q_proj", 3) of model.layers.3.self_attn.q_proj.weight."""
-    found = re.fullmatch(r"(?:.*?\.)??(\d+)\.(?:.+\.)?(\w+?)(?:\.weight)?", name)
+    found = re.fullmatch(r"(?:.*?\.)??(\d+)\.(?:.+\.)?(\w+)", name.removesuffix(".weight"))
     return (found[2], int(found[1])) if found else (name, 0)
 
 

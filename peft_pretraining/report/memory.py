@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from peft_pretraining.report.drawing import HEIGHT, Picture, colour, drawing
-from peft_pretraining.report.groups import Group, peak_bytes
+from peft_pretraining.report.groups import Group
 from peft_pretraining.report.records import RunRecord
 
 PLANNED_PEAK, MEASURED_PEAK = "peak, planned", "peak, measured"
@@ -21,7 +21,7 @@ def draw_memory(groups: Sequence[Group]) -> Picture | None:
     shown = [(group, memory) for group, memory in found if memory]
     most = max(value for _, memory in shown for value in memory.values())
     height = max(HEIGHT, 0.7 + len(kinds) * (0.16 + 0.15 * len(shown)))
-    picture = Picture("memory", title="Memory by kind", height=height, margins=(1.2, 0.75, 0.45, 0.1))
+    picture = Picture("memory", title="Memory by kind", height=height, margins=(1.3, 0.8, 0.12, 0.1))
     with drawing():
         axes, thick = picture.axes, 0.8 / len(shown)
         for place, (group, memory) in enumerate(shown):
@@ -29,7 +29,7 @@ def draw_memory(groups: Sequence[Group]) -> Picture | None:
                 if kind in memory:
                     y = row - 0.4 + (place + 0.5) * thick
                     axes.barh(y, memory[kind], height=0.92 * thick, color=colour(group.number), linewidth=0)
-                    axes.text(memory[kind] + 0.01 * most, y, size_of(memory[kind]), va="center", fontsize=8.5)
+                    axes.text(memory[kind] + 0.01 * most, y, size_of(memory[kind]), va="center", fontsize=9.5)
         axes.set_yticks(range(len(kinds)), kinds)
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(len(kinds) - 0.5, -0.5)
@@ -41,15 +41,15 @@ def draw_memory(groups: Sequence[Group]) -> Picture | None:
 
 
 def memory_of(run: RunRecord) -> dict[str, float]:
-    """Bytes by kind: those of the plan at its peak, else those kept between updates; and the peaks."""
+    """Bytes by kind: those of the plan at its peak, with both peaks, else those kept between updates."""
     planned = fullest_plan(run)
     by_kind = planned["planned"] if planned else (run.end or {}).get("kept_bytes")
     memory = {kind: float(size) for kind, size in (by_kind or {}).items() if isinstance(size, (int, float)) and size}
     if planned:
         memory[PLANNED_PEAK] = float(planned["planned_peak"])
-    measured = [event["measured_peak"] for event in run.memory if _is_size(event.get("measured_peak"))]
-    if (peak := max(measured) if planned and measured else peak_bytes(run)) is not None:
-        memory[MEASURED_PEAK] = float(peak)
+        measured = [event["measured_peak"] for event in run.memory if _is_size(event.get("measured_peak"))]
+        if measured:
+            memory[MEASURED_PEAK] = float(max(measured))
     return memory
 
 

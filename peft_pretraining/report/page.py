@@ -64,9 +64,11 @@ def _opening(groups: Sequence[Group], single: RunRecord | None) -> str:
     lines = f"{len(groups)} groups of runs that differ in their seeds alone" if len(groups) < count else "one of each"
     note = "Perplexities are means over the seeds, ± half their range. " if len(groups) < count else ""
     body = tables.comparison(groups, swatch=_swatch)
+    apart = tables.differences(groups)
     return (
         f"<header><h1>{count} runs</h1><p>{lines}</p></header>\n"
-        + _section("Results", f"{body}<p>{note}Each figure is that of the last evaluation of a run.</p>")
+        + _section("Results", f"{body}<p>{note}They are those of the last evaluation.</p>")
+        + (_section("What differs", apart) if apart else "")
     )
 
 
@@ -86,8 +88,8 @@ def _reading(groups: Sequence[Group]) -> str:
     """How to read the curves."""
     runs = [run for group in groups for run in group.runs]
     words = ["Time is that of the updates, without evaluations."]
-    if max(len(run.updates["update"]) for run in runs) > 200:
-        words.append("The loss is averaged over a hundredth of the updates.")
+    if max(len(run.updates["update"]) for run in runs) >= 80:
+        words.append("The loss is averaged over a fortieth of the updates.")
     if any(len(group.runs) > 1 for group in groups):
         words.append("Bands reach from the lowest to the highest seed, as far as all seeds have come.")
     kinds = dict.fromkeys(incident.kind for incident in runs[0].incidents) if len(runs) == 1 else {}
@@ -106,8 +108,8 @@ def _memory(groups: Sequence[Group]) -> str:
     if picture is None:
         return _section("Memory", "<p>The record has no figures of memory yet.</p>")
     planned = any(PLANNED_PEAK in memory_of(group.runs[0]) for group in groups)
-    what = "at the peak of the plan" if planned else "kept between updates, which the end of a run records"
-    note = f"<p>Bytes by kind: {what}. The measured peak is what was allocated on a GPU, or resident on a CPU.</p>"
+    what = "at the peak of the plan" if planned else "as kept between updates; the end of a run records them"
+    note = f"<p>Bytes by kind, {what}. GB are of 1e9 bytes.</p>"
     details = "".join(tables.memory_events(group.runs[0]) for group in groups[:1])
     return _section("Memory", f'{_legend(groups)}<div class="pictures">{_figure(picture)}<div>{note}{details}</div></div>')
 
@@ -144,13 +146,13 @@ def _arguments(groups: Sequence[Group]) -> str:
 def _drawn(curve: Curve, groups: Sequence[Group], *, axis: str = "update") -> str:
     picture = draw_curve(curve, groups, axis=axis)
     if picture is not None:
-        return _figure(picture, title=curve.title)
+        return _figure(picture)
     why = "no evaluation yet" if curve.evals else "no finite value is recorded"
     return f"<figure><figcaption>{curve.title}</figcaption><p>Nothing to draw: {why}.</p></figure>"
 
 
-def _figure(picture: Picture, *, title: str | None = None) -> str:
-    return f"<figure><figcaption>{escape(title or picture.title)}</figcaption>{picture.svg()}</figure>"
+def _figure(picture: Picture) -> str:
+    return f"<figure><figcaption>{escape(picture.title)}</figcaption>{picture.svg()}</figure>"
 
 
 def _section(title: str, body: str) -> str:

@@ -35,9 +35,12 @@ def thin(y: np.ndarray, *, points: int) -> np.ndarray:
 
 
 def smooth(y: np.ndarray, *, window: int) -> np.ndarray:
-    """(n,) mean of the `window` elements around each one, of fewer at the ends; NaN is passed over."""
-    if window <= 1 or not len(y):
-        return y
+    """(n,) weighted mean of the `window` elements around each one, the nearest weigh most; NaN is passed over."""
+    return _means(_means(y, window=window // 2 + 1), window=window // 2 + 1) if window > 1 and len(y) else y
+
+
+def _means(y: np.ndarray, *, window: int) -> np.ndarray:
+    """(n,) mean of the `window` (or one more) elements around each one, of fewer at the ends."""
     finite = np.isfinite(y)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, y, 0.0))])
     counts = np.concatenate([[0], np.cumsum(finite)])
@@ -76,8 +79,8 @@ def band_of(runs: Sequence[RunRecord], key: str, *, axis: str, evals: bool = Fal
 
 
 def window_of(runs: Sequence[RunRecord]) -> int:
-    """Over how many updates lines are averaged: a hundredth of the longest run, an odd number."""
-    return max((len(run.updates["update"]) for run in runs), default=0) // 100 // 2 * 2 + 1
+    """Over how many updates lines are averaged: a fortieth of the longest run, an odd number."""
+    return max((len(run.updates["update"]) for run in runs), default=0) // 80 * 2 + 1
 
 
 def visible(lines: Sequence[np.ndarray], *, skip: float = 0.1) -> tuple[float, float] | None:

@@ -50,21 +50,25 @@ def figures(run: RunRecord) -> str:
 
 
 def comparison(groups: Sequence[Group], *, swatch: Callable[[Group], str]) -> str:
-    """The table of the groups: what they differ in, and what they came to."""
-    keys = differing(groups)
+    """The table of the groups: what they came to."""
     seeds = any(len(group.runs) > 1 for group in groups)
-    heads = ["run", *keys, *(["seeds"] if seeds else []), "validation perplexity", "tokens a second", "optimizer state",
+    heads = ["run", *(["seeds"] if seeds else []), "validation perplexity", "tokens a second", "optimizer state",
              "peak memory", "updates", "incidents"]  # fmt: skip
     rows = [
         [
             f"{swatch(group)} {escape(group.label)}",
-            *(escape(shown(group.args.get(key))) for key in keys),
             *([_seeds(group)] if seeds else []),
             *_results(group),
         ]
         for group in groups
     ]
-    return table(heads, rows)
+    return table(heads, rows, numbers=True)
+
+
+def differences(groups: Sequence[Group]) -> str:
+    """The table of the arguments in which groups differ, one row an argument; empty if there are none."""
+    rows = [[escape(key), *(escape(shown(group.args.get(key))) for group in groups)] for key in differing(groups)]
+    return table(["argument", *(group.label for group in groups)], rows) if rows else ""
 
 
 def _results(group: Group) -> list[str]:
@@ -151,14 +155,18 @@ def arguments(group: Group) -> str:
     return f"<details><summary>{escape(group.label)}: {folders}</summary>{''.join(parts)}</details>"
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of cells that are HTML already. Each cell knows its heading, for narrow windows, where rows are cards."""
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = False) -> str:
+    """A table of cells that are HTML already. Each cell knows its heading, for narrow windows, where rows are cards.
+
+    numbers: whether all columns but the first hold numbers.
+    """
+    kind = "table numbers" if numbers else "table"
     head = "".join(f"<th>{escape(name)}</th>" for name in heads)
     body = "".join(
         "<tr>" + "".join(f'<td data-of="{escape(name)}">{cell}</td>' for name, cell in zip(heads, row, strict=True)) + "</tr>"
         for row in rows
     )
-    return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="{kind}"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def shown(value: Any) -> str:
