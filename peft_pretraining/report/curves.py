@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from peft_pretraining.report.drawing import (
     MARKERS,
@@ -15,11 +15,10 @@ from peft_pretraining.report.drawing import (
     colour,
     dashes,
     drawing,
-    plain_number,
     whole_numbers,
 )
 from peft_pretraining.report.groups import Group
-from peft_pretraining.report.series import Band, axis_values, band_of, smooth, thin, visible, window_of
+from peft_pretraining.report.series import Band, axis_values, band_of, envelope, thin, visible, window_of
 
 POINTS = 1500  # of a line, at most; lines of several groups share three times as many
 AXES = {"update": "updates", "tokens_seen": "tokens", "seconds": "training time"}
@@ -73,16 +72,18 @@ def draw_curve(curve: Curve, groups: Sequence[Group], *, axis: str = "update") -
         picture.axes.set_xlabel(shown)
         picture.axes.set_ylabel(curve.label)
         whole_numbers(picture.axes)
-        picture.axes.set_xlim(0, 1.02 * max(float(band.x[-1]) for _, band in drawn) / unit)
+        picture.axes.set_xlim(0, 1.02 * (max(float(band.x[-1]) for _, band in drawn) / unit or 1.0))
     return picture
 
 
 def _draw_raw(picture: Picture, group: Group, curve: Curve, *, axis: str, unit: float) -> None:
     run = group.runs[0]
-    y = run.updates[curve.key]
-    kept = thin(y, points=POINTS)
-    x = axis_values(run, axis, run.updates["update"])[kept] / unit
-    picture.axes.plot(x, y[kept], color=colour(group.number), alpha=0.35, linewidth=0.7)
+    x, y = axis_values(run, axis, run.updates["update"]) / unit, run.updates[curve.key]
+    if len(y) <= POINTS:
+        picture.axes.plot(x, y, color=colour(group.number), alpha=0.4, linewidth=0.7)
+        return
+    first, low, high = envelope(y, stretches=POINTS // 4)
+    picture.axes.fill_between(x[first], low, high, step="post", color=colour(group.number), alpha=0.3, linewidth=0)
 
 
 def _draw_band(picture: Picture, group: Group, band: Band, *, unit: float, points: int, marked: bool) -> None:
@@ -104,7 +105,7 @@ def _fit(picture: Picture, curve: Curve, groups: Sequence[Group], bands: Sequenc
     lines = [line for band in bands for line in (band.low, band.high)]
     if len(groups) == 1 and len(groups[0].runs) == 1 and not curve.evals:
         lines.append(groups[0].runs[0].updates[curve.key])
-    seen = visible(lines, skip=0.1 if curve.fitted else 0.0)
+    seen = visible(lines, skip=0.1 if curve.fitted else 0.0, outliers=0.0 if curve is GRAD_NORM else 0.002)
     if seen is None:
         return
     low, high = seen
@@ -129,13 +130,14 @@ def _mark_incidents(picture: Picture, group: Group, *, axis: str, unit: float) -
         if len(updates):
             picture.axes.plot(
                 axis_values(run, axis, updates) / unit,
-                np.full(len(updates), 0.97),
+                np.full(len(updates), 1.04),
                 linestyle="",
                 marker=mark,
                 markersize=7,
                 markerfacecolor="none",
                 color=VARIABLES["ink"],
                 transform=picture.axes.get_xaxis_transform(),
+                clip_on=False,
             )
 
 

@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-WIDTH, HEIGHT = 5.0, 3.1  # inches of 72 units: the page scales them
+WIDTH, HEIGHT = 5.0, 3.1  # inches of 72 units; the page scales them
 FONT = 10.5  # points
 COLOURS = 7
 # What stands for a CSS variable while matplotlib draws: no other thing in a picture has these colours.
@@ -33,7 +33,7 @@ VARIABLES = {
 # Lines that can be told apart in black and white.
 DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1.5)))
 MARKERS = "os^DvP"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "report",
     "font.size": FONT,
@@ -77,7 +77,7 @@ class Picture:
 
     def __init__(self, name: str, *, title: str, height: float = HEIGHT, margins: tuple[float, ...] = ()) -> None:
         self.name, self.title = name, title
-        left, right, bottom, top = margins or (0.72, 0.12, 0.52, 0.12)  # inches
+        left, right, bottom, top = margins or (0.72, 0.12, 0.52, 0.2)  # inches
         with rc_context(STYLE):
             self.figure = Figure(figsize=(WIDTH, height))
             self.axes: Axes = self.figure.add_axes(

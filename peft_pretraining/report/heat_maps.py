@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,27 +14,33 @@ COLOURS = "viridis"  # can be told apart by colour-blind eyes, and gets lighter 
 BINS = 60  # columns of figures that were measured of one matrix at a time
 
 
+class Grid(NamedTuple):
+    """A figure of every matrix in every stretch of the run."""
+
+    names: list[str]  # of the matrices, in the order of the rows
+    edges: np.ndarray  # (n + 1,) updates; a stretch lies between two of them
+    values: np.ndarray  # (matrices, n); NaN where there is none
+
+
 def draw_refreshes(run: RunRecord, *, name: str) -> Picture | None:
     """Refreshes per 100 updates between one evaluation and the next; None if nothing was projected."""
-    grid = _of_evaluations(run, "refreshes")
-    if grid is None:
-        return None
-    names, edges, counts = grid
-    before = np.concatenate([np.zeros((len(names), 1)), counts[:, :-1]], axis=1)
-    rates = 100 * (counts - before) / np.diff(edges)
-    return _draw(rates, names, edges, name=name, title="Refreshes per 100 updates", most=None)
+    grid = refresh_rates(run)
+    return grid and _draw(grid, name=name, title="Refreshes per 100 updates", most=None)
 
 
 def draw_overlaps(run: RunRecord, *, name: str) -> Picture | None:
     """Overlap of the last two bases, from 0 to 1; None if no overlap was measured."""
     grid = _of_details(run) or _of_evaluations(run, "overlap")
-    if grid is None or not np.isfinite(grid[2]).any():
+    return grid and _draw(grid, name=name, title="Overlap of the last two bases", most=1.0)
+
+
+def refresh_rates(run: RunRecord) -> Grid | None:
+    """Refreshes per 100 updates; None if the record has none."""
+    grid = _of_evaluations(run, "refreshes")
+    if grid is None:
         return None
-    names, edges, overlaps = grid
-    return _draw(overlaps, names, edges, name=name, title="Overlap of the last two bases", most=1.0)
-
-
-Grid = tuple[list[str], np.ndarray, np.ndarray]  # names of rows; (n + 1,) updates; (rows, n) values
+    before = np.concatenate([np.zeros((len(grid.names), 1)), grid.values[:, :-1]], axis=1)
+    return grid._replace(values=100 * (grid.values - before) / np.diff(grid.edges))
 
 
 def _of_evaluations(run: RunRecord, key: str) -> Grid | None:
@@ -49,8 +55,7 @@ def _of_evaluations(run: RunRecord, key: str) -> Grid | None:
             value = each.get(key)
             if isinstance(value, (int, float)):
                 values[rows[str(each.get("name"))], column] = value
-    edges = np.array([0.0, *updates])
-    return (names, edges, values) if np.all(np.diff(edges) > 0) else (names, edges[1:], values[:, 1:])
+    return Grid(names, np.array([0.0, *updates]), values) if updates[0] > 0 and np.isfinite(values).any() else None
 
 
 def _of_details(run: RunRecord) -> Grid | None:
@@ -66,7 +71,7 @@ def _of_details(run: RunRecord) -> Grid | None:
         place = rows[str(each.get("name"))], min(bins - 1, int(np.searchsorted(edges, update, side="left")) - 1)
         sums[place] += each["overlap"]
         counts[place] += 1
-    return names, edges, np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
+    return Grid(names, edges, np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0))
 
 
 def _parts(name: str) -> tuple[str, int]:
@@ -82,8 +87,9 @@ def _in_order(names: set[str]) -> list[str]:
     return sorted(names, key=lambda name: (place(_parts(name)[0]), _parts(name)[1], name))
 
 
-def _draw(values: np.ndarray, names: list[str], edges: np.ndarray, *, name: str, title: str, most: float | None) -> Picture:
-    """One row of pixels a matrix; columns as wide as their part of the run."""
+def _draw(grid: Grid, *, name: str, title: str, most: float | None) -> Picture:
+    """One row of pixels a matrix; columns as wide as their stretch of the run."""
+    names, edges, values = grid
     height = 1.5 + min(3.6, max(1.4, 0.017 * len(names)))
     picture = Picture(name, title=title, height=height, margins=(0.95, 0.85, 0.52, 0.12))
     columns = min(COLUMNS, max(len(edges) - 1, 1) * 20)

@@ -28,7 +28,9 @@ def draw_memory(groups: Sequence[Group]) -> Picture | None:
             for row, kind in enumerate(kinds):
                 if kind in memory:
                     y = row - 0.4 + (place + 0.5) * thick
-                    axes.barh(y, memory[kind], height=0.92 * thick, color=colour(group.number), linewidth=0)
+                    edge = colour(group.number)
+                    fill = "none" if kind == PLANNED_PEAK else edge
+                    axes.barh(y, memory[kind], height=0.9 * thick, edgecolor=edge, linewidth=1, facecolor=fill)
                     axes.text(memory[kind] + 0.01 * most, y, size_of(memory[kind]), va="center", fontsize=9.5)
         axes.set_yticks(range(len(kinds)), kinds)
         axes.tick_params(axis="y", length=0)
@@ -55,7 +57,9 @@ def memory_of(run: RunRecord) -> dict[str, float]:
 
 def fullest_plan(run: RunRecord) -> dict[str, Any] | None:
     """The memory event with the largest peak in its plan."""
-    events = [each for each in run.memory if isinstance(each.get("planned"), dict) and _is_size(each.get("planned_peak"))]
+    events = [
+        each for each in run.memory if isinstance(each.get("planned"), dict) and _is_size(each.get("planned_peak"))
+    ]
     return max(events, key=lambda event: event["planned_peak"], default=None)
 
 

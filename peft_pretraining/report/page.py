@@ -1,7 +1,7 @@
 """The page: one HTML file with its pictures and its style in it, and without any script."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
@@ -57,7 +57,11 @@ def report(runs: Sequence[RunRecord]) -> str:
 
 def _opening(groups: Sequence[Group], single: RunRecord | None) -> str:
     if single is not None:
-        what = [single.args.get("optimizer"), Path(str(single.args.get("model_config", ""))).stem, single.start.get("device")]
+        what = [
+            single.args.get("optimizer"),
+            Path(str(single.args.get("model_config", ""))).stem,
+            single.start.get("device"),
+        ]
         line = " · ".join(escape(str(each)) for each in [*what, tables.status(single)] if each)
         return f"<header><h1>{escape(single.name)}</h1><p>{line}</p></header>\n{tables.figures(single)}\n"
     count = sum(len(group.runs) for group in groups)
@@ -111,7 +115,9 @@ def _memory(groups: Sequence[Group]) -> str:
     what = "at the peak of the plan" if planned else "as kept between updates; the end of a run records them"
     note = f"<p>Bytes by kind, {what}. GB are of 1e9 bytes.</p>"
     details = "".join(tables.memory_events(group.runs[0]) for group in groups[:1])
-    return _section("Memory", f'{_legend(groups)}<div class="pictures">{_figure(picture)}<div>{note}{details}</div></div>')
+    return _section(
+        "Memory", f'{_legend(groups)}<div class="pictures">{_figure(picture)}<div>{note}{details}</div></div>'
+    )
 
 
 def _subspaces(groups: Sequence[Group]) -> str:
@@ -127,7 +133,9 @@ def _subspaces(groups: Sequence[Group]) -> str:
             continue
         overlaps = draw_overlaps(run, name=f"overlaps-{group.number}")
         missing = "<p>No overlap was measured: refreshes are not lazy. --log_details measures it.</p>"
-        parts += f'{heading}<div class="pictures">{_figure(refreshes)}{_figure(overlaps) if overlaps else missing}</div>'
+        parts += (
+            f'{heading}<div class="pictures">{_figure(refreshes)}{_figure(overlaps) if overlaps else missing}</div>'
+        )
     if len(groups) > MOST_HEAT_MAPS:
         parts += f"<p>The subspaces of the first {MOST_HEAT_MAPS} groups are drawn.</p>"
     return _section("Subspaces", f"{parts}<p>One row is one matrix; of each kind, the first layer is on top.</p>")
@@ -170,8 +178,8 @@ def _legend(groups: Sequence[Group]) -> str:
 def _swatch(group: Group) -> str:
     """A piece of the group's line."""
     pattern = DASHES[group.number % len(DASHES)]
-    dash = "" if pattern == "solid" else f' stroke-dasharray="{" ".join(f"{1.8 * length:.4g}" for length in pattern[1])}"'
+    dash = (
+        "" if pattern == "solid" else f' stroke-dasharray="{" ".join(f"{1.8 * length:.4g}" for length in pattern[1])}"'
+    )
     line = f'<line x1="0" y1="6" x2="34" y2="6" stroke="var(--c{group.number % COLOURS})" stroke-width="3"{dash}/>'
     return f'<svg class="swatch" viewBox="0 0 34 12" aria-hidden="true">{line}</svg>'
-
-

@@ -34,6 +34,14 @@ def thin(y: np.ndarray, *, points: int) -> np.ndarray:
     return np.unique(kept)
 
 
+def envelope(y: np.ndarray, *, stretches: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The index of the first element of each stretch of y, its minimum and its maximum. NaN where it has only NaN."""
+    first = np.unique(np.linspace(0, len(y), stretches, endpoint=False).astype(int))
+    low = np.fmin.reduceat(y, first)
+    high = np.fmax.reduceat(y, first)
+    return first, low, high
+
+
 def smooth(y: np.ndarray, *, window: int) -> np.ndarray:
     """(n,) weighted mean of the `window` elements around each one, the nearest weigh most; NaN is passed over."""
     return _means(_means(y, window=window // 2 + 1), window=window // 2 + 1) if window > 1 and len(y) else y
@@ -83,15 +91,16 @@ def window_of(runs: Sequence[RunRecord]) -> int:
     return max((len(run.updates["update"]) for run in runs), default=0) // 80 * 2 + 1
 
 
-def visible(lines: Sequence[np.ndarray], *, skip: float = 0.1) -> tuple[float, float] | None:
-    """The range of values worth seeing: without the first tenth of each line, where a loss falls from its height.
+def visible(lines: Sequence[np.ndarray], *, skip: float, outliers: float) -> tuple[float, float] | None:
+    """The range of values worth seeing, a little more than they need; None if there is nothing finite.
 
-    A few outliers do not count, either. None if there is nothing finite.
+    skip: share of each line, at its beginning, that does not count: there a loss falls from its height.
+    outliers: share of the values, the largest ones, that does not count.
     """
     shown = [line[int(len(line) * skip) :] if len(line) > 4 else line for line in lines]
     values = np.concatenate([line[np.isfinite(line)] for line in shown]) if shown else np.array([])
     if not len(values):
         return None
-    low, high = float(values.min()), float(np.quantile(values, 0.998))
+    low, high = float(values.min()), float(np.quantile(values, 1 - outliers))
     margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
     return low - margin, high + margin

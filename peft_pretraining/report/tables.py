@@ -94,7 +94,7 @@ def with_spread(figure: Spread | None) -> str:
     """A perplexity with half the range of its runs: 24.10 ± 0.03."""
     if figure is None:
         return "not evaluated"
-    half = f" ± {figure.half_range:.2f}" if figure.runs > 1 else ""
+    half = f" ± {figure.half_range:.2f}" if figure.runs > 1 and math.isfinite(figure.mean) else ""
     return f"{_perplexity(figure.mean)}{half}"
 
 
@@ -105,7 +105,7 @@ def _perplexity(value: float | None) -> str:
 
 
 def _mean(figure: Spread | None, words: Callable[[float], str]) -> str:
-    return _known(figure and figure.mean, words)
+    return _known(figure.mean if figure else None, words)
 
 
 def _known(value: float | None, words: Callable[[float], str]) -> str:
@@ -115,10 +115,11 @@ def _known(value: float | None, words: Callable[[float], str]) -> str:
 def memory_events(run: RunRecord) -> str:
     """When memory was planned and measured; empty if the record has no such events."""
     rows = [
-        [escape(str(event.get("when", ""))), f"{event.get('update', '')}", *map(_size, (event.get("planned_peak"), event.get("measured_peak")))]
+        [escape(shown(event.get(key))) for key in ("when", "update")]
+        + [_size(event.get(key)) for key in ("planned_peak", "measured_peak")]
         for event in run.memory
-    ]  # fmt: skip
-    return table(["when", "update", "peak, planned", "peak, measured"], rows) if rows else ""
+    ]
+    return table(["when", "update", "planned", "measured"], rows) if rows else ""
 
 
 def _size(value: Any) -> str:
@@ -131,17 +132,27 @@ def incidents(groups: Sequence[Group]) -> str:
     parts = []
     for run in runs:
         if run.incidents:
-            rows = [[f"{each.update:,}", each.kind, escape(each.text)] for each in run.incidents[:MOST_INCIDENTS]]
+            rows = [
+                [f"update {each.update:,}", each.kind, escape(each.text)] for each in run.incidents[:MOST_INCIDENTS]
+            ]
             left = len(run.incidents) - len(rows)
             more = f"<p>{left:,} more are in metrics.jsonl.</p>" if left else ""
-            counts = (f"{run.happened(kind)} {kind}" for kind in INCIDENTS.values() if run.happened(kind))
-            parts.append(f"<h3>{escape(run.name)}: {', '.join(counts)}</h3>" + table(["update", "what", ""], rows) + more)
+            counts = (_counted(run.happened(kind), kind) for kind in INCIDENTS.values() if run.happened(kind))
+            parts.append(
+                f"<h3>{escape(run.name)}: {', '.join(counts)}</h3>" + table(["when", "what", "detail"], rows) + more
+            )
     if not parts:
         parts = ["<p>No bad updates, no unreadable documents, no rollbacks and no resumes.</p>"]
     unreadable = [f"{run.name}: {run.unreadable}" for run in runs if run.unreadable]
     if unreadable:
-        parts.append(f"<p>Lines of metrics.jsonl that are not JSON, and were left out: {escape(', '.join(unreadable))}.</p>")
+        parts.append(
+            f"<p>Lines of metrics.jsonl that are not JSON, and were left out: {escape(', '.join(unreadable))}.</p>"
+        )
     return "".join(parts)
+
+
+def _counted(count: int, kind: str) -> str:
+    return f"{count:,} {kind}" if count == 1 or kind.endswith("s") else f"{count:,} {kind}s"
 
 
 def arguments(group: Group) -> str:
@@ -163,7 +174,9 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool 
     kind = "table numbers" if numbers else "table"
     head = "".join(f"<th>{escape(name)}</th>" for name in heads)
     body = "".join(
-        "<tr>" + "".join(f'<td data-of="{escape(name)}">{cell}</td>' for name, cell in zip(heads, row, strict=True)) + "</tr>"
+        "<tr>"
+        + "".join(f'<td data-of="{escape(name)}">{cell}</td>' for name, cell in zip(heads, row, strict=True))
+        + "</tr>"
         for row in rows
     )
     return f'<div class="{kind}"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

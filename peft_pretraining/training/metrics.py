@@ -182,6 +182,9 @@ class LogSink(Sink):
                     f"{fields['tokens_per_second']:,.0f} tokens/s"
                 )
 
+    def close(self) -> None:
+        """See Sink."""
+
 
 def open_record(args: argparse.Namespace, *, save_dir: Path, wandb_id: str | None = None) -> Record:
     """The record that the arguments ask for, on the main process.

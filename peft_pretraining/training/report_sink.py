@@ -27,7 +27,7 @@ class ReportSink:
         self._evaluated = self._stale = self._failed = False
 
     def event(self, name: str, fields: dict[str, Any]) -> None:
-        """See Sink. The event after an evaluation draws the page, so that it has the subspaces of the evaluation, too."""
+        """See Sink. The event after an evaluation draws the page, so that its subspaces are on the page."""
         self._stale |= name in ("update", "eval", "end")
         if self._evaluated and name != "end":
             elapsed = time.monotonic() - self._began
