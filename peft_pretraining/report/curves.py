@@ -71,6 +71,7 @@ def draw_curve(curve: Curve, groups: Sequence[Group], *, axis: str = "update") -
             _mark_incidents(picture, groups[0], axis=axis, unit=unit)
         picture.axes.set_xlabel(shown)
         picture.axes.set_ylabel(curve.label)
+        picture.axes.yaxis.set_label_coords(-0.16, 0.5)  # the same place in every picture, clear of the numbers
         whole_numbers(picture.axes)
         picture.axes.set_xlim(0, 1.02 * (max(float(band.x[-1]) for _, band in drawn) / unit or 1.0))
     return picture

@@ -77,7 +77,7 @@ class Picture:
 
     def __init__(self, name: str, *, title: str, height: float = HEIGHT, margins: tuple[float, ...] = ()) -> None:
         self.name, self.title = name, title
-        left, right, bottom, top = margins or (0.72, 0.12, 0.52, 0.2)  # inches
+        left, right, bottom, top = margins or (0.84, 0.12, 0.52, 0.2)  # inches
         with rc_context(STYLE):
             self.figure = Figure(figsize=(WIDTH, height))
             self.axes: Axes = self.figure.add_axes(
@@ -118,7 +118,10 @@ def _of_the_page(svg: str, *, name: str, title: str) -> str:
 
 
 def plain_number(value: float, _: Any = None) -> str:
-    """A number of an axis: 1,500 as 1.5k, 2,000,000 as 2M; small ones as they are."""
+    """A number in at most six letters or so: 1,500, 15k, 2.5M, 0.025, 2.5e-4."""
+    if 0 < abs(value) < 1e-3:
+        digits, exponent = f"{value:.2e}".split("e")
+        return f"{float(digits):g}e{int(exponent)}"
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
             return f"{value / (1e3 if letter == 'k' else size):.4g}{letter}"

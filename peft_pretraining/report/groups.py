@@ -42,7 +42,7 @@ def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
     """The groups, in the order of their first runs."""
     by_args: dict[str, list[RunRecord]] = {}
     for run in runs:
-        by_args.setdefault(json.dumps(compared(run), sort_keys=True, default=str), []).append(run)
+        by_args.setdefault(_words({key: value for key, value in compared(run).items() if value}), []).append(run)
     members = list(by_args.values())
     return [Group(label, runs, i) for i, (label, runs) in enumerate(zip(_labels(members), members, strict=True))]
 
@@ -63,8 +63,13 @@ def differing(groups: Sequence[Group]) -> list[str]:
 
 def _differing(args: Sequence[dict[str, Any]]) -> list[str]:
     keys = {key: None for each in args for key in each}
-    found = [key for key in keys if len({json.dumps(each.get(key), default=str) for each in args}) > 1]
+    found = [key for key in keys if len({_words(each.get(key) or None) for each in args}) > 1]
     return sorted(found, key=lambda key: (TELLING.index(key) if key in TELLING else len(TELLING), key))
+
+
+def _words(value: Any) -> str:
+    """Text that is the same for the same value. A switch that is off is like one that the run did not know."""
+    return json.dumps(value, sort_keys=True, default=str)
 
 
 def _labels(members: Sequence[Sequence[RunRecord]]) -> list[str]:
@@ -88,11 +93,11 @@ def _labels(members: Sequence[Sequence[RunRecord]]) -> list[str]:
 
 
 def _part(key: str, value: Any) -> str:
+    if value is None or value is False:
+        return ""
     if key in ("optimizer", "peft", "model_config"):
-        return "" if value is None else str(value).removesuffix(".json")
-    if isinstance(value, bool) or value is None:
-        return key if value else f"no {key}"
-    return f"{key} {value}"
+        return str(value).removesuffix(".json")
+    return key if value is True else f"{key} {value}"
 
 
 @dataclass
