@@ -248,7 +248,7 @@ def check_page(browser: Browser, *, width: int, count: int) -> None:
         assert shown == [count - 4] * 3 or browser.value("matchMedia('print').matches")
     else:
         assert visible_pictures(browser) == count
-    outside = """[...document.querySelectorAll('figure svg')].filter(svg => svg.getClientRects().length).flatMap(svg => {
+    outside = """[...document.querySelectorAll('figure svg')].filter(svg => svg.clientHeight).flatMap(svg => {
         const box = svg.getBoundingClientRect();
         return [...svg.querySelectorAll('text')].filter(text => {
             const own = text.getBoundingClientRect();
