@@ -75,8 +75,9 @@ def test_the_page_has_the_subspaces_of_its_evaluation(clock, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_a_run_writes_its_page_at_its_end(tiny, tmp_path):
+def test_a_run_writes_its_page_at_its_end(tiny, tmp_path, capsys):
     run(tiny, tmp_path / "on", no_report=None, optimizer="galore_adamw", rank=4)
+    assert capsys.readouterr().err.rstrip().endswith(f"the page of this run: {tmp_path / 'on' / PAGE}")
     text = (tmp_path / "on" / PAGE).read_text()
     assert "finished after 6 updates" in text and text.count("<figure>") == 12 - 1  # no overlap is measured
     run(tiny, tmp_path / "off")

@@ -39,6 +39,8 @@ class ReportSink:
         """See Sink."""
         if self._stale:
             self._draw()
+        if self.drawn:
+            logger.info(f"the page of this run: {self.save_dir / PAGE}")
 
     def _draw(self) -> None:
         if self._failed:
