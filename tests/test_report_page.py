@@ -17,7 +17,7 @@ from peft_pretraining.report.groups import UNCOMPARED, differing, group_runs, sp
 from peft_pretraining.report.heat_maps import refresh_rates
 from peft_pretraining.report.memory import MEASURED_PEAK, PLANNED_PEAK, memory_of
 from peft_pretraining.report.records import read_run
-from peft_pretraining.report.series import band_of, envelope, smooth, thin
+from peft_pretraining.report.series import band_of, envelope, smooth, thin, visible
 from peft_pretraining.report.tables import with_spread
 
 PICTURES = 12  # on the page of a run that projects: 2 x 3 axes, 3 curves, memory, 2 heat maps
@@ -67,6 +67,15 @@ def test_smoothing_keeps_level_and_slope_and_passes_over_gaps():
     line[100] = np.nan
     assert np.isfinite(smooth(line, window=21)).all()
     np.testing.assert_array_equal(smooth(line, window=1), line)
+
+
+def test_the_range_of_an_axis_leaves_out_the_fall_and_the_outliers():
+    """The first tenth of the longest line, at most half of a short one, and two values in a thousand."""
+    fall = np.concatenate([np.linspace(90, 4, 100), np.full(900, 3.0), [np.nan]])
+    fall[500] = 1000.0
+    assert visible([fall, np.array([60.0, 50.0, 4.0, 4.0])], skip=0.1, outliers=0.002) == pytest.approx((2.95, 4.05))
+    assert visible([fall], skip=0.0, outliers=0.0) == pytest.approx((3 - 0.05 * 997, 1000 + 0.05 * 997))
+    assert visible([np.array([np.nan])], skip=0.1, outliers=0.0) is None
 
 
 def test_seeds_are_a_group_and_a_band(tmp_path):

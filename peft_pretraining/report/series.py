@@ -94,10 +94,12 @@ def window_of(runs: Sequence[RunRecord]) -> int:
 def visible(lines: Sequence[np.ndarray], *, skip: float, outliers: float) -> tuple[float, float] | None:
     """The range of values worth seeing, a little more than they need; None if there is nothing finite.
 
-    skip: share of each line, at its beginning, that does not count: there a loss falls from its height.
+    skip: share of the longest line that does not count at the beginning of each, where a loss falls from its height;
+        of a short line, at most half.
     outliers: share of the values, the largest ones, that does not count.
     """
-    shown = [line[int(len(line) * skip) :] if len(line) > 4 else line for line in lines]
+    skipped = int(skip * max(map(len, lines), default=0))
+    shown = [line[min(skipped, len(line) // 2) :] for line in lines]
     values = np.concatenate([line[np.isfinite(line)] for line in shown]) if shown else np.array([])
     if not len(values):
         return None

@@ -66,9 +66,13 @@ def comparison(groups: Sequence[Group], *, swatch: Callable[[Group], str]) -> st
 
 
 def differences(groups: Sequence[Group]) -> str:
-    """The table of the arguments in which groups differ, one row an argument; empty if there are none."""
-    rows = [[escape(key), *(escape(shown(group.args.get(key))) for group in groups)] for key in differing(groups)]
-    return table(["argument", *(group.label for group in groups)], rows) if rows else ""
+    """The table of the arguments in which groups differ, as narrow as can be; empty if there are none."""
+    keys = differing(groups)
+    if len(keys) < len(groups):
+        rows = [[escape(group.label), *(escape(shown(group.args.get(key))) for key in keys)] for group in groups]
+        return table(["run", *keys], rows) if keys else ""
+    rows = [[escape(key), *(escape(shown(group.args.get(key))) for group in groups)] for key in keys]
+    return table(["argument", *(group.label for group in groups)], rows)
 
 
 def _results(group: Group) -> list[str]:
