@@ -103,7 +103,7 @@ def _draw(grid: Grid, *, name: str, title: str, most: float | None) -> Picture:
             pixels, aspect="auto", interpolation="none", cmap=COLOURS, vmin=0, vmax=highest, extent=extent
         )
         axes.grid(False)
-        axes.set_xlabel("update")
+        axes.set_xlabel("updates")
         whole_numbers(axes)
         _label_rows(picture, names)
         bar = picture.figure.add_axes((1 - 0.7 / WIDTH, 0.52 / height, 0.14 / WIDTH, 1 - 0.64 / height))

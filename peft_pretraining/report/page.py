@@ -45,7 +45,7 @@ def report(runs: Sequence[RunRecord]) -> str:
     single = runs[0] if len(runs) == 1 else None
     title = single.name if single else f"{len(runs)} runs"
     told = [_opening(groups, single), _curves(groups), _training(groups), _memory(groups), _subspaces(groups)]
-    told += [_section("What went wrong", tables.incidents(groups)), _arguments(groups)]
+    told += [_section("Incidents", tables.incidents(groups)), _arguments(groups)]
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'

@@ -30,7 +30,7 @@ class Browser:
         self._profile = tempfile.TemporaryDirectory()
         commands, self._commands = os.pipe()
         self._answers, answers = os.pipe()
-        flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-dev-shm-usage --remote-debugging-pipe"
+        flags = "--headless --no-sandbox --disable-gpu --no-first-run --hide-scrollbars --remote-debugging-pipe"
         line = f'exec "$0" {flags} --user-data-dir="$1" about:blank 3<&{commands} 4>&{answers}'  # the pipe is 3 and 4
         self._process = subprocess.Popen(
             ["bash", "-c", line, program, self._profile.name],
