@@ -173,6 +173,15 @@ def test_a_record_with_little_in_it_is_drawn_or_says_why_not(tmp_path, lines, wo
     assert len(pictures(text)) == count
 
 
+def test_the_users_own_matplotlib_style_does_not_show(tmp_path):
+    import matplotlib
+
+    run = read_run(whole_run(tmp_path, optimizer="$x^{$"))
+    text = page.report([run])
+    with matplotlib.rc_context({"font.size": 30, "svg.fonttype": "path", "axes.grid": False, "text.color": "red"}):
+        assert page.report([run]) == text
+
+
 def test_what_cannot_be_drawn_is_one_line(tmp_path, capsys, monkeypatch):
     def refused(*flags):
         return refusal(flags, capsys, program=main)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from matplotlib import rc_context
+from matplotlib import style
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -55,6 +55,7 @@ STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.6,
     "lines.solid_capstyle": "round",
     "path.simplify": False,
+    "text.parse_math": False,
 }
 
 
@@ -68,6 +69,13 @@ def dashes(number: int) -> Any:
     return DASHES[number % len(DASHES)]
 
 
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Within it, matplotlib has the style of the page, whatever the user's own matplotlibrc says."""
+    with style.context(["default", STYLE]):
+        yield
+
+
 class Picture:
     """One picture: draw on `axes` inside `drawing`, then ask for `svg`.
 
@@ -78,7 +86,7 @@ class Picture:
     def __init__(self, name: str, *, title: str, height: float = HEIGHT, margins: tuple[float, ...] = ()) -> None:
         self.name, self.title = name, title
         left, right, bottom, top = margins or (0.84, 0.12, 0.52, 0.2)  # inches
-        with rc_context(STYLE):
+        with drawing():
             self.figure = Figure(figsize=(WIDTH, height))
             self.axes: Axes = self.figure.add_axes(
                 (left / WIDTH, bottom / height, 1 - (left + right) / WIDTH, 1 - (bottom + top) / height)
@@ -87,19 +95,12 @@ class Picture:
     def svg(self) -> str:
         """The picture as an SVG element without a size of its own."""
         buffer = io.StringIO()
-        with rc_context(STYLE):
+        with drawing():
             self.figure.patch.set_visible(False)
             for axes in self.figure.axes:
                 axes.patch.set_visible(False)
             FigureCanvasSVG(self.figure).print_svg(buffer, metadata={"Date": None})
         return _of_the_page(buffer.getvalue(), name=self.name, title=self.title)
-
-
-@contextmanager
-def drawing() -> Iterator[None]:
-    """Within it, matplotlib has the style of the page."""
-    with rc_context(STYLE):
-        yield
 
 
 def _of_the_page(svg: str, *, name: str, title: str) -> str:
