@@ -111,6 +111,7 @@ def _of_the_page(svg: str, *, name: str, title: str) -> str:
     body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.S)
     body = re.sub(r'\b(id="|href="#)', rf"\1{name}-", body).replace("url(#", f"url(#{name}-")
     body = re.sub(r' (?:d|x|y|transform)="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), body)
+    body = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", body)  # before matplotlib 3.11
     body = re.sub(r"font-family: [^;\"]*;? ?", "", body)
     for variable, stand_in in VARIABLES.items():
         body = body.replace(stand_in, f"var(--{variable})")

@@ -132,7 +132,7 @@ def _subspaces(groups: Sequence[Group]) -> str:
             parts += f"{heading}<p>{_why_no_subspaces(run)}</p>"
             continue
         overlaps = draw_overlaps(run, name=f"overlaps-{group.number}")
-        missing = "<p>No overlap was measured: refreshes are not lazy. --log_details measures it.</p>"
+        missing = "<p>No overlap was measured: refreshes are not lazy. <code>--log_details</code> measures it.</p>"
         parts += (
             f'{heading}<div class="pictures">{_figure(refreshes)}{_figure(overlaps) if overlaps else missing}</div>'
         )
