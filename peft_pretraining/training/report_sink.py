@@ -9,13 +9,13 @@ from loguru import logger
 
 PAGE = "report.html"
 SHARE = 0.01  # of a run's time that pages drawn before its end may take
-FIRST = 3.0  # seconds that the first page is assumed to take
+AT_LEAST = 3.0  # seconds that a page is assumed to take: the first one loads matplotlib, and a machine may be busy
 
 
 class ReportSink:
     """SAVE_DIR/report.html, made of the record that another sink has written before it.
 
-    A page that would take the pages so far above SHARE of the time since the start is not drawn: the page then waits
+    A page that may take the pages so far above SHARE of the time since the start is not drawn: the page then waits
     for a later evaluation, or for the end, where it is always drawn. No failure to draw it stops a run.
     """
 
@@ -23,7 +23,7 @@ class ReportSink:
         self.save_dir = save_dir
         self.drawn = 0  # pages so far
         self._began = time.monotonic()
-        self._spent, self._latest = 0.0, FIRST  # seconds that all pages and the latest one took
+        self._spent, self._longest = 0.0, AT_LEAST  # seconds that all pages took, and that one may take
         self._evaluated = self._stale = self._failed = False
 
     def event(self, name: str, fields: dict[str, Any]) -> None:
@@ -31,7 +31,7 @@ class ReportSink:
         self._stale |= name in ("update", "eval", "end")
         if self._evaluated and name != "end":
             elapsed = time.monotonic() - self._began
-            if self._spent + self._latest <= SHARE * elapsed:
+            if self._spent + self._longest <= SHARE * elapsed:
                 self._draw()
         self._evaluated = name == "eval"
 
@@ -56,8 +56,8 @@ class ReportSink:
             self._failed = True
             reason = " ".join(str(error).split()) or type(error).__name__
             logger.warning(f"{self.save_dir / PAGE} could not be drawn ({reason}): training goes on without it")
-        self._latest = time.monotonic() - began
-        self._spent += self._latest
+        took = time.monotonic() - began
+        self._spent, self._longest = self._spent + took, max(self._longest, took)
 
 
 def report_sinks(*, save_dir: Path, wanted: bool) -> list[ReportSink]:
