@@ -48,6 +48,7 @@ class Tiny:
             "num_threads": 1,
             "dtype": "float32",
             "wandb_mode": "disabled",
+            "no_report": True,
             "save_dir": save_dir,
         } | more
         given = {name: value for name, value in flags.items() if value is not None}

@@ -6,13 +6,16 @@ The main script runs in this process, because importing torch takes seconds; one
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
+from support.run_records import whole_run
 from support.runs import ROOT, record, shell
 
 import torchrun_main
 from peft_pretraining.cli.args import parse_args
 from peft_pretraining.data.token_shards import read_index
+from peft_pretraining.report.__main__ import main as report
 from scripts import tokenize_corpus
 
 PRETRAIN = sorted((ROOT / "scripts" / "pretrain_c4").glob("*.sh"))
@@ -58,6 +61,14 @@ def words_of(tmp_path):
     return words
 
 
+def check_a_comparison(command: str, tmp_path) -> None:
+    """A page of three runs, whose records are made up here."""
+    words = [str(tmp_path / word) if word.startswith(("runs/", "report.")) else word for word in command.split()[3:]]
+    for folder in words[:3]:
+        whole_run(Path(folder), updates=20, optimizer=Path(folder).name)
+    assert report(words) == 0 and "<h1>3 runs</h1>" in (tmp_path / "report.html").read_text()
+
+
 @pytest.mark.parametrize("script", PRETRAIN, ids=lambda path: path.stem)
 def test_pretraining_scripts_carry_the_published_settings(script, words_of):
     args = parse_args(words_of(["bash", str(script), "--seed", "7"]))
@@ -80,6 +91,9 @@ def test_readme_commands_run(command, tiny, tmp_path, words_of, capsys):
     """As they stand there, with shorter arguments after them; `scripts/test.sh` is what runs this."""
     if "runs/60m" in command and "--save_dir" not in command:
         check_a_command_on_a_finished_run(command, tiny, tmp_path)
+        return
+    if "peft_pretraining.report" in command:
+        check_a_comparison(command, tmp_path)
         return
     words, more = command.split(), shortened(tiny, tmp_path)
     if words[0] == "bash" and "quickstart" not in command:

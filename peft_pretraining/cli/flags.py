@@ -186,6 +186,8 @@ class RunOptions:
         "account", section=RECORD, choices=("online", "offline", "disabled"), may_change=True)
     tensorboard: bool = option(False, "also write curves for TensorBoard, to SAVE_DIR/tensorboard", section=RECORD,
         may_change=True)
+    no_report: bool = option(False, "draw no SAVE_DIR/report.html, the page of the run", section=RECORD,
+        may_change=True)
     unset_wandb: bool = option(False, "the reference's name for --wandb_mode disabled", section=RECORD,
         may_change=True)
     project: str = option("qgalore", "project of the run in wandb", unit="NAME", section=RECORD, may_change=True)

@@ -12,7 +12,7 @@
     end               updates, tokens_seen, perplexity, seconds, kept_bytes, refreshes
 
 metrics.jsonl holds one JSON object a line, one for each event. A run in an older folder appends; the last line of an
-update counts. To send figures elsewhere, write another subclass of Sink and add it in open_record.
+update counts. To send figures elsewhere, write another Sink and add it in open_record.
 """
 
 import argparse
@@ -22,10 +22,12 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from loguru import logger
 from tqdm import tqdm
+
+from peft_pretraining.training.report_sink import report_sinks
 
 LOG_PERIOD = 10.0  # seconds between log lines of updates, if there is no terminal for a progress bar
 
@@ -41,8 +43,8 @@ def set_up_log(*, is_main: bool) -> None:
     )
 
 
-class Sink:
-    """Takes the events of a run. A subclass passes over names that it does not know, and leaves `fields` as it is."""
+class Sink(Protocol):
+    """Takes the events of a run. A sink passes over names that it does not know, and leaves `fields` as it is."""
 
     def event(self, name: str, fields: dict[str, Any]) -> None:
         """Takes one event."""
@@ -180,6 +182,9 @@ class LogSink(Sink):
                     f"{fields['tokens_per_second']:,.0f} tokens/s"
                 )
 
+    def close(self) -> None:
+        """See Sink."""
+
 
 def open_record(args: argparse.Namespace, *, save_dir: Path, wandb_id: str | None = None) -> Record:
     """The record that the arguments ask for, on the main process.
@@ -192,9 +197,10 @@ def open_record(args: argparse.Namespace, *, save_dir: Path, wandb_id: str | Non
     bar = BarSink(total=args.num_training_steps)
     log = LogSink(total=args.num_training_steps, updates=not bar.visible)
     boards = [TensorBoardSink(save_dir / "tensorboard")] if args.tensorboard else []
+    pages = report_sinks(save_dir=save_dir, wanted=not args.no_report)
     if wandb is None:
-        return Record(lines, *boards, bar, log, wandb_id=wandb_id)
-    return Record(lines, *boards, WandbSink(wandb), bar, log, wandb_id=wandb.id)
+        return Record(lines, *boards, *pages, bar, log, wandb_id=wandb_id)
+    return Record(lines, *boards, *pages, WandbSink(wandb), bar, log, wandb_id=wandb.id)
 
 
 def finite(value: Any) -> Any:
