@@ -12,12 +12,12 @@ from qgalore.resumable import ResumableOptimizer
 from qgalore.rules.lifts import LIFTS
 from qgalore.rules.moments import moment_codec
 from qgalore.rules.rules import RULES
-from qgalore.sharding import Shard, shard_of
+from qgalore.sharding import Shard, as_dtensor, shard_of
 from qgalore.storage.blockwise import BLOCK, Blockwise
 from qgalore.storage.dynamic8 import upgrade_moments
 from qgalore.storage.rounding import mix_seed
 from qgalore.subspace.probe import observers
-from qgalore.subspace.projector import LEARNERS, SMALLEST, Projector, projection_sides
+from qgalore.subspace.projector import LEARNERS, SMALLEST, Projector, is_spread, projection_sides
 from qgalore.subspace.schedule import RefreshSchedule, staggered_offset
 from qgalore.sync import GradSync
 from qgalore.update import BasisUpdate, Engine, ParameterUpdate
@@ -84,6 +84,19 @@ class LowRankOptimizer(ResumableOptimizer):
         if torch.is_tensor(value) and value.ndim == 0 and key not in (lift.remembers for lift in LIFTS.values()):
             return value.item()  # some savers make tensors of numbers
         return super().load_value(value, key=key, p=p)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch.optim. Of a sharded parameter, tensors with rows are DTensors, which torch.distributed.checkpoint
+        saves and shares out anew."""
+        packed = super().state_dict()
+        indices = [index for group in packed["param_groups"] for index in group["params"]]
+        for index, (p, update) in zip(indices, self.updates.items(), strict=True):
+            if update.shard is not None and index in packed["state"]:
+                state = packed["state"][index]
+                packed["state"][index] = {
+                    key: as_dtensor(value, like=p) if is_spread(key, value) else value for key, value in state.items()
+                }
+        return packed
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from qgalore.sharding import local
+
 
 class ResumableOptimizer(torch.optim.Optimizer):
     """An optimizer whose state comes back as it was saved.
@@ -64,7 +66,7 @@ class ResumableOptimizer(torch.optim.Optimizer):
 
     def load_value(self, value: Any, *, key: str, p: Tensor) -> Any:
         """A value of a loaded state as this optimizer keeps it."""
-        return value.to(p.device, copy=True) if torch.is_tensor(value) else copy.deepcopy(value)
+        return local(value).to(p.device, copy=True) if torch.is_tensor(value) else copy.deepcopy(value)
 
     def _pairs(self, loaded: dict[str, Any]) -> list[tuple[dict[str, Any], list[Tensor]]]:
         """The loaded groups with the parameters that they are for; empty if the groups differ, which torch reports."""

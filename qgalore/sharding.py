@@ -58,11 +58,26 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def as_sharded(rows: Tensor, *, like: Tensor) -> Tensor:
-    """The DTensor whose rows on this rank are these, of the shape and placement of another."""
+def as_dtensor(rows: Tensor, *, like: Tensor) -> Tensor:
+    """What this rank has of a tensor as a DTensor of the whole, for state dicts: spread as a sharded parameter is.
+
+    rows: (k, ...), the same multiple of the rows that this rank has of `like`, on every rank.
+    Raises ValueError if a DTensor cannot be shared out like that, as the rows of `like` do not divide evenly.
+    """
+    shard = shard_of(like)
+    assert shard is not None
     mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    ranks = shard.group.size()
+    if shard.whole[0] % ranks and len(rows) != shard.shape[0]:
+        raise ValueError(
+            f"the {shard.whole[0]} rows of a parameter of shape {tuple(shard.whole)} do not divide evenly over {ranks} "
+            "ranks, so what is kept of them in few bits cannot be a DTensor"
+        )
+    count = shard.whole[0] if len(rows) == shard.shape[0] else len(rows) * ranks
+    shape = torch.Size((count, *rows.shape[1:]))
+    stride = torch.empty(shape, device="meta").stride()
     kind: Any = type(like.detach())
-    return kind.from_local(rows, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+    return kind.from_local(rows, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def is_dtensor(tensor: Any) -> bool:

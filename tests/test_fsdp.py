@@ -5,9 +5,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from support.models import Model, batches, loss_of
 from support.ranks import run_distributed, watched
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from qgalore.factory import Settings, create_optimizer, create_updates
 from qgalore.memory import kept_bytes
@@ -205,3 +207,65 @@ def test_a_bad_gradient_on_one_rank_stops_the_update_on_all():
 def test_a_parameter_that_is_no_dtensor_has_no_shard():
     p = torch.ones(3, 2)
     assert shard_of(p) is None and local(p) is p
+
+
+def saved_and_loaded(folder: str, name: str, bits: int) -> list[bool]:
+    """torch.distributed.checkpoint, from a sharded model into another and into one that is not."""
+
+    def build(sharded: bool):
+        torch.manual_seed(0)
+        model = Model(width=64)
+        if bits:
+            quantize_linear_layers(model, select=lambda name: "mlp" in name, bits=bits, seed=0)
+        if sharded:
+            shard(model)
+        settings = Settings(lr=0.01, rank=8, update_proj_gap=3, proj_type="right", proj_bits=4)
+        optimizer = create_optimizer(name, groups=split_parameters(model), settings=settings)
+        return model, optimizer, WholeModelUpdates(optimizer, sync=GradSync(enabled=False))
+
+    def advance(driver, model, data, *, sharded: bool):
+        for batch in data:  # the same on both ranks, so that one model by itself may go on, too
+            (loss_of(model, batch) / (2 if sharded else 1)).backward()
+            driver.finish()
+
+    data = batches(8)
+    model, optimizer, driver = build(True)
+    advance(driver, model, data[:4], sharded=True)
+    weights, states = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": states}, checkpoint_id=folder)
+    advance(driver, model, data[4:], sharded=True)
+    found = []
+    for sharded in (True, False):
+        other, restored, going_on = build(sharded)
+        weights, states = get_state_dict(other, restored)
+        loaded = {"model": weights, "optimizer": states}
+        dcp.load(loaded, checkpoint_id=folder)
+        set_state_dict(other, restored, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+        advance(going_on, other, data[4:], sharded=sharded)
+        pairs = zip(weights_of(model), weights_of(other), strict=True)
+        found.append(all(torch.allclose(a.float(), b.float(), atol=0 if sharded else 1e-5) for (_, a), (_, b) in pairs))
+    return found
+
+
+@pytest.mark.parametrize("name, bits", [("galore_adamw8bit", 0), ("q_galore_adamw8bit", 8), ("adamw", 0)])
+def test_distributed_checkpoints_share_it_out_anew(tmp_path, name, bits):
+    assert run_distributed(saved_and_loaded, str(tmp_path), name, bits) == [[True, True], [True, True]]
+
+
+def uneven_state() -> str:
+    model = Model(width=64)
+    model.head = nn.Linear(64, 135, bias=False)  # 68 and 67 rows
+    shard(model)
+    optimizer = create_optimizer("adamw8bit", groups=split_parameters(model), settings=Settings(lr=0.01))
+    model(torch.randint(16, (4, 3))).square().sum().backward()
+    optimizer.step()
+    try:
+        optimizer.state_dict()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_moments_in_few_bits_of_uneven_rows_are_no_dtensors():
+    for said in run_distributed(uneven_state):
+        assert "the 135 rows of a parameter of shape (135, 64) do not divide evenly over 2 ranks" in said

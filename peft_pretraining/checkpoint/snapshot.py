@@ -39,10 +39,10 @@ from peft_pretraining.distributed import World
 from peft_pretraining.errors import UserError
 from qgalore.master_weights import MasterWeights
 from qgalore.optimizer import LowRankOptimizer
-from qgalore.sharding import as_sharded, local, shard_of
+from qgalore.sharding import as_dtensor, local, shard_of
 from qgalore.storage.quantized_weight import QuantizedWeight, open_weight
 from qgalore.storage.stored import describe_codec, part_key
-from qgalore.subspace.projector import is_basis
+from qgalore.subspace.projector import is_spread
 
 RESERVED = ("format", "optimizer")  # keys of state.json that are not the caller's
 
@@ -96,14 +96,13 @@ def _spread(names: Mapping[Tensor, str], optimizer: torch.optim.Optimizer) -> se
     """The keys, in the files, of the tensors of which each rank has other rows."""
     shards = {p: name for p, name in names.items() if shard_of(p) is not None}
     weights = {key for p, name in shards.items() for key in _pieces(name, p)}
-    states = {f"{shards[p]}:{key}" for p, state in optimizer.state.items() if p in shards for key in state
-              if torch.is_tensor(state[key]) and _by_rows(key, state[key])}  # fmt: skip
+    states = {
+        f"{shards[p]}:{key}"
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
+        if p in shards and is_spread(key, value)
+    }
     return weights | states
-
-
-def _by_rows(key: str, value: Tensor) -> bool:
-    """Whether a tensor in the state of a sharded parameter has rows of its own on each rank: moments; not bases."""
-    return value.ndim > 0 and not is_basis(key)
 
 
 def _quantized(p: Tensor) -> QuantizedWeight | None:
@@ -239,9 +238,9 @@ def _read_states(
             kind = key.partition(":")[2]
             device = torch.device("cpu") if kind == "step" else p.device  # torch's optimizers count on the CPU
             tensor, shard = file.get_tensor(key), shard_of(p)
-            by_rows = shard is not None and _by_rows(kind, tensor)
+            by_rows = shard is not None and is_spread(kind, tensor)
             value = (rows_of(tensor, shard) if by_rows else tensor).to(device, copy=True)
-            state[kind] = as_sharded(value, like=p) if by_rows and not own else value
+            state[kind] = as_dtensor(value, like=p) if by_rows and not own else value
         yield p, upgrade_state(state)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qgalore.sharding import as_dtensor, local, shard_of
 from qgalore.storage.quantized_weight import QuantizedWeight
 from qgalore.storage.stored import Stored, part_key
 
@@ -23,17 +24,23 @@ def save_as_parts(module: nn.Module) -> None:
         module.register_load_state_dict_pre_hook(_join)
 
 
-def _weights(module: nn.Module, prefix: str) -> Iterator[tuple[str, QuantizedWeight, dict[str, str]]]:
-    """The key, the weight, and the key of each part, of every quantized weight of the module itself."""
-    for name, weight in module.named_parameters(recurse=False):
+def _weights(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor, QuantizedWeight, dict[str, str]]]:
+    """The key, the parameter, the weight that it is or whose rows it holds, and the key of each part, of every
+    quantized weight of the module itself."""
+    for name, p in module.named_parameters(recurse=False):
+        weight = local(p.detach())
         if isinstance(weight, QuantizedWeight):
-            yield prefix + name, weight, {part: part_key(prefix + name, part) for part in weight.codec.PARTS}
+            yield prefix + name, p, weight, {part: part_key(prefix + name, part) for part in weight.codec.PARTS}
 
 
 def _split(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    for key, weight, keys in _weights(module, prefix):
+    for key, p, weight, keys in _weights(module, prefix):
         state_dict.pop(key, None)
-        state_dict.update({keys[part]: tensor for part, tensor in weight.stored().parts.items()})
+        sharded = shard_of(p) is not None
+        for part, tensor in weight.stored().parts.items():
+            state_dict[keys[part]] = held = as_dtensor(tensor, like=p) if sharded else tensor
+            if sharded:
+                setattr(p, part, held)  # torch.distributed.checkpoint follows each key from attribute to attribute
 
 
 def _join(
@@ -46,14 +53,15 @@ def _join(
     unexpected_keys: list[str],
     error_msgs: list[str],
 ) -> None:
-    for key, weight, keys in _weights(module, prefix):
+    for key, p, weight, keys in _weights(module, prefix):
         if any(part not in state_dict for part in keys.values()):
             continue
-        parts = {part: state_dict.pop(name) for part, name in keys.items()}
+        parts = {part: local(state_dict.pop(name)) for part, name in keys.items()}
         if problem := _misfit(weight, parts):
             error_msgs.append(f"{key}: {problem}")
         stored = Stored(weight.codec, weight.stored().parts if problem else parts, weight.shape)
-        state_dict[key] = QuantizedWeight(stored, dtype=weight.dtype, products=weight.products)
+        whole = QuantizedWeight(stored, dtype=weight.dtype, products=weight.products)
+        state_dict[key] = whole if shard_of(p) is None else as_dtensor(whole, like=p)
 
 
 def _misfit(weight: QuantizedWeight, parts: dict[str, Tensor]) -> str | None:

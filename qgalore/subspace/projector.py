@@ -241,6 +241,11 @@ def _all_finite(G: Tensor, *, shard: Shard | None) -> bool:
     return bool(finite) if shard is None else not shard.sum(1 - finite.float())
 
 
+def is_spread(name: str, value: Any) -> bool:
+    """Whether an entry in the state of a sharded parameter has other rows on each rank: a moment has, a basis not."""
+    return torch.is_tensor(value) and value.ndim > 0 and not is_basis(name)
+
+
 def is_basis(name: str) -> bool:
     """Whether the entry of a parameter's state is a basis, or a part of a packed one."""
     side, _, part = name.partition(".")
