@@ -2,7 +2,6 @@
 
 import pytest
 from support.command_line import message_of, parse
-from support.runs import torchrun
 
 from peft_pretraining.cli.args import parse_args
 from peft_pretraining.cli.flags import FLAGS, GROUPS
@@ -83,8 +82,3 @@ def test_a_second_rank_says_nothing(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         parse_args(["--help"])
     assert capsys.readouterr().out == ""
-
-
-def test_under_torchrun():
-    result = torchrun(["--help", "galore"])
-    assert result.returncode == 0 and result.stdout == help_text("galore") + "\n"

@@ -85,6 +85,7 @@ class CheckpointWriter:
         """
         self.save_dir, self.keep_last, self.keep_every = save_dir, keep_last, keep_every
         self.last = self._newest()  # the newest complete checkpoint, or None
+        self.seconds: float | None = None  # what the last save took; None before the first
         self._saved: Path | None = None
         self._thread: threading.Thread | None = None
 
@@ -109,8 +110,10 @@ class CheckpointWriter:
         return self._saved
 
     def _write(self, snapshot: Snapshot) -> None:
+        began = time.monotonic()
         try:
             self._saved = self.last = write_checkpoint(self.save_dir, snapshot)
+            self.seconds = time.monotonic() - began
         except Exception as error:  # any other would end the thread unheard
             self._give_up(checkpoint_folder(self.save_dir, update=snapshot.update), error)
             return

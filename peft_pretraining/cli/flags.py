@@ -5,6 +5,7 @@
 
 import argparse
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Collection
@@ -41,6 +42,19 @@ def parse_count(text: str) -> int:
     if not math.isfinite(count) or count != round(count):
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number")
     return round(count)
+
+
+_TIME = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?|()(\d+):([0-5]\d):([0-5]\d)")
+
+
+def parse_duration(text: str) -> int:
+    """Seconds from 3h, 90m, 45s, 1h30m, 1d12h or 2:30:00 (hours, minutes, seconds)."""
+    match = _TIME.fullmatch(text.lower())
+    parts = match.groups() if match else ()
+    seconds = sum(int(part or 0) * unit for part, unit in zip(parts, (86400, 3600, 60, 1) * 2, strict=False))
+    if seconds == 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a time such as 3h, 90m, 1h30m, 45s or 2:30:00")
+    return seconds
 
 
 # fmt: off
@@ -172,6 +186,9 @@ class RunOptions:
         shown="a new run", may_change=True)
     resume: str | None = option(None, "go on from the newest sound checkpoint in --save_dir, if there is one",
         section=CHECKPOINTS, choices=("auto",), shown="a new run", may_change=True)
+    time_budget: int | None = option(None, "time from the start of the process in which the run saves and ends, "
+        "with exit status 75, as after a signal: 3h, 90m, 1h30m or 2:30:00; --resume auto goes on", unit="TIME",
+        section=CHECKPOINTS, parse=parse_duration, shown="none", may_change=True)
     allow_changed: str | None = option(None, "flags, separated by commas, that may differ from those of the run that "
         "goes on", unit="A,B", section=CHECKPOINTS, shown="none that alters training", may_change=True)
     eval_only: bool = option(False, "evaluate what --continue_from names, print the result, and stop; other flags "

@@ -1,5 +1,6 @@
 """Saving a run, restoring it, and ending one that cannot go on."""
 
+import math
 import time
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from peft_pretraining.training.report import show_first_bases
 from peft_pretraining.training.run import Run, State
 from qgalore.memory import kept_bytes
 from qgalore.optimizer import LowRankOptimizer
+
+SLOW_DISK = 200e6  # bytes a second
 
 
 def save(run: Run) -> None:
@@ -63,6 +66,18 @@ def save(run: Run) -> None:
         copied=in_background,
     )
     run.writer.save(snapshot, in_background=in_background)
+
+
+def leave_time_to_save(run: Run, *, update_seconds: float) -> None:
+    """Makes the run stop so early that one more update and a save end before its time budget does.
+
+    A save counts as long as the last one; before the first, as its bytes on a slow disk take.
+    """
+    if run.writer is None or run.interruption.deadline == math.inf:
+        return
+    if run.writer.seconds is None:
+        run.writer.seconds = sum(kept_bytes(run.model, run.updates.optimizer).values()) / SLOW_DISK
+    run.interruption.margin = update_seconds + run.writer.seconds
 
 
 def _training_waits(run: Run) -> bool:
