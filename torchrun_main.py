@@ -30,6 +30,7 @@ from peft_pretraining.distributed import World, make_deterministic, use_threads
 from peft_pretraining.errors import UserError, tell_torchrun
 from peft_pretraining.model.adapters import reset_if_due
 from peft_pretraining.model.loss import accumulate_gradients
+from peft_pretraining.progress import LongWait
 from peft_pretraining.schedules import lr_ratio
 from peft_pretraining.training.evaluate import evaluate_only
 from peft_pretraining.training.incidents import react
@@ -85,7 +86,9 @@ def loop(run: Run) -> None:
 
     Raises Interrupted, after saving, if a signal has asked to stop or the time budget is nearly used up.
     """
-    args = run.args
+    args, begun_at = run.args, run.state.update
+    # It waits for data, compiles, and computes bases.
+    first_update = LongWait("first update, with compilation" if args.compile else "first update")
     while True:
         state = run.state
         last = state.update == args.num_training_steps
@@ -95,7 +98,8 @@ def loop(run: Run) -> None:
             save(run)
         if last or run.stopping:
             break
-        train_step(run)
+        with first_update if state.update == begun_at else contextlib.nullcontext():
+            train_step(run)
     if run.stopping:
         checkpoint = last_checkpoint(run)
         said = f"stopped after update {state.update}; go on with --continue_from {checkpoint} or --resume auto"

@@ -19,6 +19,7 @@ from loguru import logger
 from peft_pretraining.data.order import OrderedDocuments
 from peft_pretraining.data.retry import retried
 from peft_pretraining.errors import UserError
+from peft_pretraining.progress import LongWait
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -80,8 +81,9 @@ class HubDocuments(OrderedDocuments[int]):
 
     def check(self) -> None:
         """Finds the dataset's files, so that workers inherit them. Raises UserError within seconds without a hub."""
-        self.revision = probe_hub()
-        self._open()
+        with LongWait(f"finding the files of {self.name}"):
+            self.revision = probe_hub()
+            self._open()
 
     def fingerprint(self) -> dict[str, str]:
         """The dataset's revision, known after check()."""

@@ -64,15 +64,15 @@ def build_model(
     generator = None if device.type == "meta" else torch.Generator(device=device).manual_seed(seed)
     std = model.config.initializer_range
     tied = family.part("head", model) if model.config.tie_word_embeddings else None
-    progress = LongWait("drawing the weights of modules", total=sum(1 for _ in model.modules()))
-    for name, module in model.named_modules():
-        if module is not tied:
-            module.to_empty(device=device, recurse=False)
-            if not is_factor(name):
-                _initialize(module, std=std, generator=generator, norm=family.norm)
-            if finish is not None:
-                finish(name, module)
-        progress.advance()
+    with LongWait("drawing the weights of modules", total=sum(1 for _ in model.modules())) as progress:
+        for name, module in model.named_modules():
+            if module is not tied:
+                module.to_empty(device=device, recurse=False)
+                if not is_factor(name):
+                    _initialize(module, std=std, generator=generator, norm=family.norm)
+                if finish is not None:
+                    finish(name, module)
+            progress.advance()
     model.tie_weights()
     if adapters is not None:
         draw_factors(model, adapters, seed=seed)
