@@ -33,9 +33,7 @@ def numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("."))
 
 
-PROMISED = least(PROJECT["dependencies"]) | least(
-    [each for name in ("train", "hf", "tensorboard") for each in EXTRAS[name]]
-)
+PROMISED = least([*PROJECT["dependencies"], *EXTRAS["train"], *EXTRAS["hf"], *EXTRAS["tensorboard"]])
 
 
 def test_the_oldest_versions_are_those_that_are_promised():
