@@ -29,6 +29,7 @@ def meta_model(
     """
     config = copy.deepcopy(config)
     config.use_cache = False
+    config.dtype = dtype  # transformers 5.4 leaves it empty
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention_for(config), dtype=dtype)
     # A padding row gets no gradient. Where the padding token is also the end of a text, that row must learn.
