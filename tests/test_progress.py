@@ -8,8 +8,10 @@ import time
 
 import pytest
 from support.checkpoints import logged
+from support.runs import run
 
 from peft_pretraining import progress
+from peft_pretraining.data.pydocs import documents
 from peft_pretraining.progress import LongWait
 
 
@@ -102,3 +104,22 @@ def test_on_a_terminal_it_is_a_bar_that_goes_away(quick, monkeypatch, total, dra
     assert shown(long) == []
     text = sys.stderr.getvalue()
     assert re.search(drawn, text) and text.endswith("\r") and not text.rsplit("\r", 2)[1].strip()
+
+
+def test_a_run_shows_every_wait(tiny, tmp_path, monkeypatch):
+    """Of a first start and of one that goes on; the last ones are those of a compiled model and the embedded text."""
+    begun = []
+    begin = LongWait._begin
+    monkeypatch.setattr(LongWait, "_begin", lambda wait: (begun.append(wait.what), begin(wait)))
+    flags = dict(optimizer="galore_adamw", rank=8, save_every=2)
+    run(tiny, tmp_path, num_training_steps=2, **flags)
+    started = set(begun)
+    assert started == {
+        "looking at the data files", "reading validation tokens", "drawing the weights of modules", "first update",
+        "first bases", "evaluating", "saving after update 2", f"writing {tmp_path / 'model'}",
+    }  # fmt: skip
+    begun.clear()
+    run(tiny, tmp_path, num_training_steps=4, resume="auto", allow_changed="num_training_steps,warmup_steps", **flags)
+    assert {"verifying checkpoint-00000002", "reading checkpoint-00000002", "first update"} <= set(begun)
+    begun.clear()
+    assert documents({"": tmp_path}) == [] and begun == ["reading source files"]

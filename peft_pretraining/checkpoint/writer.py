@@ -102,6 +102,11 @@ class CheckpointWriter:
         self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
         self._thread.start()
 
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way in the background."""
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> Path | None:
         """Waits for the last save. Returns its folder; None if it failed or there was none."""
         if self._thread is not None:

@@ -9,6 +9,7 @@ with it, and the documents in it. A shard is a part of the epoch, so a reader op
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
@@ -118,6 +119,8 @@ def load_stream(split: str) -> IterableDataset:
     """The split as `datasets` streams it, one shard per file."""
     import datasets
 
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     dataset = datasets.load_dataset(HUB_DATASET, HUB_CONFIG, split=split, streaming=True)
     return dataset.select_columns(["text"])
 

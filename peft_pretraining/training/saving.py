@@ -73,13 +73,14 @@ def save(run: Run) -> None:
 def leave_time_to_save(run: Run, *, update_seconds: float) -> None:
     """Makes the run stop so early that one more update and a save end before its time budget does.
 
-    A save counts as long as the last one; before the first, as its bytes on a slow disk take.
+    A save counts as long as the last one; before the first, as its bytes on a slow disk take. One that is under way
+    has to end first.
     """
     if run.writer is None or run.interruption.deadline == math.inf:
         return
     if run.writer.seconds is None:
         run.writer.seconds = sum(kept_bytes(run.model, run.updates.optimizer).values()) / SLOW_DISK
-    run.interruption.margin = update_seconds + run.writer.seconds
+    run.interruption.margin = update_seconds + run.writer.seconds * (2 if run.writer.busy else 1)
 
 
 def _training_waits(run: Run) -> bool:
