@@ -1,6 +1,6 @@
 """Pre-trains a LLaMA model: `torchrun --standalone torchrun_main.py --model_config configs/llama_60m.json ...`.
 
-Plain `python torchrun_main.py ...` trains in one process. `--help` lists every flag.
+Plain `python torchrun_main.py ...` trains in one process. `--help` tells the rest.
 """
 
 import contextlib
