@@ -1,9 +1,10 @@
 """Pre-trains a LLaMA model: `torchrun --standalone torchrun_main.py --model_config configs/llama_60m.json ...`.
 
-Plain `python torchrun_main.py ...` trains in one process. `--help` lists every flag.
+Plain `python torchrun_main.py ...` trains in one process. `--help` tells the rest.
 """
 
 import contextlib
+import math
 import os
 import sys
 import time
@@ -26,25 +27,29 @@ from loguru import logger
 from peft_pretraining.batch import IGNORED, Batch
 from peft_pretraining.cli.args import parse_args, schedule_of
 from peft_pretraining.distributed import World, make_deterministic, use_threads
-from peft_pretraining.errors import UserError
+from peft_pretraining.errors import UserError, tell_torchrun
 from peft_pretraining.model.adapters import reset_if_due
 from peft_pretraining.model.loss import accumulate_gradients
+from peft_pretraining.progress import LongWait
 from peft_pretraining.schedules import lr_ratio
 from peft_pretraining.training.evaluate import evaluate_only
 from peft_pretraining.training.incidents import react
-from peft_pretraining.training.interruption import BY_HAND, Interrupted, Interruption
+from peft_pretraining.training.interruption import BY_HAND, Interrupted, Interruption, process_start
 from peft_pretraining.training.memory_plan import log_memory
 from peft_pretraining.training.metrics import set_up_log
 from peft_pretraining.training.plan import make_plan, open_model, open_run, open_validation
 from peft_pretraining.training.replicas import check_replicas
 from peft_pretraining.training.report import evaluate_and_log, log_step, report_end
 from peft_pretraining.training.run import Run, State
-from peft_pretraining.training.saving import begin, give_up, last_checkpoint, save, save_result
+from peft_pretraining.training.saving import begin, give_up, last_checkpoint, leave_time_to_save, save, save_result
 from qgalore.factory import set_lr
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The whole run. Raises UserError for what the user can repair, before anything slow; Interrupted on a signal."""
+def main(argv: list[str] | None = None, *, began: float) -> None:
+    """The whole run. Raises UserError for what the user can repair, before anything slow; Interrupted on a signal.
+
+    began: the start of --time_budget, on the clock of time.monotonic.
+    """
     # Which process is this, and what was it told?
     world = World.from_environment()
     set_up_log(is_main=world.is_main)
@@ -61,7 +66,8 @@ def main(argv: list[str] | None = None) -> None:
                 log_memory(args, dtype=plan.dtype, device_type=world.device.type)
             return
         cleanup.enter_context(world.connected())
-        interruption = cleanup.enter_context(Interruption().listening())
+        deadline = began + (args.time_budget or math.inf)
+        interruption = cleanup.enter_context(Interruption(deadline=deadline).listening())
 
         # Evaluate a checkpoint,
         if args.eval_only:
@@ -79,9 +85,11 @@ def main(argv: list[str] | None = None) -> None:
 def loop(run: Run) -> None:
     """Trains until update num_training_steps. Evaluates and saves when it is due, and at the end.
 
-    Raises Interrupted, after saving, if a signal has asked to stop.
+    Raises Interrupted, after saving, if a signal has asked to stop or the time budget is nearly used up.
     """
-    args = run.args
+    args, begun_at = run.args, run.state.update
+    # It waits for data, compiles, and computes bases.
+    first_update = LongWait("first update, with compilation" if args.compile else "first update")
     while True:
         state = run.state
         last = state.update == args.num_training_steps
@@ -93,11 +101,13 @@ def loop(run: Run) -> None:
             save(run)
         if last or run.stopping:
             break
-        train_step(run)
+        with first_update if state.update == begun_at else contextlib.nullcontext():
+            train_step(run)
     if run.stopping:
         checkpoint = last_checkpoint(run)
-        logger.info(f"stopped after update {state.update}; go on with --continue_from {checkpoint} or --resume auto")
-        raise Interrupted(run.interruption.status)
+        said = f"stopped after update {state.update}; go on with --continue_from {checkpoint} or --resume auto"
+        logger.info(said)
+        raise Interrupted(said, status=run.interruption.status)
     save_result(run)
 
 
@@ -120,6 +130,7 @@ def train_step(run: Run) -> None:
     outcome = run.updates.finish()
     reset_if_due(args, run.model, run.updates.optimizer, update=state.update + 1)
     skipped = [line for batch in micro_batches for line in batch.skipped]
+    leave_time_to_save(run, update_seconds=time.monotonic() - began)
     # One all-reduce for everything that the ranks must agree on.
     told = torch.tensor([float(loss), run.interruption.requested, len(skipped)], dtype=torch.float64)
     total, stops, bad_documents = run.world.sum(told).tolist()
@@ -146,17 +157,22 @@ def read_batches(run: Run) -> list[Batch]:
     return micro_batches
 
 
-def command_line(argv: list[str] | None = None) -> int:
-    """Runs main. Returns the exit status: 2, after one line on stderr, for what the user can repair; or a signal's."""
+def command_line(argv: list[str] | None = None, *, began: float | None = None) -> int:
+    """Runs main. Returns the exit status: 2, after one line on stderr, for what the user can repair; or a signal's.
+
+    began: the start of --time_budget; None for now.
+    """
     warnings.showwarning = lambda message, *_, **__: logger.warning(str(message))
     try:
-        main(argv)
+        main(argv, began=time.monotonic() if began is None else began)
     except UserError as error:
         # All ranks of a machine find what is wrong with the arguments or its files; one, what is wrong with a document.
         if error.on_one_rank or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
+        tell_torchrun(f"error: {error}")
         return 2
     except Interrupted as interrupted:
+        tell_torchrun(str(interrupted))
         return interrupted.status
     except KeyboardInterrupt:
         return BY_HAND
@@ -164,4 +180,4 @@ def command_line(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(command_line())
+    sys.exit(command_line(began=process_start()))

@@ -1,9 +1,14 @@
 """The one exception whose message is written for the user."""
 
 import argparse
+import contextlib
 import difflib
+import json
+import os
 import sys
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -17,24 +22,48 @@ class UserError(ValueError):
     on_one_rank = False  # True if it was raised at a time when perhaps only this rank knows of it
 
 
+def tell_torchrun(line: str) -> None:
+    """Hands torchrun a line about why this process fails: it is shown in the page that torchrun ends with.
+
+    torchrun prints that page, of some thirty lines, for every exit status but 0, below all that the process has said.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    with contextlib.suppress(OSError):
+        if path:
+            said = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+            Path(path).write_text(json.dumps({"message": said}))
+
+
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises UserError instead of printing its usage and leaving."""
+    """An argument parser that raises UserError instead of printing its usage and leaving.
+
+    In the name of a flag, - and _ are alike.
+    """
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}. See --help.")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parses a command line. Raises UserError, with a suggestion for a misspelt flag."""
-        for text in sys.argv[1:] if args is None else args:
+        args = sys.argv[1:] if args is None else args
+        for text in args:
             if any("\ud800" <= letter <= "\udfff" for letter in text):
                 shown = text.encode("ascii", "backslashreplace").decode()
                 self.error(f"{shown} has letters that this system's locale does not know: set PYTHONUTF8=1")
-        known, unknown = self.parse_known_args(args, namespace)
+        known, unknown = self.parse_known_args([self._as_declared(text) for text in args], namespace)
         if flags := [text for text in unknown if text.startswith("--")]:
             self.error(". ".join(map(self._unknown, flags)))
         if unknown:
             self.error(f"unexpected {', '.join(map(repr, unknown))}: every value needs a flag before it")
         return known
+
+    def _as_declared(self, text: str) -> str:
+        """The text with a flag's name as it was declared; as it is if it has no such name."""
+        name, equals, value = text.partition("=")
+        if not name.startswith("--"):
+            return text
+        declared = {flag[2:].replace("-", "_"): flag for flag in self._option_string_actions}
+        return declared.get(name[2:].replace("-", "_"), name) + equals + value
 
     def _unknown(self, flag: str) -> str:
         name = flag.partition("=")[0]

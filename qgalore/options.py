@@ -105,9 +105,9 @@ def declared(holder: type) -> Iterator[Declared]:
 
 # fmt: off
 
-OPTIMIZER = "optimizer"
+OPTIMIZER = "the method, the learning rate and its schedule"
 PROJECTION = "low-rank projection, for optimizers that project gradients"
-QUANTIZATION = "quantization"
+QUANTIZATION = "weights, bases, moments and sums in fewer bits"
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,21 @@ def test_a_hub_that_cannot_be_reached_names_the_offline_ways(tiny, tmp_path, mis
 def test_two_ranks_say_it_once(tiny, tmp_path):
     result = torchrun(tiny.flags(tmp_path / "out", optimizer="sdg"), processes=2)
     assert result.returncode != 0
-    assert result.stderr.count("unknown --optimizer 'sdg'. Did you mean sgd?") == 1
+    said, _, page = result.stderr.partition("ChildFailedError")
+    assert said.count("unknown --optimizer 'sdg'. Did you mean sgd?") == 1
+    assert_torchrun_ends_with(page, "error: unknown --optimizer 'sdg'. Did you mean sgd?")
+
+
+def assert_torchrun_ends_with(page: str, line: str) -> None:
+    """torchrun's page on the failure has our line as its cause, at its end."""
+    *_, cause, border = page.rstrip().splitlines()
+    assert cause.startswith(f"  traceback : {line}") and set(border) == {"="}, page
+
+
+def test_torchrun_shows_our_line_at_the_end_of_its_page(tiny, tmp_path):
+    result = torchrun(tiny.flags(tmp_path / "out", rank=0))
+    assert_torchrun_ends_with(result.stderr, "error: --rank 0: must be at least 1.")
+    assert "new message format" not in result.stderr, "written as torchrun itself would"
 
 
 def test_core_packages_are_enough_for_local_text(tiny, tmp_path):

@@ -39,6 +39,7 @@ def test_a_run_leaves_its_record_and_a_model(tiny, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "checkpoint-00000020",
         "checkpoint-00000030",
+        "config.yaml",
         "metrics.jsonl",
         "model",
     ]

@@ -1,15 +1,19 @@
 """The record: every event reaches every sink, and each sink makes of it what it is for."""
 
+import io
 import json
 import math
+import sys
+import types
 
 import pytest
+from loguru import logger
 from support.checkpoints import logged
 from support.command_line import flags_refusal
 from support.runs import losses
 
 import torchrun_main
-from peft_pretraining.training.metrics import BarSink, JsonlSink, LogSink, Record, WandbSink
+from peft_pretraining.training.metrics import BarSink, JsonlSink, LogSink, Record, WandbSink, set_up_log, shows_colors
 
 UPDATE = dict(loss=2.0, lr=0.01, grad_norm=1.0, tokens_seen=10, tokens_per_second=5.0, memory_bytes=7)
 
@@ -101,6 +105,69 @@ def test_in_wandb_updates_that_are_done_again_count():
         sink.event("update", {"update": update, "loss": 1.0})
     assert run.axes == {"update": None, "*": "update"}
     assert [fields["update"] for fields in run.logged] == [1, 2, 3, 2, 3]
+
+
+def fake_packages(monkeypatch) -> dict[str, list]:
+    """Stand-ins for wandb and TensorBoard; what each is given."""
+    given = {"wandb": [], "tensorboard": []}
+
+    class Wandb(FakeWandb):
+        id = "abc"
+
+        def log(self, fields):
+            given["wandb"] += [("update/loss", fields["update"], fields["loss"])] if "loss" in fields else []
+
+    class Writer:
+        def __init__(self, folder):
+            self.folder = folder
+
+        def add_scalar(self, name, value, update):
+            given["tensorboard"] += [(name, update, value)] if name == "update/loss" else []
+
+        def close(self):
+            pass
+
+    wandb = types.SimpleNamespace(
+        api=types.SimpleNamespace(api_key="x"), init=lambda **options: Wandb(), Settings=lambda **options: None
+    )
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    monkeypatch.setattr("peft_pretraining.cli.args.find_spec", lambda name: True)
+    return given
+
+
+@pytest.mark.parametrize("sinks", [(), ("wandb",), ("tensorboard",), ("wandb", "tensorboard")], ids=" and ".join)
+def test_curves_go_where_they_were_asked_for(tiny, tmp_path, monkeypatch, sinks):
+    """Both, one or none; metrics.jsonl always."""
+    given = fake_packages(monkeypatch)
+    flags = dict(wandb_mode="online" if "wandb" in sinks else "disabled", tensorboard="tensorboard" in sinks or None)
+    assert torchrun_main.command_line(tiny.flags(tmp_path, num_training_steps=3, **flags)) == 0
+    curve = [("update/loss", update, loss) for update, loss in enumerate(losses(tmp_path), start=1)]
+    assert len(curve) == 3 and given == {name: curve if name in sinks else [] for name in given}
+
+
+class Stream(io.StringIO):
+    def __init__(self, terminal):
+        super().__init__()
+        self.isatty = lambda: terminal
+
+
+@pytest.mark.parametrize("terminal, environment, colors", [
+    (True, {}, True), (False, {}, False), (True, {"NO_COLOR": "1"}, False), (True, {"NO_COLOR": ""}, True),
+    (True, {"TERM": "dumb"}, False), (False, {"FORCE_COLOR": "1"}, True),
+    (True, {"NO_COLOR": "0", "FORCE_COLOR": "1"}, False),
+], ids=str)  # fmt: skip
+def test_colors_are_for_terminals_that_want_them(monkeypatch, terminal, environment, colors):
+    for name in ("NO_COLOR", "FORCE_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert shows_colors(Stream(terminal)) == colors
+    monkeypatch.setattr("sys.stderr", Stream(terminal))
+    set_up_log(is_main=True)
+    logger.info("one line")
+    assert ("\x1b[" in sys.stderr.getvalue()) == colors and "one line" in sys.stderr.getvalue()
+    logger.remove()
 
 
 @pytest.mark.parametrize("updates", [True, False])

@@ -105,8 +105,8 @@ def test_files_that_cannot_be_read(tmp_path):
         read_config(tmp_path / "nowhere" / "llama_60m.json")
     with pytest.raises(UserError, match="cannot be read"):
         read_config(tmp_path)
-    with pytest.raises(UserError, match="line 2, column 1: not valid JSON"):
-        read_config(write(tmp_path, '{"hidden_size": 32,\n}'))
+    with pytest.raises(UserError, match="line 2, column 14: not valid JSON"):
+        read_config(write(tmp_path, '{"hidden_size": 32,\n"vocab_size" 60}'))
     with pytest.raises(UserError, match="not a list"):
         read_config(write(tmp_path, "[1]"))
 

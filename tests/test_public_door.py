@@ -3,7 +3,10 @@
 import re
 import subprocess
 import sys
+import venv
 import zipfile
+from email.parser import Parser
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -75,15 +78,54 @@ def test_the_readmes_six_lines_train_any_module():
     assert loss(model(words), data[0][1]).item() < 0.5 * before
 
 
-@pytest.mark.slow
-def test_installed_beside_torch_alone_it_trains(tmp_path):
-    """The wheel holds every sub-package and its types, and asks for nothing that is not torch's own."""
-    build = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--quiet", "--wheel-dir", str(tmp_path)]
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The package as pip builds it."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--quiet", "--wheel-dir", str(folder)]
     subprocess.run(build, cwd=ROOT, check=True)
-    (wheel,) = tmp_path.glob("*.whl")
+    (found,) = folder.glob("*.whl")
+    return found
+
+
+@pytest.mark.slow
+def test_the_wheel_has_types_extras_and_the_version(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (path,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+        metadata = Parser().parsestr(archive.read(path).decode())
+    assert {"qgalore/py.typed", "peft_pretraining/py.typed", "qgalore/rules/rules.py"} <= names
+    assert not {name for name in names if name.startswith(("tests", "benchmarks", "scripts"))}
+    assert metadata["Version"] == qgalore.__version__ and metadata["Requires-Python"] == ">=3.10"
+    assert {"train", "hf", "report", "tensorboard"} <= set(metadata.get_all("Provides-Extra"))
+    without_extra = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
+    assert without_extra == ["torch>=2.11"]
+
+
+@pytest.mark.slow
+def test_installed_in_a_new_environment_it_asks_for_torch_alone(wheel, tmp_path):
+    """pip resolves it there; that environment sees torch and what torch needs, nothing of ours."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    install = [python, "-m", "pip", "install", "--quiet", "--find-links", str(wheel.parent)]
+    subprocess.run([*install, "qgalore", f"torch=={version('torch').partition('+')[0]}"], check=True)
+    code = (
+        "import qgalore, importlib.metadata as m;"
+        "names = {d.metadata['Name'].lower() for d in m.distributions()};"
+        "assert not names & {'transformers', 'loguru', 'tqdm', 'peft', 'wandb'}, names;"
+        "print(qgalore.__version__, len(qgalore.OPTIMIZERS))"
+    )
+    result = subprocess.run(
+        [python, "-W", "ignore", "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+    assert result.stdout.split() == [qgalore.__version__, str(len(qgalore.OPTIMIZERS))]
+
+
+@pytest.mark.slow
+def test_beside_torch_alone_it_trains(wheel, tmp_path):
+    """The wheel holds every sub-package, and asks for nothing that is not torch's own."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
-    assert (tmp_path / "site" / "qgalore" / "py.typed").exists()
     blocked = "transformers peft_pretraining safetensors loguru datasets wandb peft tqdm sentencepiece".split()
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({blocked})); sys.path.insert(0, {str(tmp_path / 'site')!r});"

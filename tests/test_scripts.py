@@ -95,7 +95,9 @@ def test_readme_commands_run(command, tiny, tmp_path, words_of, capsys):
     if "peft_pretraining.report" in command:
         check_a_comparison(command, tmp_path)
         return
-    words, more = command.split(), shortened(tiny, tmp_path)
+    words, more = command.split(), shortened(tiny, tmp_path / "run")
+    if "--config" in words:
+        words[words.index("--config") + 1] = str(config_of(command, tiny, tmp_path))
     if words[0] == "bash" and "quickstart" not in command:
         assert torchrun_main.command_line(words_of([*words, *more])) == 0
     elif "torchrun_main.py" in words and command != first_torchrun():
@@ -105,7 +107,7 @@ def test_readme_commands_run(command, tiny, tmp_path, words_of, capsys):
         assert tokenize_corpus.command_line([*words[2:], *map(str, more)]) == 0
     else:
         if "quickstart" in command:  # its own model and data, the embedded ones; the whole of it is the slow test below
-            more = ["--num_training_steps", "10", "--warmup_steps", "1", "--save_dir", str(tmp_path)]
+            more = ["--num_training_steps", "10", "--warmup_steps", "1", "--save_dir", str(tmp_path / "run")]
         result = shell([*words, *more], VENV=sys.prefix, timeout=240)
         assert result.returncode == 0, result.stderr
     if "tokenize_corpus" in command:
@@ -113,7 +115,17 @@ def test_readme_commands_run(command, tiny, tmp_path, words_of, capsys):
     elif "--dry_run" in command:
         assert "how each group of parameters is trained" in capsys.readouterr().err
     else:
-        assert record(tmp_path, "end")[0]["updates"] in (2, 10)
+        assert record(tmp_path / "run", "end")[0]["updates"] in (2, 10)
+
+
+def config_of(command: str, tiny, folder: Path) -> Path:
+    """The file of a command with --config: the README's own, or that of a finished run."""
+    if "config.yaml" in command:
+        assert torchrun_main.command_line(tiny.flags(folder / "finished")) == 0
+        return folder / "finished" / "config.yaml"
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    (folder / "own.yaml").write_text(text)
+    return folder / "own.yaml"
 
 
 def check_a_command_on_a_finished_run(command: str, tiny, folder) -> None:

@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,10 @@ def test_the_hub_says_no(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reject("nobody/nothing").endswith("(nobody/nothing is not a valid model identifier).")
 
 
+@pytest.mark.skipif(
+    tuple(map(int, version("transformers").split(".")[:2])) < (5, 23),
+    reason="earlier versions want a config.json beside a cached tokenizer",
+)
 def test_without_the_hub(tmp_path: Path) -> None:
     """What the cache holds is used; for the rest one line names the ways without the hub, and within seconds."""
     repository = tmp_path / "hub" / "models--org--cached"
@@ -193,7 +198,7 @@ def test_without_the_hub(tmp_path: Path) -> None:
     environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     command = [sys.executable, "-c", code]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=30)
-    assert run.stderr == ""
+    assert all("INFO" in line and "loading the tokenizer" in line for line in run.stderr.splitlines()), run.stderr
     vocab_size, message = run.stdout.splitlines()
     assert vocab_size == "36"
     for part in ("--tokenizer t5-base", "cannot be reached", "PATH.model", "--dataset pydocs --tokenizer pydocs"):

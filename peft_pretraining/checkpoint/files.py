@@ -39,6 +39,7 @@ from peft_pretraining.checkpoint.tensor_file import TensorFile
 from peft_pretraining.distributed import World
 from peft_pretraining.errors import UserError
 from peft_pretraining.json_files import read_json
+from peft_pretraining.progress import LongWait
 
 FORMAT = 2
 READABLE = (1, FORMAT)  # see old_format.py
@@ -306,8 +307,9 @@ class Checkpoint:
 
     def verify(self) -> Checkpoint:
         """Hashes the files that have not been hashed yet. Raises UserError that names a damaged one."""
-        for name in self._files:
-            self.file(name)
+        with LongWait(f"verifying {self.folder.name}"):
+            for name in self._files:
+                self.file(name)
         return self
 
     def file(self, name: str) -> Path:

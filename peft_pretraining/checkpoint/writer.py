@@ -88,6 +88,7 @@ class CheckpointWriter:
         """
         self.save_dir, self.keep_last, self.keep_every = save_dir, keep_last, keep_every
         self.last = self._newest()  # the newest complete checkpoint, or None
+        self.seconds: float | None = None  # what the last save took; None before the first
         self._saved: Path | None = None
         self._thread: threading.Thread | None = None
 
@@ -111,6 +112,11 @@ class CheckpointWriter:
         self._thread = threading.Thread(target=self._write, args=(snapshot, write), name="checkpoint")
         self._thread.start()
 
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way in the background."""
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> Path | None:
         """Waits for the last save. Returns its folder; None if it failed or there was none."""
         if self._thread is not None:
@@ -119,8 +125,10 @@ class CheckpointWriter:
         return self._saved
 
     def _write(self, snapshot: Snapshot, write: Callable[[Path, Snapshot], Path]) -> None:
+        began = time.monotonic()
         try:
             self._saved = self.last = write(self.save_dir, snapshot)
+            self.seconds = time.monotonic() - began
         except Exception as error:  # any other would end the thread unheard
             self._give_up(checkpoint_folder(self.save_dir, update=snapshot.update), error)
             return

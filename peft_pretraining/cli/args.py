@@ -1,13 +1,16 @@
 """The command line, parsed, checked and completed. What needs neither data nor model is checked here."""
 
 import argparse
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from peft_pretraining.checkpoint.start import inherited_args
 from peft_pretraining.checkpoint.weights import is_transformers_folder
+from peft_pretraining.cli.config_file import read_config_file
 from peft_pretraining.cli.flags import FLAGS, add_flags, defaults, required
+from peft_pretraining.cli.help import show_help
 from peft_pretraining.cli.presets import preset_flags
 from peft_pretraining.errors import Parser, UserError
 from peft_pretraining.model.adapters import LORA_KINDS
@@ -23,22 +26,23 @@ def parse_args(argv: list[str] | None = None, *, world_size: int = 1) -> argpars
 
     Filled in are gradient_accumulation, total_batch_size, num_training_steps, the schedule, tokenizer and name;
     `ignored` holds the given flags that have no effect, and why.
-    argv: the command line without the program; None for sys.argv.
+    The command line wins over the file of --config, this over --preset, and this over what an evaluation inherits.
+    argv: the command line without the program; None for sys.argv. With --help, prints that and exits.
     world_size: processes of this run.
     Raises UserError for anything that cannot be meant.
     """
-    parser = Parser(
-        prog="torchrun_main.py",
-        description="Pre-trains a LLaMA model from scratch with a memory-efficient optimizer.",
-        allow_abbrev=False,
-    )
+    argv = sys.argv[1:] if argv is None else argv
+    show_help(argv)
+    parser = Parser(prog="torchrun_main.py", allow_abbrev=False, add_help=False)
     add_flags(parser)
     given = parser.parse_args(argv)
+    if hasattr(given, "config"):
+        given = argparse.Namespace(**over(read_config_file(Path(given.config), parser=parser), vars(given)))
     inherited = inherited_args(given.continue_from) if _evaluates(given) else {}
-    inherited |= preset_flags(getattr(given, "preset", None))
-    if missing := [f"--{name}" for name in required() if name not in vars(given) | inherited]:
+    inherited = over(over(inherited, preset_flags(getattr(given, "preset", None))), vars(given))
+    if missing := [f"--{name}" for name in required() if inherited.get(name) is None]:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
-    args = argparse.Namespace(**defaults() | inherited | vars(given))
+    args = argparse.Namespace(**defaults() | inherited)
     _check_ranges(args)
     _check_recovery(args)
     _complete_optimizer(args, given)
@@ -58,6 +62,16 @@ def parse_args(argv: list[str] | None = None, *, world_size: int = 1) -> argpars
     if args.name is None:
         args.name = f"{Path(args.model_config).stem}-{args.optimizer}" + (f"-{args.peft}" if args.peft else "")
     return args
+
+
+def over(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
+    """Two layers of flags as one: the upper wins. Of flags that say the same in two ways, it wins over both."""
+    found = lower | upper
+    for one, other in (("num_training_steps", "max_train_tokens"), ("gradient_accumulation", "total_batch_size")):
+        for name, twin in ((one, other), (other, one)):
+            if upper.get(name) is not None and twin not in upper:
+                found.pop(twin, None)
+    return found
 
 
 def default_tokenizer(dataset: str) -> str:
@@ -104,8 +118,11 @@ def _complete_optimizer(args: argparse.Namespace, given: argparse.Namespace) -> 
             f"--weight_quant with --optimizer {args.optimizer}: torch's own optimizers cannot write quantized weights. "
             "Take another one, such as q_galore_adamw8bit."
         )
-    without_effect = _without_effect(args, recipe)
-    args.ignored = {f"--{name}": why for name, why in without_effect.items() if hasattr(given, name)}
+    args.ignored = {
+        f"--{name}": why
+        for name, why in without_effect(args).items()
+        if hasattr(given, name) and getattr(given, name) is not None and getattr(given, name) is not False
+    }
     args.proj_bits = (args.proj_bits or 4) if args.proj_quant else None
     if args.cos_threshold is None:
         args.cos_threshold = recipe.lazy_threshold
@@ -205,8 +222,9 @@ def _complete_restarts(args: argparse.Namespace) -> None:
         args.restart_warmup_steps = max(1, min(100, args.reset_every // 10))
 
 
-def _without_effect(args: argparse.Namespace, recipe: Recipe) -> dict[str, str]:
+def without_effect(args: argparse.Namespace) -> dict[str, str]:
     """Flags that mean nothing as things are, each with the reason."""
+    recipe = find_recipe(args.optimizer)
     missing = {name: why for name, (holds, why) in _conditions(args, recipe).items() if not holds}
     found = {}
     for name, each in FLAGS.items():

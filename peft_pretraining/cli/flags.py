@@ -5,6 +5,7 @@
 
 import argparse
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Collection
@@ -43,12 +44,35 @@ def parse_count(text: str) -> int:
     return round(count)
 
 
+_TIME = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?|()(\d+):([0-5]\d):([0-5]\d)")
+
+
+def parse_duration(text: str) -> int:
+    """Seconds from 3h, 90m, 45s, 1h30m, 1d12h or 2:30:00 (hours, minutes, seconds)."""
+    match = _TIME.fullmatch(text.lower())
+    parts = match.groups() if match else ()
+    seconds = sum(int(part or 0) * unit for part, unit in zip(parts, (86400, 3600, 60, 1) * 2, strict=False))
+    if seconds == 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a time such as 3h, 90m, 1h30m, 45s or 2:30:00")
+    return seconds
+
+
 # fmt: off
 
-MODEL, DATA, TRAINING = "model", "data", "training"
-ADAPTERS = "adapters, the baselines of GaLore's tables, for optimizers that do not project gradients"
-CHECKPOINTS, RECORD = "checkpoints and recovery", "run, evaluation and record"
-SECTIONS = (MODEL, DATA, TRAINING, OPTIMIZER, PROJECTION, ADAPTERS, QUANTIZATION, CHECKPOINTS, RECORD)
+MODEL, DATA, TRAINING = "the model, and recipes for it", "text, tokenizer and sequences", "batches, length and speed"
+ADAPTERS = "the baselines of GaLore's tables, for optimizers that do not project gradients"
+CHECKPOINTS, RECORD = "saving, going on and recovery", "evaluation, record and the run as a whole"
+GROUPS = {  # the name of each section, for --help NAME and in a file for --config
+    "model": MODEL,
+    "data": DATA,
+    "training": TRAINING,
+    "optimizer": OPTIMIZER,
+    "galore": PROJECTION,
+    "adapters": ADAPTERS,
+    "quantization": QUANTIZATION,
+    "checkpoints": CHECKPOINTS,
+    "run": RECORD,
+}
 
 
 @dataclass(frozen=True)
@@ -57,6 +81,9 @@ class RunOptions:
 
     preset: str | None = option(None, "name of a recipe in configs/presets, such as galore_60m; it sets every flag "
         "that the command line does not give", unit="NAME", section=MODEL, shown="none", may_change=True)
+    config: str | None = option(None, "YAML file with any of these flags, such as the config.yaml of an earlier run; "
+        "it wins over --preset, and the command line over both", unit="YAML", section=MODEL,
+        shown="none", may_change=True)
     model_config: str | None = option(None, "file with the shape of the model, such as configs/llama_60m.json",
         unit="JSON", section=MODEL, may_change=True, required=True)
     dtype: str | None = option(None, "data type of weights and activations, bfloat16 or float32", unit="TYPE",
@@ -111,7 +138,7 @@ class RunOptions:
     check_replicas: int = option(0, "updates from one comparison of the weights and states of all processes to the "
         "next, bit by bit; 0: never", unit="UPDATES", section=TRAINING, range=at_least(0), may_change=True)
     single_gpu: bool = option(False, "refuse to run as more than one process", section=TRAINING, may_change=True)
-    optimizer: str = option("adamw", ", ".join(OPTIMIZERS), unit="NAME", section=OPTIMIZER)
+    optimizer: str = option("adamw", f"name of the optimizer: {', '.join(OPTIMIZERS)}", unit="NAME", section=OPTIMIZER)
     scheduler: str | None = option(None, "shape of the learning rate after the warm-up", section=OPTIMIZER,
         choices=("linear", "cosine", "cosine_restarts"), shown="cosine; cosine_restarts for --peft relora")
     warmup_steps: int | None = option(None, "updates over which the learning rate climbs to its peak", unit="UPDATES",
@@ -162,8 +189,11 @@ class RunOptions:
     continue_from: str | None = option(None, "go on from a checkpoint, or from the newest complete one in the folder "
         "of a run; or begin a new run with the weights in a transformers folder", unit="DIR", section=CHECKPOINTS,
         shown="a new run", may_change=True)
-    resume: str | None = option(None, "auto: go on from the newest sound checkpoint in --save_dir, if there is one",
+    resume: str | None = option(None, "go on from the newest sound checkpoint in --save_dir, if there is one",
         section=CHECKPOINTS, choices=("auto",), shown="a new run", may_change=True)
+    time_budget: int | None = option(None, "time from the start of the process in which the run saves and ends, "
+        "with exit status 75, as after a signal: 3h, 90m, 1h30m or 2:30:00; --resume auto goes on", unit="TIME",
+        section=CHECKPOINTS, parse=parse_duration, shown="none", may_change=True)
     allow_changed: str | None = option(None, "flags, separated by commas, that may differ from those of the run that "
         "goes on", unit="A,B", section=CHECKPOINTS, shown="none that alters training", may_change=True)
     eval_only: bool = option(False, "evaluate what --continue_from names, print the result, and stop; other flags "
@@ -204,7 +234,7 @@ class RunOptions:
 def _flags() -> dict[str, Declared]:
     """Every option by the name of its flag, section by section."""
     known = [*declared(RunOptions), *declared(Settings)]
-    return {each.flag: each for section in SECTIONS for each in known if each.option.section == section}
+    return {each.flag: each for section in GROUPS.values() for each in known if each.option.section == section}
 
 
 FLAGS = _flags()
@@ -213,7 +243,7 @@ MAY_CHANGE = frozenset(name for name, each in FLAGS.items() if each.option.may_c
 
 def add_flags(parser: argparse.ArgumentParser, *, names: Collection[str] = FLAGS) -> None:
     """Adds every flag, or those of `names`, under its section. A flag that is not given leaves no attribute behind."""
-    groups = {section: parser.add_argument_group(section) for section in SECTIONS}
+    groups = {section: parser.add_argument_group(section) for section in GROUPS.values()}
     for name, each in ((name, FLAGS[name]) for name in names):
         groups[each.option.section].add_argument(f"--{name}", **_argparse_options(each))
 
@@ -223,7 +253,7 @@ def _argparse_options(each: Declared) -> dict[str, Any]:
     known, kind = each.option, flag_type(each)
     options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": describe(each).replace("%", "%%")}
     if kind is bool:
-        return options | {"action": "store_true"}
+        return options | {"action": argparse.BooleanOptionalAction}
     choices = known.flag_choices or known.choices
     return options | {"type": kind, "choices": choices, "metavar": None if choices else known.unit}
 
@@ -261,9 +291,9 @@ def defaults() -> dict[str, Any]:
 def reference_page() -> str:
     """docs/flags.md."""
     lines = ["# Flags of torchrun_main.py", "", "Written by `python -m peft_pretraining.cli.flags`; do not edit.", ""]
-    for section in SECTIONS:
+    for group, section in GROUPS.items():
         lines += [
-            f"## {section[0].upper()}{section[1:]}",
+            f"## {group}: {section}",
             "",
             "| flag | value | meaning | default |",
             "|---|---|---|---|",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+
+from peft_pretraining.progress import LongWait
 
 EDGE = 64 * 2**10  # bytes hashed at either end of a file
 MAX_NAMES = 3  # in one message
@@ -18,11 +21,11 @@ def fingerprint_files(files: Sequence[Path]) -> dict[str, str]:
     """
     folder = os.path.commonpath([path.parent.resolve() for path in files]) if files else ""
     found = {}
-    for path in files:
-        try:
-            found[Path(os.path.relpath(path.parent.resolve() / path.name, folder)).as_posix()] = _digest(path)
-        except OSError:
-            continue
+    with LongWait("looking at the data files", total=len(files)) as progress:
+        for path in files:
+            with contextlib.suppress(OSError):
+                found[Path(os.path.relpath(path.parent.resolve() / path.name, folder)).as_posix()] = _digest(path)
+            progress.advance()
     return found
 
 

@@ -9,6 +9,7 @@ with it, and the documents in it. A shard is a part of the epoch, so a reader op
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
@@ -19,6 +20,7 @@ from loguru import logger
 from peft_pretraining.data.order import OrderedDocuments
 from peft_pretraining.data.retry import retried
 from peft_pretraining.errors import UserError
+from peft_pretraining.progress import LongWait
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -80,8 +82,9 @@ class HubDocuments(OrderedDocuments[int]):
 
     def check(self) -> None:
         """Finds the dataset's files, so that workers inherit them. Raises UserError within seconds without a hub."""
-        self.revision = probe_hub()
-        self._open()
+        with LongWait(f"finding the files of {self.name}"):
+            self.revision = probe_hub()
+            self._open()
 
     def fingerprint(self) -> dict[str, str]:
         """The dataset's revision, known after check()."""
@@ -116,6 +119,8 @@ def load_stream(split: str) -> IterableDataset:
     """The split as `datasets` streams it, one shard per file."""
     import datasets
 
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     dataset = datasets.load_dataset(HUB_DATASET, HUB_CONFIG, split=split, streaming=True)
     return dataset.select_columns(["text"])
 

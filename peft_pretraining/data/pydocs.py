@@ -33,6 +33,7 @@ from filelock import FileLock
 from loguru import logger
 
 from peft_pretraining.errors import UserError
+from peft_pretraining.progress import LongWait
 
 FORMAT_VERSION = 1  # raise it when the same sources would give another corpus
 PACKAGES = ("torch", "numpy")
@@ -145,7 +146,8 @@ def _build(folder: Path, *, roots: Mapping[str, Path], vocab_size: int) -> None:
         raise UserError("pydocs found no docstrings: the sources of Python and torch are not installed.")
     for split in SPLITS:
         _write_lines(folder / f"{split}.jsonl.gz", splits[split])
-    tokens = _train_tokenizer(folder / "tokenizer.model", splits["train"], vocab_size=vocab_size)
+    with LongWait("training the tokenizer"):
+        tokens = _train_tokenizer(folder / "tokenizer.model", splits["train"], vocab_size=vocab_size)
     logger.info(
         f"Built {len(texts)} documents ({len(splits['validation'])} for validation), "
         f"{sum(map(len, texts)) / 1e6:.2f}M characters, {tokens / 1e6:.2f}M training tokens "
@@ -233,10 +235,12 @@ def documents(roots: Mapping[str, Path]) -> list[str]:
     """
     seen: set[str] = set()
     texts: set[str] = set()
-    for prefix, root in roots.items():
-        for path in _source_files(root):
-            found = _documents_of_file(path, _module_name(path, root=root, prefix=prefix))
-            texts.update(document.text(seen=seen) for document in found)
+    files = [(path, _module_name(path, root=root, prefix=prefix)) for prefix, root in roots.items()
+             for path in _source_files(root)]  # fmt: skip
+    with LongWait("reading source files", total=len(files)) as progress:
+        for path, module in files:
+            texts.update(document.text(seen=seen) for document in _documents_of_file(path, module))
+            progress.advance()
     return sorted(texts - {""}, key=_hash)
 
 

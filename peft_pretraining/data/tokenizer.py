@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from peft_pretraining.data import pydocs
 from peft_pretraining.errors import UserError
+from peft_pretraining.progress import LongWait
 
 OFFLINE_WAYS = (
     "--tokenizer PATH.model (sentencepiece), --tokenizer FOLDER (transformers), "
@@ -196,7 +197,8 @@ def _load_from_hub(name: str) -> Tokenizer:
     """The tokenizer from the hub or, where that cannot be reached, from what an earlier run left in the local cache."""
     reachable = _hub_reachable()
     try:
-        return _load_by_transformers(name, name=name, local=not reachable)
+        with LongWait(f"loading the tokenizer {name}"):
+            return _load_by_transformers(name, name=name, local=not reachable)
     except UserError as error:
         if reachable:
             raise

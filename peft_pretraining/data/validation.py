@@ -14,6 +14,7 @@ from peft_pretraining.data.order import Skipped
 from peft_pretraining.data.packing import Packing, encode, make_packer, to_sequence
 from peft_pretraining.data.sources import DocumentSource
 from peft_pretraining.errors import UserError
+from peft_pretraining.progress import LongWait
 
 if TYPE_CHECKING:
     from peft_pretraining.data.tokenizer import Tokenizer
@@ -91,11 +92,13 @@ def _take_targets(sequences: Iterator[np.ndarray], *, tokens: int) -> tuple[list
     """The first sequences that hold `tokens` targets, and their number of targets. Targets beyond become IGNORED."""
     taken: list[np.ndarray] = []
     missing = tokens
-    for sequence in sequences:
-        taken.append(sequence)
-        places = np.flatnonzero(sequence[1] != IGNORED)
-        sequence[1, places[missing:]] = IGNORED
-        missing -= min(missing, len(places))
-        if missing == 0:
-            break
+    with LongWait("reading validation tokens", total=tokens) as progress:
+        for sequence in sequences:
+            taken.append(sequence)
+            places = np.flatnonzero(sequence[1] != IGNORED)
+            sequence[1, places[missing:]] = IGNORED
+            missing -= min(missing, len(places))
+            progress.advance(len(places))
+            if missing == 0:
+                break
     return taken, tokens - missing

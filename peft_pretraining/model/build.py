@@ -30,6 +30,7 @@ def meta_model(
     """
     config = copy.deepcopy(config)
     config.use_cache = False
+    config.dtype = dtype  # transformers 5.4 leaves it empty
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention_for(config), dtype=dtype)
     # A padding row gets no gradient. Where the padding token is also the end of a text, that row must learn.
@@ -68,17 +69,17 @@ def build_model(
     std = model.config.initializer_range
     tied = family.part("head", model) if model.config.tie_word_embeddings else None
     ends = {id(list(layer.modules())[-1]): layer for layer in family.part("layers", model)}
-    progress = LongWait("drawing the weights of modules", total=sum(1 for _ in model.modules()))
-    for name, module in model.named_modules():
-        if module is not tied:
-            module.to_empty(device=device, recurse=False)
-            if not is_factor(name):
-                _initialize(module, std=std, generator=generator, norm=family.norm)
-            if finish is not None:
-                finish(name, module)
-        if layer_done is not None and id(module) in ends:
-            layer_done(ends[id(module)])
-        progress.advance()
+    with LongWait("drawing the weights of modules", total=sum(1 for _ in model.modules())) as progress:
+        for name, module in model.named_modules():
+            if module is not tied:
+                module.to_empty(device=device, recurse=False)
+                if not is_factor(name):
+                    _initialize(module, std=std, generator=generator, norm=family.norm)
+                if finish is not None:
+                    finish(name, module)
+            if layer_done is not None and id(module) in ends:
+                layer_done(ends[id(module)])
+            progress.advance()
     model.tie_weights()
     if adapters is not None:
         draw_factors(model, adapters, seed=seed)

@@ -1,7 +1,7 @@
 """Loss and perplexity on validation text."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from peft_pretraining.errors import UserError
 from peft_pretraining.model.family import family_of
 from peft_pretraining.model.loss import token_loss_sum
 from peft_pretraining.model.sharding import gather_no_longer
+from peft_pretraining.progress import LongWait
 
 
 class Evaluation(NamedTuple):
@@ -48,13 +49,15 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        for batch in batches:
-            if stop():
-                sums[2] += 1
-                break
-            input_ids, targets = batch.input_ids.to(device), batch.targets.to(device)
-            sums[0] += token_loss_sum(model, input_ids, targets)
-            sums[1] += (targets != IGNORED).sum()
+        with LongWait("evaluating", total=len(batches) if isinstance(batches, Sized) else None) as progress:
+            for batch in batches:
+                if stop():
+                    sums[2] += 1
+                    break
+                input_ids, targets = batch.input_ids.to(device), batch.targets.to(device)
+                sums[0] += token_loss_sum(model, input_ids, targets)
+                sums[1] += (targets != IGNORED).sum()
+                progress.advance()
     finally:
         model.train(was_training)
         gather_no_longer(model)
@@ -70,7 +73,8 @@ def evaluate(
 def evaluate_only(folder: str, *, model: PreTrainedModel, validation: Iterable[Batch], world: World) -> None:
     """Prints loss and perplexity of the weights in a checkpoint, a run's folder or a transformers folder."""
     place = Path(folder) if is_transformers_folder(folder) else find_checkpoint(Path(folder))
-    load_weights(model, place)
+    with LongWait(f"reading {place.name}"):
+        load_weights(model, place)
     result = evaluate(model, validation, reduce_sum=world.sum)
     assert result is not None
     if world.is_main:

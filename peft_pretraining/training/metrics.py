@@ -19,10 +19,11 @@ import argparse
 import io
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from loguru import logger
 from tqdm import tqdm
@@ -39,8 +40,18 @@ def set_up_log(*, is_main: bool) -> None:
         lambda message: tqdm.write(message, file=sys.stderr, end=""),
         format="<green>{time:HH:mm:ss}</green> | <level>{level: <7}</level> | {message}",
         level="INFO" if is_main else "WARNING",
-        colorize=sys.stderr.isatty(),
+        colorize=shows_colors(sys.stderr),
     )
+
+
+def shows_colors(stream: TextIO) -> bool:
+    """Whether text for this stream may have colors: on a terminal, unless NO_COLOR is set (https://no-color.org).
+
+    FORCE_COLOR wins over the lack of a terminal, not over NO_COLOR.
+    """
+    if os.environ.get("NO_COLOR"):
+        return False
+    return bool(os.environ.get("FORCE_COLOR")) or (stream.isatty() and os.environ.get("TERM") != "dumb")
 
 
 class Sink(Protocol):

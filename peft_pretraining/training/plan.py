@@ -14,7 +14,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from peft_pretraining.checkpoint.lock import only_run_in
 from peft_pretraining.checkpoint.start import StartingPoint, check_data, check_tokenizer, check_validation, choose_start
 from peft_pretraining.checkpoint.writer import CheckpointWriter, check_save_dir, make_save_dir
-from peft_pretraining.cli.args import settings_of
+from peft_pretraining.cli.args import settings_of, without_effect
+from peft_pretraining.cli.config_file import save_config
 from peft_pretraining.cli.flags import MAY_CHANGE
 from peft_pretraining.cli.presets import load_preset
 from peft_pretraining.data.loader import train_batches
@@ -210,6 +211,8 @@ def open_run(plan: Plan, *, interruption: Interruption, cleanup: ExitStack) -> R
     record = open_record(args, save_dir=save_dir, wandb_id=saved.get("wandb_id")) if world.is_main else Record()
     cleanup.callback(record.close)
     if world.is_main:
+        begun_with_weights = plan.start.weights is not None  # else --continue_from is not part of the run
+        save_config(args, save_dir, leave_out=[*without_effect(args), *["continue_from"] * (not begun_with_weights)])
         record.event("start", **circumstances(args, world=world, groups=plan.groups, norm=updates.norm_of))
     return Run(
         args=args, world=world, save_dir=save_dir, model=model, updates=updates, batches=batches, validation=validation,

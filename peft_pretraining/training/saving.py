@@ -1,5 +1,6 @@
 """Saving a run, restoring it, and ending one that cannot go on."""
 
+import math
 import time
 from pathlib import Path
 
@@ -16,11 +17,14 @@ from peft_pretraining.errors import UserError
 from peft_pretraining.export.folder import save_model
 from peft_pretraining.host_memory import free_host_memory
 from peft_pretraining.model.adapters import Adapters
+from peft_pretraining.progress import LongWait
 from peft_pretraining.training.provenance import git_commit, versions
 from peft_pretraining.training.report import show_first_bases
 from peft_pretraining.training.run import Run, State
 from qgalore.memory import kept_bytes
 from qgalore.optimizer import LowRankOptimizer
+
+SLOW_DISK = 200e6  # bytes a second
 
 
 def save(run: Run) -> None:
@@ -54,23 +58,37 @@ def save(run: Run) -> None:
         "versions": versions(),
         "commit": git_commit(),
     }
-    if run.writer is not None:
-        run.writer.wait()  # so that only one copy of model and optimizer exists at a time
-    in_background = shared is None and not _training_waits(run)
-    snapshot = take_snapshot(
-        run.model,
-        run.updates.optimizer,
-        update=state.update,
-        progress=progress,
-        tokenizer=run.tokenizer.files(),
-        copied=in_background,
-        world=shared,
-    )
-    if shared is None:
-        assert run.writer is not None
-        run.writer.save(snapshot, in_background=in_background)
-    else:
-        save_together(run.writer, snapshot, save_dir=run.save_dir, world=shared)
+    with LongWait(f"saving after update {state.update}"):
+        if run.writer is not None:
+            run.writer.wait()  # so that only one copy of model and optimizer exists at a time
+        in_background = shared is None and not _training_waits(run)
+        snapshot = take_snapshot(
+            run.model,
+            run.updates.optimizer,
+            update=state.update,
+            progress=progress,
+            tokenizer=run.tokenizer.files(),
+            copied=in_background,
+            world=shared,
+        )
+        if shared is None:
+            assert run.writer is not None
+            run.writer.save(snapshot, in_background=in_background)
+        else:
+            save_together(run.writer, snapshot, save_dir=run.save_dir, world=shared)
+
+
+def leave_time_to_save(run: Run, *, update_seconds: float) -> None:
+    """Makes the run stop so early that one more update and a save end before its time budget does.
+
+    A save counts as long as the last one; before the first, as its bytes on a slow disk take. One that is under way
+    has to end first.
+    """
+    if run.writer is None or run.interruption.deadline == math.inf:
+        return
+    if run.writer.seconds is None:
+        run.writer.seconds = sum(kept_bytes(run.model, run.updates.optimizer).values()) / SLOW_DISK
+    run.interruption.margin = update_seconds + run.writer.seconds * (2 if run.writer.busy else 1)
 
 
 def _training_waits(run: Run) -> bool:
@@ -96,7 +114,8 @@ def save_result(run: Run) -> None:
         return
     folder, adapters = run.save_dir / "model", Adapters.of(vars(run.args))
     weights = None if checkpoint is None else open_checkpoint(checkpoint)
-    problem = save_model(run.model, folder, tokenizer=run.tokenizer, adapters=adapters, weights=weights)
+    with LongWait(f"writing {folder}"):
+        problem = save_model(run.model, folder, tokenizer=run.tokenizer, adapters=adapters, weights=weights)
     if problem:
         logger.warning(f"{folder} has no tokenizer for transformers: {problem}")
 
@@ -104,7 +123,8 @@ def save_result(run: Run) -> None:
 def begin(run: Run, start: StartingPoint) -> None:
     """Gives the run the weights, optimizer state and progress of its start. Raises UserError if they do not fit."""
     if start.weights is not None:
-        load_initial_weights(run.model, start.weights)
+        with LongWait(f"reading {start.weights}"):
+            load_initial_weights(run.model, start.weights)
         logger.info(f"a new run with the weights of {start.weights}")
     if start.checkpoint is not None:
         _go_on(run, start.checkpoint)
@@ -136,15 +156,17 @@ def _set_aside(run: Run, *, later_than: Path) -> None:
 
 def restore(run: Run, checkpoint: Checkpoint) -> None:
     """Restores the model and the optimizer from a checkpoint."""
-    restore_model(run.model, checkpoint)
-    names: dict[Tensor, str] = {p: name for name, p in run.model.named_parameters()}
-    restore_optimizer(run.updates.optimizer, checkpoint, names=names)
+    with LongWait(f"reading {checkpoint.folder.name}"):
+        restore_model(run.model, checkpoint)
+        names: dict[Tensor, str] = {p: name for name, p in run.model.named_parameters()}
+        restore_optimizer(run.updates.optimizer, checkpoint, names=names)
 
 
 def last_checkpoint(run: Run) -> Path | None:
     """The newest complete checkpoint of this run, the same on every rank."""
     if run.writer is not None:
-        run.writer.wait()
+        with LongWait("finishing the last save"):
+            run.writer.wait()
     run.world.gather(None)  # the other ranks wait here for the main rank
     complete = complete_checkpoints(run.save_dir)
     return complete[-1] if complete else None
