@@ -33,7 +33,7 @@ from peft_pretraining.schedules import lr_ratio
 from peft_pretraining.training.evaluate import evaluate_only
 from peft_pretraining.training.incidents import react
 from peft_pretraining.training.interruption import BY_HAND, Interrupted, Interruption
-from peft_pretraining.training.memory_plan import log_memory
+#from peft_pretraining.training.memory_plan import log_memory
 from peft_pretraining.training.metrics import set_up_log
 from peft_pretraining.training.plan import make_plan, open_model, open_run, open_validation
 from peft_pretraining.training.report import evaluate_and_log, log_step, report_end

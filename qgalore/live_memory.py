@@ -14,7 +14,7 @@ It does not see what a kernel allocates and frees inside, what an allocator keep
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 from functools import cache
 from pathlib import Path
 from types import CodeType, FrameType
@@ -102,6 +102,29 @@ class LiveMemory(TorchDispatchMode):
         """Says which part these tensors belong to. They must live as long as this object is used."""
         self._parts |= {tensor.untyped_storage()._cdata: part for tensor in tensors}
 
+    def once(self, key: Hashable, function: Callable[[], None], *, done: dict[Hashable, Peak], of: Tensor) -> None:
+        """Calls a function that leaves nothing alive behind, and the next time only counts what it needs.
+
+        key: the same for functions that allocate the same.
+        done: what functions of these keys need beyond what was alive before.
+        of: one of the tensors of the part that the function works on.
+        """
+        self._visit_part_of([of.untyped_storage()._cdata])
+        before = Counter(self.kinds)
+        if key not in done:
+            outer, self._most = self.peaks.get(self._visit), -1
+            self._note_peak("")
+            function()
+            inner = self.peaks[self._visit]
+            more = Counter(inner.kinds)
+            more.subtract(before)
+            if self.bytes == before.total() and min(more.values(), default=0) >= 0:
+                done[key] = Peak(more.total(), dict(+more), inner.line)
+            if outer is not None and outer.bytes >= inner.bytes:
+                self.peaks[self._visit], self._most = outer, outer.bytes
+            return
+        self._note_peak("", done[key])
+
     def restart(self) -> None:
         """Forgets the peaks and visits so far: the peak begins with what is alive now."""
         self._visits: Counter[int] = Counter()
@@ -110,10 +133,20 @@ class LiveMemory(TorchDispatchMode):
         self._most = -1
         self._note_peak("")
 
-    def _note_peak(self, line: str) -> None:
-        if self.bytes > self._most:
-            self._most = self.bytes
-            self.peaks[self._visit] = Peak(self.bytes, dict(+self.kinds), line)
+    def _note_peak(self, line: str, more: Peak | None = None) -> None:
+        """more: what is alive for a moment besides."""
+        size = self.bytes if more is None else self.bytes + more.bytes
+        if size > self._most:
+            self._most = size
+            kinds, line = (self.kinds, line) if more is None else (self.kinds + Counter(more.kinds), more.line)
+            self.peaks[self._visit] = Peak(size, dict(+kinds), line)
+
+    def _visit_part_of(self, storages: Iterable[int]) -> None:
+        """Notes which part these storages belong to, if they belong to any."""
+        for storage in storages:
+            if (part := self._parts.get(storage, self._visit.part)) != self._visit.part:
+                self._visit, self._most = Visit(part, self._visits[part]), -1
+                self._visits[part] += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(hasattr(kind, "__tensor_flatten__") for kind in types):
@@ -144,10 +177,7 @@ class LiveMemory(TorchDispatchMode):
         kind, line = _origin()
         if not kind:
             return
-        for each in used:
-            if (part := self._parts.get(each, self._visit.part)) != self._visit.part:
-                self._visit, self._most = Visit(part, self._visits[part]), -1
-                self._visits[part] += 1
+        self._visit_part_of(used)
         size = -(-nbytes // GRANULARITY) * GRANULARITY
         self._live[key] = size, kind, weakref.ref(storage, lambda _: self._forget(key))
         self.kinds[kind] += size
