@@ -24,15 +24,17 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from peft_pretraining.batch import Batch
-from peft_pretraining.model.build import prepare_model
+from peft_pretraining.model.build import meta_model, prepare_model
 from peft_pretraining.model.config import read_config
 from peft_pretraining.model.family import family_of
 from peft_pretraining.model.loss import accumulate_gradients, token_loss_sum
 from peft_pretraining.training.plan import open_updates
+from qgalore.factory import find_recipe
 from qgalore.kernel import StepValues
 from qgalore.live_memory import LiveMemory, Peak, Visit
 from qgalore.memory import state_kind, weight_kind
 from qgalore.optimizer import LowRankOptimizer
+from qgalore.param_groups import split_parameters
 from qgalore.per_layer import PerLayerUpdates
 from qgalore.rules.moments import Moment
 from qgalore.storage.chunks import meta_stands_for, on_cpu
@@ -83,12 +85,10 @@ class _Trace:
 
     held: bytes by kind between updates.
     visits: in each phase, the peak of each visit to a layer.
-    refreshed: number of layers, from the first, with a matrix that is due in the update with refreshes.
     """
 
     held: dict[str, int]
     visits: dict[str, dict[Visit, Peak]]
-    refreshed: int
 
 
 def plan_memory(
@@ -109,9 +109,10 @@ def plan_memory(
     micro_batches = min(args.gradient_accumulation, 3)
     args = argparse.Namespace(**vars(args) | {"compile": False, "gradient_accumulation": micro_batches})
     key = repr((sorted((name, value) for name, value in vars(args).items() if name not in _BESIDE), dtype, device_type))
-    if key not in _PLANS or whole:
-        plan = None if whole else _extend(args, dtype, device_type)
-        _PLANS[key] = plan or _plan_whole(args, dtype, device_type)
+    if whole:
+        return _plan_whole(args, dtype, device_type)
+    if key not in _PLANS:
+        _PLANS[key] = _extend(args, dtype, device_type) or _plan_whole(args, dtype, device_type)
     return _PLANS[key]
 
 
@@ -135,14 +136,28 @@ def _extend(args: argparse.Namespace, dtype: torch.dtype, device_type: str) -> M
     config = read_config(args.model_config)
     if len(set(getattr(config, "layer_types", None) or [0])) > 1:
         return None
-    first = 2  # layers at the beginning whose visits have their own straight lines, as the last two have
-    while (few := first + 2) + 1 < config.num_hidden_layers:
-        less = _trace(args, config, dtype, device_type, layers=few)
-        if less.refreshed < first:
-            more = _trace(args, config, dtype, device_type, layers=few + 1)
-            return _extrapolate(less, more, few=few, layers=config.num_hidden_layers)
-        first = less.refreshed + 1  # layers with refreshes are not like those in the middle
-    return None
+    layers = config.num_hidden_layers
+    # Layers at the beginning whose visits have straight lines of their own, as the last two have: those with refreshes
+    # and one more.
+    first = 1 + max(1, _layers_due(args, config))
+    few = first + 2
+    if few + 1 >= layers:
+        return None
+    less, more = (_trace(args, config, dtype, device_type, layers=count) for count in (few, few + 1))
+    return _extrapolate(less, more, few=few, layers=layers)
+
+
+def _layers_due(args: argparse.Namespace, config: PreTrainedConfig) -> int:
+    """Layers with a matrix that is due in the update with refreshes, see _make_due."""
+    if not find_recipe(args.optimizer).projected:
+        return 0
+    (sizes,) = (
+        [p.numel() for p in group.parameters]
+        for group in split_parameters(meta_model(_of_depth(config, 1)))
+        if group.kind == "matrix"
+    )
+    count = -(-len(sizes) * config.num_hidden_layers // args.update_proj_gap)
+    return -(-count // sizes.count(max(sizes)))
 
 
 def _extrapolate(less: _Trace, more: _Trace, *, few: int, layers: int) -> MemoryPlan | None:
@@ -191,7 +206,7 @@ def _trace(
 ) -> _Trace:
     """Runs the updates of a model with that many layers."""
     depth, place = config.num_hidden_layers, torch.device(device_type if real else "meta")
-    with meta_stands_for(device_type), LiveMemory() as live:
+    with _quick_collections(), meta_stands_for(device_type), LiveMemory() as live:
         visits: dict[str, dict[Visit, Peak]] = {}
         with _phase("building the model", live, visits):
             model = prepare_model(args, config=_of_depth(config, layers), dtype=dtype, device=place)
@@ -205,9 +220,8 @@ def _trace(
         _mark(live, model, updates)
         tokens = torch.zeros(args.batch_size, args.max_length, dtype=torch.int64, device=place)
         batches = [Batch(tokens, tokens, epoch=0)] * args.gradient_accumulation
-        refreshed = 0
         for name in ("the first update", "an update", "an update with refreshes"):
-            if "refreshes" in name and not (refreshed := _make_due(updates.optimizer, layers=layers, depth=depth)):
+            if "refreshes" in name and not _make_due(updates.optimizer, layers=layers, depth=depth):
                 continue
             with _phase(name, live, visits):
                 accumulate_gradients(model, batches, targets=1, device=place)
@@ -216,7 +230,7 @@ def _trace(
         held = dict(+live.kinds)
         with _phase("evaluation", live, visits), torch.no_grad():
             token_loss_sum(model.eval(), tokens, tokens)
-    return _Trace(held, visits, refreshed)
+    return _Trace(held, visits)
 
 
 _KERNELS: dict[Hashable, Peak] = {}  # what the kernel of an update needs, by its arguments
@@ -269,6 +283,17 @@ def _of_depth(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
 
 
 @contextlib.contextmanager
+def _quick_collections() -> Iterator[None]:
+    """Leaves what exists already out of the garbage collector's rounds, which else take most of a plan's time."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@contextlib.contextmanager
 def _phase(name: str, live: LiveMemory, visits: dict[str, dict[Visit, Peak]]) -> Iterator[None]:
     """Notes the peaks of what is done inside."""
     gc.collect()
@@ -289,21 +314,16 @@ def _mark(live: LiveMemory, model: PreTrainedModel, updates: WholeModelUpdates |
                 live.mark(state_kind(name), [value])
 
 
-def _make_due(optimizer: torch.optim.Optimizer, *, layers: int, depth: int) -> int:
-    """Makes as many of the largest matrices due for a refresh as one update has at most.
+def _make_due(optimizer: torch.optim.Optimizer, *, layers: int, depth: int) -> bool:
+    """Makes as many of the largest matrices due for a refresh as one update has at most. Whether there are any.
 
-    layers: layers of this model; the matrices are as many as those of a model with `depth` layers have at most.
-    Returns the number of layers, from the first, that have one of them.
+    layers: layers of this model; it stands for one of `depth` layers.
     """
     if not isinstance(optimizer, LowRankOptimizer):
-        return 0
+        return False
     due = [update for update in optimizer.updates.values() if update.projector.sides and not update.projector.learns]
-    if not due:
-        return 0
     due.sort(key=lambda update: update.p.numel(), reverse=True)
-    gap = min(update.projector.schedule.gap for update in due)
-    count = -(-len(due) // layers * depth // gap)
-    for update in due[:count]:
+    gap = min((update.projector.schedule.gap for update in due), default=1)
+    for update in due[: -(-len(due) // layers * depth // gap)]:
         update.state["next_refresh"] = 0
-    largest = sum(update.p.numel() == due[0].p.numel() for update in due) // layers
-    return -(-count // largest)
+    return bool(due)
