@@ -29,11 +29,6 @@ aten = torch.ops.aten
 
 GRANULARITY = 512  # bytes; the CUDA allocator rounds every size up to a multiple of it
 _OURS = tuple(str(Path(__file__).parents[1] / package) + "/" for package in ("qgalore", "peft_pretraining"))
-# Elementwise operations whose result has the dtype of the first argument, if that is floating.
-_LIKE_THE_FIRST = frozenset(
-    "abs add bitwise_and bitwise_right_shift ceil clamp_max clamp_min div floor maximum mul neg reciprocal rsub sign "
-    "sqrt sub".split()
-)
 # What a new storage is for, by the innermost of our functions that is named here: (file, function or "", kind).
 _KINDS = (
     ("build.py", "meta_model", ""),  # a skeleton of the model, which is on the meta device in any run: not counted
@@ -153,11 +148,7 @@ class LiveMemory(TorchDispatchMode):
             return NotImplemented  # a tensor made of tensors: its own operations come back here, one by one
         if func is aten._local_scalar_dense.default and args[0].is_meta:
             return _good_answer(args[0].dtype)
-        result = _shortcut(func, args)
-        if result is None:
-            result = func(*args, **(kwargs or {}))
-        elif result is args[0]:
-            return result
+        result = _call(func, args, kwargs or {})
         for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._note(tensor, args)
@@ -195,36 +186,49 @@ def _good_answer(dtype: torch.dtype) -> bool | int | float:
     return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
 
 
-def _shortcut(func: Any, args: Any) -> Tensor | None:
-    """The result of an elementwise operation on the meta device, where torch takes long to find a shape and a dtype.
+def _call(func: Any, args: Any, kwargs: Any) -> Any:
+    """What an operation returns. On the meta device, torch takes long to find shapes and dtypes: they are remembered."""
+    how = _how(func)
+    if how == "any" or not (isinstance(args[0], Tensor) and args[0].is_meta):
+        return func(*args, **kwargs)
+    if how == "in place":
+        return args[0]
+    key = (func, *map(_looks, args), *((name, _looks(value)) for name, value in kwargs.items()))
+    if (known := _RESULTS.get(key)) is not None:
+        shape, stride, dtype = known
+        return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+    result = func(*args, **kwargs)
+    if isinstance(result, Tensor) and result.is_meta and result.untyped_storage().nbytes() == _dense_bytes(result):
+        used = {arg.untyped_storage()._cdata for arg in tree_leaves((args, kwargs)) if isinstance(arg, Tensor)}
+        if result.untyped_storage()._cdata not in used:
+            _RESULTS[key] = result.shape, result.stride(), result.dtype
+    return result
 
-    None for the operations that are not so simple.
-    """
-    name = _simple_name(func)
-    if not name or not (isinstance(x := args[0], Tensor) and x.is_meta):
-        return None
-    if name.endswith("_"):
-        return x
-    if not (x.is_floating_point() or name.startswith("bitwise")):
-        return None
-    others = [other for other in args[1:] if isinstance(other, Tensor)]
-    if not all(_broadcasts_to(other, x) for other in others):
-        return None
-    # torch.empty_like takes a long way on the meta device.
-    return torch.empty(x.shape, dtype=x.dtype, device="meta") if x.is_contiguous() else torch.empty_like(x)
+
+_RESULTS: dict[Hashable, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
 
 
 @cache
-def _simple_name(func: Any) -> str:
-    """The name of an elementwise operation that _shortcut knows; "" for others."""
-    name = func._schema.name.removeprefix("aten::")
-    known = torch.Tag.pointwise in func.tags and (name.endswith("_") or name in _LIKE_THE_FIRST)
-    return name if known else ""
+def _how(func: Any) -> str:
+    """Whether an operation on the meta device makes a `new` tensor, works `in place` on its first argument, or `any`."""
+    if func._schema.is_mutable:
+        elementwise = torch.Tag.pointwise in func.tags and func._schema.name.endswith("_")
+        return "in place" if elementwise else "any"
+    return "new" if len(func._schema.returns) == 1 and not func.is_view else "any"
 
 
-def _broadcasts_to(other: Tensor, x: Tensor) -> bool:
-    sizes = zip(reversed(other.shape), reversed(x.shape), strict=False)
-    return other.dtype == x.dtype and other.ndim <= x.ndim and all(size in (1, whole) for size, whole in sizes)
+def _looks(value: Any) -> Hashable:
+    """What an operation's result depends on, of an argument, where there is no data."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device.type
+    if isinstance(value, list | tuple):
+        return tuple(map(_looks, value))
+    return float if isinstance(value, float) else (type(value), value)
+
+
+def _dense_bytes(tensor: Tensor) -> int:
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.itemsize if tensor.numel() else 0
 
 
 def _origin() -> tuple[str, str]:

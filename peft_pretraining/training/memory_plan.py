@@ -109,10 +109,10 @@ def plan_memory(
     micro_batches = min(args.gradient_accumulation, 3)
     args = argparse.Namespace(**vars(args) | {"compile": False, "gradient_accumulation": micro_batches})
     key = repr((sorted((name, value) for name, value in vars(args).items() if name not in _BESIDE), dtype, device_type))
-    if whole:
-        return _plan_whole(args, dtype, device_type)
-    if key not in _PLANS:
-        _PLANS[key] = _extend(args, dtype, device_type) or _plan_whole(args, dtype, device_type)
+    if key not in _PLANS or whole:
+        with _quick_collections():
+            plan = None if whole else _extend(args, dtype, device_type)
+            _PLANS[key] = plan or _plan_whole(args, dtype, device_type)
     return _PLANS[key]
 
 
@@ -206,7 +206,7 @@ def _trace(
 ) -> _Trace:
     """Runs the updates of a model with that many layers."""
     depth, place = config.num_hidden_layers, torch.device(device_type if real else "meta")
-    with _quick_collections(), meta_stands_for(device_type), LiveMemory() as live:
+    with meta_stands_for(device_type), LiveMemory() as live:
         visits: dict[str, dict[Visit, Peak]] = {}
         with _phase("building the model", live, visits):
             model = prepare_model(args, config=_of_depth(config, layers), dtype=dtype, device=place)
