@@ -33,7 +33,8 @@ from peft_pretraining.schedules import lr_ratio
 from peft_pretraining.training.evaluate import evaluate_only
 from peft_pretraining.training.incidents import react
 from peft_pretraining.training.interruption import BY_HAND, Interrupted, Interruption
-#from peft_pretraining.training.memory_plan import log_memory
+from peft_pretraining.training.memory_fit import fit_memory
+from peft_pretraining.training.memory_report import log_memory
 from peft_pretraining.training.metrics import set_up_log
 from peft_pretraining.training.plan import make_plan, open_model, open_run, open_validation
 from peft_pretraining.training.report import evaluate_and_log, log_step, report_end
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     # Which process is this, and what was it told?
     world = World.from_environment()
     set_up_log(is_main=world.is_main)
-    args = parse_args(argv, world_size=world.size)
+    args = fit_memory(parse_args(argv, world_size=world.size), world=world)
     use_threads(world, num_threads=args.num_threads)
     make_deterministic(args.seed)
 
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.dry_run:
             open_validation(plan)
             if world.is_main:
-                log_memory(args, dtype=plan.dtype, device_type=world.device.type)
+                log_memory(args, dtype=plan.dtype, device=world.device, world_size=world.size)
             return
         cleanup.enter_context(world.connected())
         interruption = cleanup.enter_context(Interruption().listening())

@@ -1,6 +1,7 @@
 """The command line, parsed, checked and completed. What needs neither data nor model is checked here."""
 
 import argparse
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ def parse_args(argv: list[str] | None = None, *, world_size: int = 1) -> argpars
     """The arguments, checked and completed.
 
     Filled in are gradient_accumulation, total_batch_size, num_training_steps, the schedule, tokenizer and name;
-    `ignored` holds the given flags that have no effect, and why.
+    `ignored` holds the given flags that have no effect, and why; with --fit, `given` has the names of all given flags.
     argv: the command line without the program; None for sys.argv.
     world_size: processes of this run.
     Raises UserError for anything that cannot be meant.
@@ -36,9 +37,13 @@ def parse_args(argv: list[str] | None = None, *, world_size: int = 1) -> argpars
     given = parser.parse_args(argv)
     inherited = inherited_args(given.continue_from) if _evaluates(given) else {}
     inherited |= preset_flags(getattr(given, "preset", None))
+    if getattr(given, "fit", None) is not None:
+        inherited |= _open_batch(given, inherited, world_size)
     if missing := [f"--{name}" for name in required() if name not in vars(given) | inherited]:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
     args = argparse.Namespace(**defaults() | inherited | vars(given))
+    if args.fit is not None:
+        args.given = sorted(vars(given))
     _check_ranges(args)
     _check_recovery(args)
     _complete_optimizer(args, given)
@@ -62,6 +67,40 @@ def parse_args(argv: list[str] | None = None, *, world_size: int = 1) -> argpars
 def default_tokenizer(dataset: str) -> str:
     """The tokenizer of a data set for which none is named."""
     return "pydocs" if dataset == "pydocs" else "t5-base"
+
+
+def _open_batch(given: argparse.Namespace, inherited: dict[str, Any], world_size: int) -> dict[str, Any]:
+    """The batch before --fit has chosen it: whole. Empty where it is given. Ranges are checked later."""
+    if getattr(given, "batch_size", None) is not None:
+        return {}
+    total = (inherited | vars(given)).get("total_batch_size")
+    if total is None or getattr(given, "gradient_accumulation", None) is not None:
+        raise UserError(
+            "--fit chooses --batch_size so that an update stays the same: give --total_batch_size, the sequences of an "
+            "update, and leave out --gradient_accumulation. Or give --batch_size, and only savings are chosen."
+        )
+    return {"batch_size": max(1, total // world_size), "gradient_accumulation": None}
+
+
+def with_flags(args: argparse.Namespace, flags: Mapping[str, Any], *, world_size: int = 1) -> argparse.Namespace:
+    """Completed arguments with other values of some flags; the update keeps its sequences.
+
+    Raises UserError for flags that contradict the others or have no effect beside them.
+    """
+    changed = argparse.Namespace(**vars(args) | flags)
+    recipe = find_recipe(changed.optimizer)
+    if changed.weight_quant and not recipe.low_rank_engine:
+        raise UserError(f"--weight_quant with --optimizer {changed.optimizer}")
+    if useless := sorted(flags.keys() & without_effect(changed).keys()):
+        raise UserError(f"--{useless[0]} would have no effect")
+    if "proj_quant" in flags:
+        changed.proj_bits = (args.proj_bits or 4) if changed.proj_quant else None
+    changed.gradient_accumulation = None
+    _complete_batch(changed, world_size)
+    _complete_int8_matmul(changed, argparse.Namespace())
+    _check_residual(changed)
+    _check_adapters(changed)
+    return changed
 
 
 def _evaluates(given: argparse.Namespace) -> bool:
@@ -103,8 +142,7 @@ def _complete_optimizer(args: argparse.Namespace, given: argparse.Namespace) -> 
             f"--weight_quant with --optimizer {args.optimizer}: torch's own optimizers cannot write quantized weights. "
             "Take another one, such as q_galore_adamw8bit."
         )
-    without_effect = _without_effect(args, recipe)
-    args.ignored = {f"--{name}": why for name, why in without_effect.items() if hasattr(given, name)}
+    args.ignored = {f"--{name}": why for name, why in without_effect(args).items() if hasattr(given, name)}
     args.proj_bits = (args.proj_bits or 4) if args.proj_quant else None
     if args.cos_threshold is None:
         args.cos_threshold = recipe.lazy_threshold
@@ -179,8 +217,9 @@ def _complete_restarts(args: argparse.Namespace) -> None:
         args.restart_warmup_steps = max(1, min(100, args.reset_every // 10))
 
 
-def _without_effect(args: argparse.Namespace, recipe: Recipe) -> dict[str, str]:
+def without_effect(args: argparse.Namespace) -> dict[str, str]:
     """Flags that mean nothing as things are, each with the reason."""
+    recipe = find_recipe(args.optimizer)
     missing = {name: why for name, (holds, why) in _conditions(args, recipe).items() if not holds}
     found = {}
     for name, each in FLAGS.items():

@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import copy
 import gc
+import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -221,7 +222,8 @@ def _trace(
         tokens = torch.zeros(args.batch_size, args.max_length, dtype=torch.int64, device=place)
         batches = [Batch(tokens, tokens, epoch=0)] * args.gradient_accumulation
         for name in ("the first update", "an update", "an update with refreshes"):
-            if "refreshes" in name and not _make_due(updates.optimizer, layers=layers, depth=depth):
+            refreshed = _make_due(updates.optimizer, layers=layers, depth=depth, any_due="refreshes" in name)
+            if "refreshes" in name and not refreshed:
                 continue
             with _phase(name, live, visits):
                 accumulate_gradients(model, batches, targets=1, device=place)
@@ -314,16 +316,17 @@ def _mark(live: LiveMemory, model: PreTrainedModel, updates: WholeModelUpdates |
                 live.mark(state_kind(name), [value])
 
 
-def _make_due(optimizer: torch.optim.Optimizer, *, layers: int, depth: int) -> bool:
-    """Makes as many of the largest matrices due for a refresh as one update has at most. Whether there are any.
+def _make_due(optimizer: torch.optim.Optimizer, *, layers: int, depth: int, any_due: bool) -> int:
+    """Makes as many of the largest matrices due for a refresh as one update has at most, or none. Returns how many.
 
     layers: layers of this model; it stands for one of `depth` layers.
     """
     if not isinstance(optimizer, LowRankOptimizer):
-        return False
-    due = [update for update in optimizer.updates.values() if update.projector.sides and not update.projector.learns]
-    due.sort(key=lambda update: update.p.numel(), reverse=True)
-    gap = min((update.projector.schedule.gap for update in due), default=1)
-    for update in due[: -(-len(due) // layers * depth // gap)]:
-        update.state["next_refresh"] = 0
-    return bool(due)
+        return 0
+    each = [update for update in optimizer.updates.values() if "next_refresh" in update.state and not update.projector.learns]
+    each.sort(key=lambda update: update.p.numel(), reverse=True)
+    gap = min((update.projector.schedule.gap for update in each), default=1)
+    count = -(-len(each) // layers * depth // gap) if any_due else 0
+    for number, update in enumerate(each):
+        update.state["next_refresh"] = 0 if number < count else math.inf
+    return count
