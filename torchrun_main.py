@@ -34,7 +34,7 @@ from peft_pretraining.training.evaluate import evaluate_only
 from peft_pretraining.training.incidents import react
 from peft_pretraining.training.interruption import BY_HAND, Interrupted, Interruption
 from peft_pretraining.training.memory_fit import fit_memory
-from peft_pretraining.training.memory_report import log_memory
+from peft_pretraining.training.memory_report import log_memory, watch_memory
 from peft_pretraining.training.metrics import set_up_log
 from peft_pretraining.training.plan import make_plan, open_model, open_run, open_validation
 from peft_pretraining.training.report import evaluate_and_log, log_step, report_end
@@ -70,7 +70,9 @@ def main(argv: list[str] | None = None) -> None:
             return
 
         # or train
+        memory = watch_memory(args, dtype=plan.dtype, world=world)
         run = open_run(plan, interruption=interruption, cleanup=cleanup)
+        run.memory = memory
         begin(run, plan.start)
         loop(run)
         report_end(run)
@@ -123,6 +125,9 @@ def train_step(run: Run) -> None:
     total, stops, bad_documents = run.world.sum(told).tolist()
     run.stopping = stops > 0
     log_step(run, loss=total, outcome=outcome, batch=micro_batches[-1], targets=targets, began=began)
+    if run.memory is not None:
+        evaluated = state.evaluation is not None
+        run.memory.after_update(run.record, update=state.update, optimizer=run.updates.optimizer, evaluated=evaluated)
     react(run, loss=total, outcome=outcome, skipped=skipped, bad_documents=bad_documents > 0)
 
 

@@ -60,7 +60,7 @@ class Visit(NamedTuple):
     """A stretch of the program, from the first operation on one part's tensors to the first on another's."""
 
     part: int  # number of the part; -1 before any part was visited
-    count: int  # 0-based number of this visit to the part
+    number: int  # 0-based number of this visit to the part
 
 
 class LiveMemory(TorchDispatchMode):
@@ -187,7 +187,7 @@ def _good_answer(dtype: torch.dtype) -> bool | int | float:
 
 
 def _call(func: Any, args: Any, kwargs: Any) -> Any:
-    """What an operation returns. On the meta device, torch takes long to find shapes and dtypes: they are remembered."""
+    """What an operation returns. On the meta device, torch takes long to find it: shape and dtype are remembered."""
     how = _how(func)
     if how == "any" or not (isinstance(args[0], Tensor) and args[0].is_meta):
         return func(*args, **kwargs)
@@ -210,7 +210,7 @@ _RESULTS: dict[Hashable, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
 
 @cache
 def _how(func: Any) -> str:
-    """Whether an operation on the meta device makes a `new` tensor, works `in place` on its first argument, or `any`."""
+    """What an operation on the meta device does: make a `new` tensor, work `in place` on its first argument, `any`."""
     if func._schema.is_mutable:
         elementwise = torch.Tag.pointwise in func.tags and func._schema.name.endswith("_")
         return "in place" if elementwise else "any"

@@ -22,7 +22,17 @@ from peft_pretraining.data.fingerprint import describe_change
 from peft_pretraining.errors import UserError
 from peft_pretraining.model.config import read_config
 
-INHERITED_NOT = ("continue_from", "eval_only", "dry_run", "save_dir", "resume", "ignored", "batch_size", "single_gpu", "fit")
+INHERITED_NOT = (
+    "continue_from",
+    "eval_only",
+    "dry_run",
+    "save_dir",
+    "resume",
+    "ignored",
+    "batch_size",
+    "single_gpu",
+    "fit",
+)
 EVALUATION_BATCH = 8  # default number of sequences
 
 

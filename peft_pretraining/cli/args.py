@@ -87,7 +87,7 @@ def with_flags(args: argparse.Namespace, flags: Mapping[str, Any], *, world_size
 
     Raises UserError for flags that contradict the others or have no effect beside them.
     """
-    changed = argparse.Namespace(**vars(args) | flags)
+    changed = argparse.Namespace(**{**vars(args), **flags})
     recipe = find_recipe(changed.optimizer)
     if changed.weight_quant and not recipe.low_rank_engine:
         raise UserError(f"--weight_quant with --optimizer {changed.optimizer}")

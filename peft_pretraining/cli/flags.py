@@ -50,7 +50,9 @@ def parse_memory(text: str) -> int | str:
     """Bytes of memory: 16GB is 16e9, 16GiB is 16 x 2^30; `auto` stays as it is."""
     if text == "auto":
         return text
-    number, unit = next(((text.removesuffix(unit), size) for unit, size in _UNITS.items() if text.endswith(unit)), ("", 0))
+    number, unit = next(
+        ((text.removesuffix(unit), size) for unit, size in _UNITS.items() if text.endswith(unit)), ("", 0)
+    )
     try:
         size = float(number) * unit
     except ValueError:

@@ -16,6 +16,7 @@ import contextlib
 import copy
 import gc
 import math
+import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -104,14 +105,15 @@ def plan_memory(
     whole: whether to run all layers. A plan without data is else made from few of them; the result is the same.
     Raises UserError for a config that cannot be read.
     """
+    # Of many micro-batches the first and the last differ from all others, which are alike.
+    micro_batches = args.gradient_accumulation if real else min(args.gradient_accumulation, 3)
+    args = argparse.Namespace(**vars(args) | {"compile": False, "gradient_accumulation": micro_batches})
     if real:
         return _plan_whole(args, dtype, device_type, real=True)
-    # Of many micro-batches the first and the last differ from all others, which are alike.
-    micro_batches = min(args.gradient_accumulation, 3)
-    args = argparse.Namespace(**vars(args) | {"compile": False, "gradient_accumulation": micro_batches})
     key = repr((sorted((name, value) for name, value in vars(args).items() if name not in _BESIDE), dtype, device_type))
     if key not in _PLANS or whole:
-        with _quick_collections():
+        with _quick_collections(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they tell of another number of layers
             plan = None if whole else _extend(args, dtype, device_type)
             _PLANS[key] = plan or _plan_whole(args, dtype, device_type)
     return _PLANS[key]
@@ -166,10 +168,10 @@ def _extrapolate(less: _Trace, more: _Trace, *, few: int, layers: int) -> Memory
     peaks: dict[str, Peak] = {}
     for phase, visits in less.visits.items():
         ends, others = _from_ends(visits, few), _from_ends(more.visits[phase], few + 1)
-        if ends.keys() != {(place, count) for place, count in others if place != few - 2}:
+        if ends.keys() != {(place, number) for place, number in others if place != few - 2}:
             return None
-        for (place, count), peak in others.items():
-            around = [others.get((near, count)) for near in (few - 3, -2)]
+        for (place, number), peak in others.items():
+            around = [others.get((near, number)) for near in (few - 3, -2)]
             if place == few - 2 and any(near is None for near in around):
                 return None
             if place == few - 2 and 2 * peak.bytes != sum(near.bytes for near in around if near is not None):
@@ -182,7 +184,7 @@ def _extrapolate(less: _Trace, more: _Trace, *, few: int, layers: int) -> Memory
 def _from_ends(visits: Mapping[Visit, Peak], layers: int) -> dict[tuple[int, int], Peak]:
     """Peaks by the number of the layer and of the visit; the last two layers are -2 and -1, no layer is -3."""
     names = {-1: -3, layers - 2: -2, layers - 1: -1}
-    return {(names.get(visit.part, visit.part), visit.count): peak for visit, peak in visits.items()}
+    return {(names.get(visit.part, visit.part), visit.number): peak for visit, peak in visits.items()}
 
 
 def _along(less: Peak, more: Peak, *, by: int) -> Peak:
@@ -323,7 +325,11 @@ def _make_due(optimizer: torch.optim.Optimizer, *, layers: int, depth: int, any_
     """
     if not isinstance(optimizer, LowRankOptimizer):
         return 0
-    each = [update for update in optimizer.updates.values() if "next_refresh" in update.state and not update.projector.learns]
+    each = [
+        update
+        for update in optimizer.updates.values()
+        if "next_refresh" in update.state and not update.projector.learns
+    ]
     each.sort(key=lambda update: update.p.numel(), reverse=True)
     gap = min((update.projector.schedule.gap for update in each), default=1)
     count = -(-len(each) // layers * depth // gap) if any_due else 0

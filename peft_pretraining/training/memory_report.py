@@ -8,8 +8,13 @@ from typing import Any
 import torch
 from loguru import logger
 
+from peft_pretraining.distributed import World
+from peft_pretraining.model.build import prepare_model
+from peft_pretraining.model.config import read_config
 from peft_pretraining.training.memory_fit import CARDS, CONTEXT, RESERVE, SAVINGS, Search, changes, gigabytes, needed
 from peft_pretraining.training.memory_plan import MemoryPlan, plan_memory
+from peft_pretraining.training.memory_watch import MemoryWatch
+from peft_pretraining.training.plan import open_updates
 from peft_pretraining.training.report import format_table
 
 # What a run keeps and needs, in the order of the table; "refresh" is the workspace of computing bases.
@@ -21,22 +26,23 @@ GOAL = 16 * 10**9  # bytes; a run that needs more is told what would make it fit
 SECONDS = 15.0  # of trying; a plan takes one to three of them for a 7B
 
 
+SHORT = {"an update with refreshes": "with refreshes", "building the model": "building"}
+
+
 def by_kind(plan: MemoryPlan) -> list[dict[str, Any]]:
     """One row for each kind of memory, in MB of 1e6 bytes: between updates, and at the peak of each phase."""
-    columns = {"between_updates": plan.held} | {
-        phase.replace(" ", "_"): peak.kinds for phase, peak in plan.peaks.items()
-    }
+    columns = {"held": plan.held} | {SHORT.get(phase, phase): peak.kinds for phase, peak in plan.peaks.items()}
+    columns["building"] = {"weights": sum(columns["building"].values())}  # nothing else exists then
+    names = {name: name.replace(" ", "_") for name in columns}
     kinds = [kind for kind in KINDS if any(column.get(kind, 0) >= 5e4 for column in columns.values())]
-    rows: list[dict[str, Any]] = [
-        {"MB": kind} | {name: _megabytes(column.get(kind, 0)) for name, column in columns.items()} for kind in kinds
-    ]
-    whole = {name: _megabytes(sum(column.values())) for name, column in columns.items()}
-    made_by = {"between_updates": ""} | {phase.replace(" ", "_"): peak.line for phase, peak in plan.peaks.items()}
-    return [*rows, {"MB": "together"} | whole, {"MB": "made by"} | made_by]
+    return [
+        {"MB": kind} | {names[name]: _megabytes(column.get(kind, 0)) for name, column in columns.items()}
+        for kind in kinds
+    ] + [{"MB": "together"} | {names[name]: _megabytes(sum(column.values())) for name, column in columns.items()}]
 
 
 def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f}" if size < 1e8 else f"{size / 1e6:,.0f}"
+    return "" if size < 5e4 else f"{size / 1e6:,.1f}" if size < 1e8 else f"{size / 1e6:,.0f}"
 
 
 def cards_for(peak: int) -> list[int]:
@@ -44,20 +50,20 @@ def cards_for(peak: int) -> list[int]:
     return [card for card in CARDS if needed(peak) <= card * 10**9]
 
 
-def log_memory(
-    args: argparse.Namespace, *, dtype: torch.dtype, device: torch.device, world_size: int = 1
-) -> None:
+def log_memory(args: argparse.Namespace, *, dtype: torch.dtype, device: torch.device, world_size: int = 1) -> None:
     """Logs the plan of a run, the cards that it fits, and what would make it fit smaller ones.
 
     The latter where it needs more than GOAL, or more than the GPU that is present has.
     """
+    _warn_of_options(args, dtype=dtype)
     plan = plan_memory(args, dtype=dtype, device_type=device.type)
-    logger.info(f"memory, planned{f' for each of {world_size} GPUs' if world_size > 1 else ''}:\n{table(plan)}")
+    each = f" for each of {world_size} processes" if world_size > 1 else ""
+    logger.info(f"memory, planned{each}:\n{format_table(by_kind(plan), numbers=True)}")
     peak, cards = plan.peak.bytes, cards_for(plan.peak.bytes)
     fits = f"fits cards of {', '.join(map(str, cards))} GB" if cards else f"fits no card of up to {CARDS[-1]} GB"
     logger.info(
-        f"the peak, {gigabytes(peak)}, needs {gigabytes(needed(peak))} with {RESERVE:.0%} of it and "
-        f"{gigabytes(CONTEXT)} for a GPU's context: it {fits}"
+        f"the peak, {gigabytes(peak)} at {plan.peak.line}, needs {gigabytes(needed(peak))} with {RESERVE:.0%} of it "
+        f"and {gigabytes(CONTEXT)} for a GPU's context: it {fits}"
     )
     goal = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else GOAL
     if needed(peak) > goal:
@@ -66,11 +72,26 @@ def log_memory(
         logger.info("\n".join(["what would make it fit, found by trying (* changes results):", *lines]))
 
 
-def table(plan: MemoryPlan) -> str:
-    """by_kind as aligned text, with numbers on the right."""
-    rows = by_kind(plan)
-    text = format_table([{"": row["MB"]} | {key: value for key, value in row.items() if key != "MB"} for row in rows])
-    return text
+def _warn_of_options(args: argparse.Namespace, *, dtype: torch.dtype) -> None:
+    """Builds model and optimizer without memory: they warn of what does not suit them, as in a run."""
+    eager = argparse.Namespace(**vars(args) | {"compile": False})
+    config = read_config(args.model_config)
+    open_updates(eager, model=prepare_model(eager, config=config, dtype=dtype, device=torch.device("meta")))
+
+
+def watch_memory(args: argparse.Namespace, *, dtype: torch.dtype, world: World) -> MemoryWatch | None:
+    """What puts the plan beside the measured peak, on the main rank; None where that is not worth its seconds.
+
+    On a CPU, where nothing is measured, there is a plan only if --fit has made it already.
+    """
+    if not world.is_main or not (world.device.type == "cuda" or args.fit is not None):
+        return None
+    try:
+        plan = plan_memory(args, dtype=dtype, device_type=world.device.type)
+    except Exception as error:  # a plan is an extra, and may not end a run, whatever is wrong with it
+        logger.warning(f"the memory could not be planned: {type(error).__name__}: {error}")
+        return None
+    return MemoryWatch(plan.peaks, device=world.device)
 
 
 def smaller_cards(search: Search, cards: list[int], *, seconds: float = SECONDS) -> Iterator[str]:
