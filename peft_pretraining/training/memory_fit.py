@@ -25,6 +25,7 @@ from peft_pretraining.model.dtypes import resolve_dtype
 from peft_pretraining.training.memory_plan import plan_memory
 from qgalore.factory import OPTIMIZERS
 
+GB = 10**9  # bytes
 CARDS = (8, 12, 16, 24, 40, 80)  # memory of usual GPUs, in GB of 1e9 bytes; they have a little more
 CONTEXT = 500 * 10**6  # bytes of a GPU's context and its libraries; on a CPU, of Python and torch
 RESERVE = 0.05  # of the planned peak: what the plan may be off by, and what an allocator loses to holes

@@ -11,7 +11,17 @@ from loguru import logger
 from peft_pretraining.distributed import World
 from peft_pretraining.model.build import prepare_model
 from peft_pretraining.model.config import read_config
-from peft_pretraining.training.memory_fit import CARDS, CONTEXT, RESERVE, SAVINGS, Search, changes, gigabytes, needed
+from peft_pretraining.training.memory_fit import (
+    CARDS,
+    CONTEXT,
+    GB,
+    RESERVE,
+    SAVINGS,
+    Search,
+    changes,
+    gigabytes,
+    needed,
+)
 from peft_pretraining.training.memory_plan import MemoryPlan, plan_memory
 from peft_pretraining.training.memory_watch import MemoryWatch
 from peft_pretraining.training.plan import open_updates
@@ -22,7 +32,7 @@ KINDS = (
     "weights", "scales", "bases", "moments", "sums", "gradients", "activations", "logits", "refresh", "update",
     "dequantized weights", "buffers",
 )  # fmt: skip
-GOAL = 16 * 10**9  # bytes; a run that needs more is told what would make it fit
+GOAL = 16 * GB  # bytes; a run that needs more is told what would make it fit
 SECONDS = 15.0  # of trying; a plan takes one to three of them for a 7B
 
 
@@ -47,7 +57,7 @@ def _megabytes(size: int) -> str:
 
 def cards_for(peak: int) -> list[int]:
     """The cards, in GB, that a planned peak fits."""
-    return [card for card in CARDS if needed(peak) <= card * 10**9]
+    return [card for card in CARDS if needed(peak) <= card * GB]
 
 
 def log_memory(args: argparse.Namespace, *, dtype: torch.dtype, device: torch.device, world_size: int = 1) -> None:
@@ -105,7 +115,7 @@ def smaller_cards(search: Search, cards: list[int], *, seconds: float = SECONDS)
         if time.monotonic() - began > seconds:
             yield f"  {card} GB and less: not tried, after {seconds:g} s; --fit {card}GB tries it"
             return
-        fit = search.fewest(card * 10**9, steps=steps, batches=search.batches(at_most=search.args.batch_size))
+        fit = search.fewest(card * GB, steps=steps, batches=search.batches(at_most=search.args.batch_size))
         if fit is None:
             yield f"  {card} GB and less: nothing that was tried"
             return

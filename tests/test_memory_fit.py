@@ -1,0 +1,214 @@
+"""--fit and the cards of a dry run: what is chosen by planning, held against plans and against runs for real."""
+
+import json
+
+import pytest
+import torch
+from support.runs import record
+
+import torchrun_main
+from peft_pretraining.cli.args import parse_args, with_flags
+from peft_pretraining.cli.flags import parse_memory
+from peft_pretraining.distributed import World
+from peft_pretraining.errors import UserError
+from peft_pretraining.training.memory_fit import CONTEXT, RESERVE, SAVINGS, Search, changes, fit_memory, needed
+from peft_pretraining.training.memory_plan import plan_memory
+from peft_pretraining.training.memory_report import cards_for, smaller_cards
+from qgalore.live_memory import LiveMemory
+
+PER_LAYER = ["--optimizer", "q_galore_adamw8bit_per_layer", "--rank", "8", "--weight_quant", "--stochastic_round"]
+UNBOUND = "1000GB"
+
+
+def arguments(tiny, *flags, total=8, dtype="float32"):
+    shared = ["--model_config", str(tiny.config), "--dataset", "pydocs", "--max_length", "32", "--dtype", dtype]
+    return parse_args([*shared, "--total_batch_size", str(total), *flags])
+
+
+def need(tiny, *flags, **more):
+    """What a command line needs of a card, in bytes, by its plan."""
+    return needed(plan_memory(arguments(tiny, *flags, **more), dtype=torch.float32, device_type="cpu").peak.bytes)
+
+
+def as_flag(size):
+    return f"{size / 1e6:.6f}MB"
+
+
+def fitted(tiny, limit, *flags, **more):
+    """The arguments that --fit leads to."""
+    return fit_memory(arguments(tiny, *flags, "--fit", as_flag(limit), **more), world=World())
+
+
+@pytest.mark.parametrize(
+    "text, size", [("16GB", 16 * 10**9), ("16GiB", 2**34), ("800MB", 8 * 10**8), ("0.5MiB", 2**19), ("auto", "auto")]
+)
+def test_memory_is_given_with_a_unit(text, size):
+    assert parse_memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["16", "GB", "-1GB", "0GB", "nanGB", "16gb", "16 TB", "infGiB"])
+def test_other_memory_is_one_line(text, tiny, capsys):
+    assert torchrun_main.command_line([*tiny.flags("unused"), f"--fit={text}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "16GB (16e9 bytes), 16GiB, 800MB or auto" in line
+
+
+def test_an_open_batch_needs_the_size_of_an_update(tiny, capsys):
+    flags = tiny.flags("unused", batch_size=None)
+    assert torchrun_main.command_line([*flags, "--fit", "16GB"]) == 2
+    assert "give --total_batch_size" in capsys.readouterr().err
+    both = ["--fit", "16GB", "--total_batch_size", "8", "--gradient_accumulation", "2"]
+    assert torchrun_main.command_line([*flags, *both]) == 2
+    assert "leave out --gradient_accumulation" in capsys.readouterr().err
+
+
+def test_the_margin_and_the_cards():
+    assert needed(10**10) == 10**10 * (1 + RESERVE) + CONTEXT
+    assert cards_for(7 * 10**9) == [8, 12, 16, 24, 40, 80]
+    assert cards_for(8 * 10**9) == [12, 16, 24, 40, 80]
+    most = round((16 * 10**9 - CONTEXT) / (1 + RESERVE))
+    assert cards_for(most)[0] == 16 and cards_for(most + 2)[0] == 24
+    assert cards_for(10**11) == []
+
+
+def test_the_largest_micro_batch_that_fits_without_savings(tiny):
+    """One byte decides; where there is room for the whole update, it is one micro-batch."""
+    assert fitted(tiny, 10**12, *PER_LAYER).batch_size == 8
+    four = need(tiny, *PER_LAYER, "--batch_size", "4")
+    assert four > need(tiny, *PER_LAYER, "--batch_size", "2")
+    for limit, batch in ((four + 2, 4), (four - 2, 2)):
+        args = fitted(tiny, limit, *PER_LAYER)
+        assert (args.batch_size, args.gradient_accumulation, args.total_batch_size) == (batch, 8 // batch, 8)
+        assert not args.activation_checkpointing and args.accumulate_on == "device"
+
+
+def test_savings_come_in_their_order_and_only_where_they_are_needed(tiny):
+    """With the micro-batch given, only savings are open; those that a later one makes superfluous are left out."""
+    given = [*PER_LAYER, "--batch_size", "4"]
+    ways = [[], ["--activation_checkpointing"], ["--activation_checkpointing", "--accumulate_on", "host"]]
+    plain, recomputed, host = (need(tiny, *given, *way) for way in ways)
+    assert plain > recomputed > host
+    assert not fitted(tiny, plain + 2, *given).activation_checkpointing
+    args = fitted(tiny, plain - 2, *given)
+    assert args.activation_checkpointing and args.accumulate_on == "device" and args.batch_size == 4
+    args = fitted(tiny, recomputed - 2, *given)
+    assert args.activation_checkpointing and args.accumulate_on == "host" and not args.offload_activations
+
+
+def test_what_is_given_stays(tiny):
+    given = [*PER_LAYER, "--batch_size", "4", "--accumulate_on", "device"]
+    recomputed = need(tiny, *given, "--activation_checkpointing")
+    with pytest.raises(UserError, match="nothing fits"):
+        fitted(tiny, need(tiny, *given, "--activation_checkpointing", "--offload_activations") - 2, *given)
+    assert fitted(tiny, recomputed + 2, *given).accumulate_on == "device"
+
+
+def test_what_changes_results_is_proposed_and_taken_only_if_allowed(tiny):
+    given = [*PER_LAYER, "--batch_size", "8", "--activation_checkpointing", "--offload_activations"]
+    limit = need(tiny, *given) - 2
+    with pytest.raises(UserError) as caught:
+        fitted(tiny, limit, *given)
+    line = str(caught.value)
+    assert "\n" not in line and "The least, " in line
+    names = line.partition("--allow_changed ")[2].rstrip(".")
+    args = fitted(tiny, limit, *given, "--allow_changed", names)
+    changed = {name for name in names.split(",") if getattr(args, name) != getattr(arguments(tiny, *given), name)}
+    assert changed == set(names.split(","))
+    assert needed(plan_memory(args, dtype=torch.float32, device_type="cpu").peak.bytes) <= limit
+
+
+def test_every_rank_has_its_share(tiny):
+    """Two processes: each makes half of the update, and no micro-batch of its own is larger than that."""
+    args = parse_args(
+        ["--model_config", str(tiny.config), "--dataset", "pydocs", "--fit", UNBOUND, "--total_batch_size", "8"],
+        world_size=2,
+    )
+    args = fit_memory(args, world=World(size=2))
+    assert (args.batch_size, args.gradient_accumulation) == (4, 1)
+
+
+def test_flags_without_effect_are_no_savings(tiny):
+    args = arguments(tiny, "--optimizer", "adamw", "--batch_size", "4")
+    search = Search(args, dtype=torch.float32, device_type="cpu")
+    names = [name for flags in search.steps([*SAVINGS, *changes(args)]) for name in flags]
+    assert names == ["activation_checkpointing", "offload_activations"]
+    with pytest.raises(UserError, match="no effect"):
+        with_flags(args, {"accumulate_on": "host"})
+
+
+def test_what_is_proposed_for_a_card_fits_it(tiny, monkeypatch):
+    """Cards of a little less than what is needed; the flags of each line, taken, keep within it."""
+    given = [*PER_LAYER, "--batch_size", "8"]
+    args = arguments(tiny, *given)
+    search = Search(args, dtype=torch.float32, device_type="cpu")
+    whole = plan_memory(args, dtype=torch.float32, device_type="cpu").peak.bytes
+    unit = whole // 20  # a "GB" of this test
+    monkeypatch.setattr("peft_pretraining.training.memory_report.GB", unit)
+    monkeypatch.setattr("peft_pretraining.training.memory_fit.CONTEXT", 0)
+    lines = list(smaller_cards(search, [20, 18, 12, 1]))
+    assert lines[-1] == "  1 GB and less: nothing that was tried"
+    for line, card in zip(lines, (20, 18, 12), strict=False):
+        flags = line.partition(": ")[2].partition(" (")[0].replace("*", "").split()
+        peak = plan_memory(arguments(tiny, *given, *flags), dtype=torch.float32, device_type="cpu").peak.bytes
+        assert needed(peak) <= card * unit, line
+        assert f" {card} GB: " in line
+
+
+@pytest.fixture
+def saved(tiny, tmp_path):
+    """A run of three updates under a --fit that makes it recompute, one micro-batch of four at a time."""
+    given = [*PER_LAYER, "--activation_checkpointing"]
+    limit = need(tiny, *given, "--batch_size", "4") + 2
+    flags = tiny.flags(tmp_path / "run", batch_size=None, total_batch_size=8, num_training_steps=3)
+    flags = [*flags, *given, "--fit", as_flag(limit)]
+    with LiveMemory() as live:
+        assert torchrun_main.command_line(flags) == 0
+    return flags, limit, live.peak.bytes
+
+
+def test_a_run_keeps_to_it_and_goes_on_as_it_chose(saved, tmp_path):
+    """What was alive in the run stays within the limit, and so does the plan; resumed, it needs no other answer."""
+    flags, limit, alive = saved
+    run = tmp_path / "run"
+    (start,) = record(run, "start")
+    assert start["args"]["batch_size"] == 4 and "given" not in start["args"]
+    (memory,) = record(run, "memory")
+    assert memory["when"] == "third update" and memory["update"] == 3 and memory["measured_peak"] is None
+    assert sum(memory["planned"].values()) == memory["planned_peak"]
+    assert needed(alive) <= limit * 1.01 and alive == pytest.approx(memory["planned_peak"], rel=0.05)
+    more = [*flags[: flags.index("--num_training_steps")], *flags[flags.index("--num_training_steps") + 2 :]]
+    more += ["--num_training_steps", "4", "--allow_changed", "num_training_steps,warmup_steps", "--resume", "auto"]
+    # Where it had to choose again, it would now choose less: the plan says that everything needs twice as much.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("peft_pretraining.training.memory_fit.needed", lambda peak: 10**15)
+        assert torchrun_main.command_line(more) == 0
+    assert [line["update"] for line in record(run, "update")] == [1, 2, 3, 4]
+    assert record(run, "start")[-1]["args"]["batch_size"] == 4
+
+
+def test_nothing_fits_is_one_line_before_anything_is_made(tiny, tmp_path, capsys):
+    flags = tiny.flags(tmp_path / "run", batch_size=None, total_batch_size=8)
+    assert torchrun_main.command_line([*flags, "--fit", "1MB"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --fit 0.00 GB: nothing fits. The least, --activation_checkpointing")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", ["1.1GB", "1.8GB"])
+def test_llama_60m_trains_under_its_limit(limit, tiny, tmp_path):
+    """For real: what is alive stays under the limit, and would not with the next larger micro-batch."""
+    flags = tiny.flags(tmp_path / "run", batch_size=None, total_batch_size=64, num_training_steps=3, dtype="bfloat16",
+                       model_config="configs/llama_60m.json", max_length=128)  # fmt: skip
+    flags = [*flags, *PER_LAYER, "--rank", "128", "--fit", limit]
+    with LiveMemory() as live:
+        assert torchrun_main.command_line(flags) == 0
+    size = parse_memory(limit)
+    assert live.peak.bytes + CONTEXT <= size
+    (memory,) = record(tmp_path / "run", "memory")
+    assert live.peak.bytes == pytest.approx(memory["planned_peak"], rel=0.05)
+    chosen = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["args"]
+    args = parse_args([*flags[: flags.index("--fit")], "--batch_size", str(chosen["batch_size"] * 2)])
+    args.activation_checkpointing, args.accumulate_on = chosen["activation_checkpointing"], chosen["accumulate_on"]
+    more = plan_memory(args, dtype=torch.bfloat16, device_type="cpu", real=True).peak.bytes
+    assert needed(more) > size
