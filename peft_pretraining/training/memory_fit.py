@@ -6,10 +6,12 @@ proposed, or taken where --allow_changed names it.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from loguru import logger
@@ -32,6 +34,7 @@ RESERVE = 0.05  # of the planned peak: what the plan may be off by, and what an 
 ENOUGH_TOKENS = 2048  # a micro-batch of fewer tokens leaves a GPU idle: savings are better
 
 Flags = dict[str, Any]
+T = TypeVar("T")
 
 # What saves memory and changes no result, what costs least first.
 SAVINGS: tuple[Flags, ...] = (
@@ -73,7 +76,12 @@ class Fit:
 
     def __str__(self) -> str:
         """The flags as they are typed."""
-        return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in self.flags.items())
+        return show(self.flags)
+
+
+def show(flags: Flags) -> str:
+    """Flags as they are typed."""
+    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in flags.items())
 
 
 class Search:
@@ -82,10 +90,20 @@ class Search:
     args: a completed command line.
     dtype: dtype of the model's weights.
     device_type: `cuda` or `cpu`.
+    seconds: of this process, after which a plan that is not known yet raises TimeoutError.
     """
 
-    def __init__(self, args: argparse.Namespace, *, dtype: torch.dtype, device_type: str, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        *,
+        dtype: torch.dtype,
+        device_type: str,
+        world_size: int = 1,
+        seconds: float = math.inf,
+    ) -> None:
         self.args, self.dtype, self.device_type, self.world_size = args, dtype, device_type, world_size
+        self.end = time.process_time() + seconds
 
     def steps(self, offered: Sequence[Flags]) -> list[Flags]:
         """Those of the offered flags that say something new and have an effect, each on top of those before."""
@@ -112,6 +130,8 @@ class Search:
             args = with_flags(self.args, flags, world_size=self.world_size)
         except UserError:
             return None
+        if time.process_time() > self.end:
+            raise TimeoutError
         return Fit(flags, args, plan_memory(args, dtype=self.dtype, device_type=self.device_type).peak.bytes)
 
     def fewest(self, limit: int, *, steps: Sequence[Flags], batches: Sequence[int]) -> Fit | None:
@@ -122,11 +142,9 @@ class Search:
         """
         enough = next((size for size in batches if size * self.args.max_length >= ENOUGH_TOKENS), batches[-1])
         for least in dict.fromkeys([enough, batches[0]]):
-            if not self._fits(steps, least, limit):
-                continue
-            count = next(count for count in range(len(steps) + 1) if self._fits(steps[:count], least, limit))
-            chosen = self._without_superfluous(steps[:count], least, limit)
-            return self._largest(chosen, [size for size in batches if size >= least], limit)
+            if self._fits(steps, least, limit):
+                few = self._few(steps, least, limit)
+                return self._largest(few, [size for size in batches if size >= least], limit)
         return None
 
     def _fits(self, steps: Sequence[Flags], batch: int, limit: int) -> Fit | None:
@@ -134,22 +152,29 @@ class Search:
         fit = self.try_flags(flags)
         return fit if fit is not None and needed(fit.peak) <= limit else None
 
-    def _without_superfluous(self, steps: Sequence[Flags], batch: int, limit: int) -> list[Flags]:
-        """The steps without those that a later one has made superfluous."""
-        chosen = list(steps)
-        for step in steps[:-1]:
+    def _few(self, steps: Sequence[Flags], batch: int, limit: int) -> list[Flags]:
+        """As many of the first steps as it takes, without those that a later one has made superfluous."""
+        prefixes = [steps[:count] for count in range(len(steps), -1, -1)]
+        few = _last(prefixes, lambda prefix: self._fits(prefix, batch, limit) is not None)
+        chosen = list(few)
+        for step in few[:-1]:
             fewer = [each for each in chosen if each is not step]
             if self._fits(fewer, batch, limit):
                 chosen = fewer
         return chosen
 
     def _largest(self, steps: Sequence[Flags], batches: Sequence[int], limit: int) -> Fit | None:
-        """The fit with the largest of these micro-batches, of which the smallest fits: more sequences need more."""
-        low, high = 0, len(batches) - 1
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self._fits(steps, batches[middle], limit) else (low, middle - 1)
-        return self._fits(steps, batches[low], limit)
+        """With the largest of these micro-batches, of which the smallest fits: more sequences need more."""
+        return self._fits(steps, _last(batches, lambda batch: self._fits(steps, batch, limit) is not None), limit)
+
+
+def _last(candidates: Sequence[T], holds: Callable[[T], bool]) -> T:
+    """The last one that it holds for, where it holds for the first one, and for none after one that it does not."""
+    low, high = 0, len(candidates) - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(candidates[middle]) else (low, middle - 1)
+    return candidates[low]
 
 
 def _together(steps: Sequence[Flags]) -> Flags:
@@ -229,4 +254,5 @@ def _nothing_fits(search: Search, fit: int | str, limit: int, *, steps: Sequence
 
 
 def gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"
+    """Bytes in GB of 1e9 bytes, or in MB."""
+    return f"{size / 1e9:.2f} GB" if size >= 10**8 else f"{size / 1e6:.1f} MB"

@@ -289,7 +289,6 @@ def _of_depth(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
 @contextlib.contextmanager
 def _quick_collections() -> Iterator[None]:
     """Leaves what exists already out of the garbage collector's rounds, which else take most of a plan's time."""
-    gc.collect()
     gc.freeze()
     try:
         yield

@@ -1,7 +1,6 @@
 """The plan of a run's memory in words: by kind and phase, the cards that it fits, and what would make it fit others."""
 
 import argparse
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +20,7 @@ from peft_pretraining.training.memory_fit import (
     changes,
     gigabytes,
     needed,
+    show,
 )
 from peft_pretraining.training.memory_plan import MemoryPlan, plan_memory
 from peft_pretraining.training.memory_watch import MemoryWatch
@@ -33,7 +33,7 @@ KINDS = (
     "dequantized weights", "buffers",
 )  # fmt: skip
 GOAL = 16 * GB  # bytes; a run that needs more is told what would make it fit
-SECONDS = 15.0  # of trying; a plan takes one to three of them for a 7B
+SECONDS = 12.0  # of this process, for trying; a plan takes one to three of them for a 7B
 
 
 SHORT = {"an update with refreshes": "with refreshes", "building the model": "building"}
@@ -77,7 +77,7 @@ def log_memory(args: argparse.Namespace, *, dtype: torch.dtype, device: torch.de
     )
     goal = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else GOAL
     if needed(peak) > goal:
-        search = Search(args, dtype=dtype, device_type=device.type, world_size=world_size)
+        search = Search(args, dtype=dtype, device_type=device.type, world_size=world_size, seconds=SECONDS)
         lines = list(smaller_cards(search, [card for card in CARDS if card not in cards]))
         logger.info("\n".join(["what would make it fit, found by trying (* changes results):", *lines]))
 
@@ -104,20 +104,20 @@ def watch_memory(args: argparse.Namespace, *, dtype: torch.dtype, world: World) 
     return MemoryWatch(plan.peaks, device=world.device)
 
 
-def smaller_cards(search: Search, cards: list[int], *, seconds: float = SECONDS) -> Iterator[str]:
-    """For each of these cards, the largest first, a line with the smallest changes that make the run fit it.
-
-    seconds: after this time no other card is begun.
-    """
-    began = time.monotonic()
+def smaller_cards(search: Search, cards: list[int]) -> Iterator[str]:
+    """For each of these cards, the largest first, a line with the smallest changes that make the run fit it."""
     steps = search.steps([*SAVINGS, *changes(search.args)])
     for card in sorted(cards, reverse=True):
-        if time.monotonic() - began > seconds:
-            yield f"  {card} GB and less: not tried, after {seconds:g} s; --fit {card}GB tries it"
+        try:
+            fit = search.fewest(card * GB, steps=steps, batches=search.batches(at_most=search.args.batch_size))
+        except TimeoutError:
+            yield f"  {card} GB and less: not tried to the end in {SECONDS:g} s; --fit {card}GB takes its time"
             return
-        fit = search.fewest(card * GB, steps=steps, batches=search.batches(at_most=search.args.batch_size))
         if fit is None:
-            yield f"  {card} GB and less: nothing that was tried"
+            yield (
+                f"  {card} GB and less: nothing that was tried, not even {' '.join(map(show, steps))}; "
+                f"python -m qgalore.memory {search.args.model_config} compares other methods"
+            )
             return
         same = set().union(*SAVINGS, ["batch_size"])
         flags = {name: value for name, value in fit.flags.items() if getattr(search.args, name) != value}
