@@ -76,16 +76,22 @@ def _one(own: argparse.Namespace, flags: list[str]) -> Iterator[str]:
 
 
 def _all(own: argparse.Namespace, flags: list[str]) -> Iterator[str]:
-    """A line for each method; those that cannot be had with these flags are left out at the end, with the reason."""
+    """A line for each method; those that cannot be had with these flags are left out at the end, with the reason.
+
+    Raises UserError if none can.
+    """
+    possible: dict[str, argparse.Namespace] = {}
     left_out: dict[str, list[str]] = {}
-    yield _heading(own, _completed(own, flags))
-    yield _line({name: name for name in WIDTHS})
     for name, method in METHODS.items():
         try:
-            args = _completed(own, [*flags, *method])
+            possible[name] = _completed(own, [*flags, *method])
         except UserError as error:
-            left_out.setdefault(str(error).replace(name, "it"), []).append(name)
-            continue
+            left_out.setdefault(str(error).replace(name, "NAME"), []).append(name)
+    if not possible:
+        raise UserError(next(iter(left_out)))
+    yield _heading(own, next(iter(possible.values())))
+    yield _line({name: name for name in WIDTHS})
+    for name, args in possible.items():
         plan = plan_memory(args, dtype=DTYPES[args.dtype or "bfloat16"])
         held, peak = plan.held, plan.peak
         cards = ", ".join(map(str, cards_for(peak.bytes)))
