@@ -1,7 +1,5 @@
 """--fit and the cards of a dry run: what is chosen by planning, held against plans and against runs for real."""
 
-import json
-
 import pytest
 import torch
 from support.runs import record
@@ -98,6 +96,14 @@ def test_a_micro_batch_is_large_enough_before_nothing_is_saved(tiny, monkeypatch
     assert args.activation_checkpointing and args.batch_size == 4
     args = fitted(tiny, need(tiny, *PER_LAYER, *saving, "--batch_size", "1") + 2, *PER_LAYER)
     assert args.activation_checkpointing and args.batch_size == 1
+
+
+def test_one_micro_batch_alone_can_need_less_than_two(tiny, small_batches):
+    """It has no sums beside it: the largest micro-batch is tried although half of it does not fit."""
+    given = [*PER_LAYER, "--activation_checkpointing", "--accumulate_on", "device", "--max_length", "4"]
+    whole, half = (need(tiny, *given, "--batch_size", str(size), total=2) for size in (2, 1))
+    assert whole < half
+    assert fitted(tiny, whole + 2, *given, total=2).batch_size == 2
 
 
 def test_savings_come_in_their_order_and_only_where_they_are_needed(tiny):
@@ -214,20 +220,23 @@ def test_nothing_fits_is_one_line_before_anything_is_made(tiny, tmp_path, capsys
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("limit", ["1.1GB", "1.8GB"])
-def test_llama_60m_trains_under_its_limit(limit, tiny, tmp_path):
+@pytest.mark.parametrize(
+    "limit, chosen",
+    [("1.1GB", dict(batch_size=8)), ("0.88GB", dict(batch_size=2, activation_checkpointing=True))],
+)
+def test_llama_60m_trains_under_its_limit(limit, chosen, tiny, tmp_path, small_batches):
     """For real: what is alive stays under the limit, and would not with the next larger micro-batch."""
-    flags = tiny.flags(tmp_path / "run", batch_size=None, total_batch_size=64, num_training_steps=3, dtype="bfloat16",
-                       model_config="configs/llama_60m.json", max_length=128)  # fmt: skip
-    flags = [*flags, *Q_GALORE, "--rank", "128", "--fit", limit]
+    flags = tiny.flags(tmp_path / "run", batch_size=None, total_batch_size=32, num_training_steps=3, dtype="bfloat16",
+                       model_config="configs/llama_60m.json", max_length=64)  # fmt: skip
+    flags = [*flags, *Q_GALORE, "--rank", "128"]
+    fit_memory(parse_args([*flags, "--fit", limit]), world=World())  # plans now what is remembered later
     with LiveMemory() as live:
-        assert torchrun_main.command_line(flags) == 0
-    size = parse_memory(limit)
-    assert live.peak.bytes + CONTEXT <= size
-    (memory,) = record(tmp_path / "run", "memory")
-    assert live.peak.bytes == pytest.approx(memory["planned_peak"], rel=0.05)
-    chosen = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["args"]
-    args = parse_args([*flags[: flags.index("--fit")], "--batch_size", str(chosen["batch_size"] * 2)])
-    args.activation_checkpointing, args.accumulate_on = chosen["activation_checkpointing"], chosen["accumulate_on"]
-    more = plan_memory(args, dtype=torch.bfloat16, device_type="cpu", real=True).peak.bytes
-    assert needed(more) > size
+        assert torchrun_main.command_line([*flags, "--fit", limit]) == 0
+    (start,) = record(tmp_path / "run", "start")
+    assert {name: start["args"][name] for name in chosen} == chosen
+    assert live.peak.bytes + CONTEXT <= parse_memory(limit)
+    lines = record(tmp_path / "run", "memory")
+    assert live.peak.bytes == pytest.approx(lines[-1]["planned_peak"], rel=0.05)
+    more = with_flags(parse_args([*flags, "--batch_size", "1"]), chosen | {"batch_size": 2 * chosen["batch_size"]})
+    run = plan_memory(more, dtype=torch.bfloat16, device_type="cpu", real=True)
+    assert needed(run.peak.bytes) > parse_memory(limit)

@@ -142,30 +142,37 @@ class Search:
         """
         enough = next((size for size in batches if size * self.args.max_length >= ENOUGH_TOKENS), batches[-1])
         for least in dict.fromkeys([enough, batches[0]]):
-            if self._fits(steps, least, limit):
-                few = self._few(steps, least, limit)
-                return self._largest(few, [size for size in batches if size >= least], limit)
+            sizes = [size for size in batches if size >= least]
+            if self._any(steps, sizes, limit):
+                return self._largest(self._few(steps, sizes, limit), sizes, limit)
         return None
 
     def _fits(self, steps: Sequence[Flags], batch: int, limit: int) -> Fit | None:
-        flags = _together([*steps, {"batch_size": batch}])
-        fit = self.try_flags(flags)
+        fit = self.try_flags(_together([*steps, {"batch_size": batch}]))
         return fit if fit is not None and needed(fit.peak) <= limit else None
 
-    def _few(self, steps: Sequence[Flags], batch: int, limit: int) -> list[Flags]:
+    def _any(self, steps: Sequence[Flags], sizes: Sequence[int], limit: int) -> Fit | None:
+        """The largest or the smallest micro-batch, if it fits: more sequences need more, but a single micro-batch needs
+        no sums.
+        """
+        return self._fits(steps, sizes[-1], limit) or self._fits(steps, sizes[0], limit)
+
+    def _few(self, steps: Sequence[Flags], sizes: Sequence[int], limit: int) -> list[Flags]:
         """As many of the first steps as it takes, without those that a later one has made superfluous."""
         prefixes = [steps[:count] for count in range(len(steps), -1, -1)]
-        few = _last(prefixes, lambda prefix: self._fits(prefix, batch, limit) is not None)
+        few = _last(prefixes, lambda prefix: self._any(prefix, sizes, limit) is not None)
         chosen = list(few)
         for step in few[:-1]:
             fewer = [each for each in chosen if each is not step]
-            if self._fits(fewer, batch, limit):
+            if self._any(fewer, sizes, limit):
                 chosen = fewer
         return chosen
 
-    def _largest(self, steps: Sequence[Flags], batches: Sequence[int], limit: int) -> Fit | None:
-        """With the largest of these micro-batches, of which the smallest fits: more sequences need more."""
-        return self._fits(steps, _last(batches, lambda batch: self._fits(steps, batch, limit) is not None), limit)
+    def _largest(self, steps: Sequence[Flags], sizes: Sequence[int], limit: int) -> Fit | None:
+        """With the largest micro-batch that fits, where one does."""
+        if fit := self._fits(steps, sizes[-1], limit):
+            return fit
+        return self._fits(steps, _last(sizes, lambda size: self._fits(steps, size, limit) is not None), limit)
 
 
 def _last(candidates: Sequence[T], holds: Callable[[T], bool]) -> T:
@@ -212,7 +219,7 @@ def fit_memory(args: argparse.Namespace, *, world: World) -> argparse.Namespace:
     batches = [args.batch_size] if "batch_size" in given else search.batches(at_most=args.total_batch_size)
     fit = search.fewest(limit, steps=steps, batches=batches)
     if fit is None:
-        raise UserError(_nothing_fits(search, args.fit, limit, steps=steps, least=batches[0]))
+        raise UserError(_nothing_fits(search, args.fit, limit, steps=steps, batches=batches))
     logger.info(
         f"--fit {gigabytes(limit)}: {fit}. The planned peak is {gigabytes(fit.peak)}; with {RESERVE:.0%} of it and "
         f"{gigabytes(CONTEXT)} for the context that is {gigabytes(needed(fit.peak))}"
@@ -240,13 +247,15 @@ def _saved_args(args: argparse.Namespace) -> dict[str, Any] | None:
     return None if folder is None else Checkpoint.open(find_checkpoint(folder)).state["args"]
 
 
-def _nothing_fits(search: Search, fit: int | str, limit: int, *, steps: Sequence[Flags], least: int) -> str:
+def _nothing_fits(search: Search, fit: int | str, limit: int, *, steps: Sequence[Flags], batches: Sequence[int]) -> str:
     """One line: what would be the least, and what else could be tried."""
     line = f"--fit {'auto, ' if fit == 'auto' else ''}{gigabytes(limit)}: nothing fits."
-    if smallest := search.try_flags(_together([*steps, {"batch_size": least}])):
+    tried = [search.try_flags(_together([*steps, {"batch_size": size}])) for size in (batches[0], batches[-1])]
+    if possible := [each for each in tried if each is not None]:
+        smallest = min(possible, key=lambda each: each.peak)
         line += f" The least, {smallest}, needs {gigabytes(needed(smallest.peak))}."
     more = search.steps([*steps, *changes(search.args)])
-    other = search.fewest(limit, steps=more, batches=[least])
+    other = search.fewest(limit, steps=more, batches=batches)
     if other is None:
         return f"{line} Take a smaller model; `python -m qgalore.memory {search.args.model_config}` compares methods."
     names = ",".join(name for name in other.flags if name not in ("batch_size", *_together(SAVINGS)))
