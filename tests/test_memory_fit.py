@@ -1,5 +1,7 @@
 """--fit and the cards of a dry run: what is chosen by planning, held against plans and against runs for real."""
 
+import itertools
+
 import pytest
 import torch
 from support.runs import record
@@ -18,6 +20,13 @@ from qgalore.live_memory import LiveMemory
 PER_LAYER = ["--optimizer", "adamw8bit_per_layer"]
 Q_GALORE = ["--optimizer", "q_galore_adamw8bit_per_layer", "--weight_quant", "--stochastic_round", "--proj_quant"]
 UNBOUND = "1000GB"
+
+
+def ticking(monkeypatch, *, seconds):
+    """A process that takes a second for every look at its clock, and a search of so many seconds."""
+    ticks = itertools.count()
+    monkeypatch.setattr(memory_fit.time, "process_time", lambda: next(ticks))
+    return dict(dtype=torch.float32, device_type="cpu", seconds=seconds)
 
 
 @pytest.fixture
@@ -217,6 +226,17 @@ def test_nothing_fits_is_one_line_before_anything_is_made(tiny, tmp_path, capsys
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: --fit 1.0 MB: nothing fits. The least, --activation_checkpointing")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_search_ends_in_time_with_what_it_has_found(tiny, monkeypatch):
+    """Too few seconds for a single plan, and as many as a first answer takes."""
+    args = arguments(tiny, *PER_LAYER, "--batch_size", "8")
+    with monkeypatch.context() as patch:
+        (line,) = smaller_cards(Search(args, **ticking(patch, seconds=0)), [16, 8])
+        assert line.startswith("  16 GB and less: not tried to the end")
+    with monkeypatch.context() as patch:
+        lines = list(smaller_cards(Search(args, **ticking(patch, seconds=1)), [16]))
+        assert lines[0].startswith("  16 GB: --activation_checkpointing")
 
 
 @pytest.mark.slow

@@ -104,6 +104,7 @@ class Search:
     ) -> None:
         self.args, self.dtype, self.device_type, self.world_size = args, dtype, device_type, world_size
         self.end = time.process_time() + seconds
+        self.found: Fit | None = None  # the last thing that fitted in this search
 
     def steps(self, offered: Sequence[Flags]) -> list[Flags]:
         """Those of the offered flags that say something new and have an effect, each on top of those before."""
@@ -140,6 +141,7 @@ class Search:
 
         limit: bytes of the card.
         """
+        self.found = None
         enough = next((size for size in batches if size * self.args.max_length >= ENOUGH_TOKENS), batches[-1])
         for least in dict.fromkeys([enough, batches[0]]):
             sizes = [size for size in batches if size >= least]
@@ -149,7 +151,10 @@ class Search:
 
     def _fits(self, steps: Sequence[Flags], batch: int, limit: int) -> Fit | None:
         fit = self.try_flags(_together([*steps, {"batch_size": batch}]))
-        return fit if fit is not None and needed(fit.peak) <= limit else None
+        if fit is None or needed(fit.peak) > limit:
+            return None
+        self.found = fit
+        return fit
 
     def _any(self, steps: Sequence[Flags], sizes: Sequence[int], limit: int) -> Fit | None:
         """The largest or the smallest micro-batch, if it fits: more sequences need more, but a single micro-batch needs

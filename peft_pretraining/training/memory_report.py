@@ -111,8 +111,9 @@ def smaller_cards(search: Search, cards: list[int]) -> Iterator[str]:
         try:
             fit = search.fewest(card * GB, steps=steps, batches=search.batches(at_most=search.args.batch_size))
         except TimeoutError:
-            yield f"  {card} GB and less: not tried to the end in {SECONDS:g} s; --fit {card}GB takes its time"
-            return
+            if (fit := search.found) is None:
+                yield f"  {card} GB and less: not tried to the end in {SECONDS:g} s; --fit {card}GB takes its time"
+                return
         if fit is None:
             yield (
                 f"  {card} GB and less: nothing that was tried, not even {' '.join(map(show, steps))}; "
