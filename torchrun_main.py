@@ -35,7 +35,8 @@ from peft_pretraining.schedules import lr_ratio
 from peft_pretraining.training.evaluate import evaluate_only
 from peft_pretraining.training.incidents import react
 from peft_pretraining.training.interruption import BY_HAND, Interrupted, Interruption, process_start
-from peft_pretraining.training.memory_plan import log_memory
+from peft_pretraining.training.memory_fit import fit_memory
+from peft_pretraining.training.memory_report import log_memory, watch_memory
 from peft_pretraining.training.metrics import set_up_log
 from peft_pretraining.training.plan import make_plan, open_model, open_run, open_validation
 from peft_pretraining.training.replicas import check_replicas
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None, *, began: float) -> None:
     # Which process is this, and what was it told?
     world = World.from_environment()
     set_up_log(is_main=world.is_main)
-    args = parse_args(argv, world_size=world.size)
+    args = fit_memory(parse_args(argv, world_size=world.size), world=world)
     use_threads(world, num_threads=args.num_threads)
     make_deterministic(args.seed)
 
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None, *, began: float) -> None:
         if args.dry_run:
             open_validation(plan)
             if world.is_main:
-                log_memory(args, dtype=plan.dtype, device_type=world.device.type)
+                log_memory(args, dtype=plan.dtype, device=world.device, world_size=world.size)
             return
         cleanup.enter_context(world.connected())
         deadline = began + (args.time_budget or math.inf)
@@ -76,7 +77,9 @@ def main(argv: list[str] | None = None, *, began: float) -> None:
             return
 
         # or train
+        memory = watch_memory(args, dtype=plan.dtype, world=world)
         run = open_run(plan, interruption=interruption, cleanup=cleanup)
+        run.memory = memory
         begin(run, plan.start)
         loop(run)
         report_end(run)
@@ -136,6 +139,9 @@ def train_step(run: Run) -> None:
     total, stops, bad_documents = run.world.sum(told).tolist()
     run.stopping = stops > 0
     log_step(run, loss=total, outcome=outcome, batch=micro_batches[-1], targets=targets, began=began)
+    if run.memory is not None:
+        evaluated = state.evaluation is not None
+        run.memory.after_update(run.record, update=state.update, optimizer=run.updates.optimizer, evaluated=evaluated)
     react(run, loss=total, outcome=outcome, skipped=skipped, bad_documents=bad_documents > 0)
 
 

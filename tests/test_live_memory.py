@@ -80,6 +80,60 @@ def test_the_peak_begins_anew():
         del kept
 
 
+@DEVICES
+def test_the_peak_of_each_visit(device):
+    """Two parts take turns; each has a peak of its own for every visit."""
+    one, two = torch.empty(1000, device=device), torch.empty(1000, device=device)
+    with LiveMemory() as live:
+        live.belong(0, [one])
+        live.belong(1, [two])
+        a = one * 2  # noqa: F841
+        torch.empty(300, device=device)
+        b = two * 2
+        c = one + b  # noqa: F841
+        del b
+        assert [tuple(visit) for visit in live.peaks] == [(-1, 0), (0, 0), (1, 0), (0, 1)]
+        sizes = [rounded(1000) + rounded(300), 2 * rounded(1000), 3 * rounded(1000)]
+        assert [peak.bytes for peak in live.peaks.values()] == [0, *sizes]
+        assert live.peak.bytes == sizes[-1]
+        live.restart()
+        assert live.peak.bytes == live.bytes == 2 * rounded(1000)
+
+
+def test_what_is_done_once_is_counted_each_time():
+    calls = []
+
+    def function():
+        calls.append(1)
+        (torch.empty(700), torch.empty(900))
+
+    done = {}
+    with LiveMemory() as live:
+        kept = [torch.empty(1000)]
+        live.belong(0, kept)
+        for _ in range(3):
+            live.restart()
+            live.once("key", function, done=done, of=kept[0])
+            assert live.peak.bytes == live.bytes + rounded(700) + rounded(900) == sum(live.peak.kinds.values())
+            kept.append(torch.empty(500))
+    assert len(calls) == 1
+
+
+def test_results_that_are_remembered_are_those_of_torch():
+    """The second call of an operation is not run; views are, and share their storage."""
+    x = torch.empty(6, 8, device="meta", dtype=torch.bfloat16).mT
+    operations = [
+        lambda: x @ x.mT, lambda: x.float(), lambda: x.sum(0), lambda: torch.where(x > 0, x, 1.0), lambda: x + 1,
+        lambda: torch.stack([x, x]), lambda: x.argmax(1), lambda: x.reshape(-1), lambda: x[2:].mul(2.0),
+    ]  # fmt: skip
+    expected = [operation() for operation in operations]
+    with LiveMemory():
+        for operation, twin in zip(operations * 2, expected * 2, strict=True):
+            result = operation()
+            assert (result.shape, result.stride(), result.dtype) == (twin.shape, twin.stride(), twin.dtype)
+        assert x.T.untyped_storage()._cdata == x.untyped_storage()._cdata
+
+
 def test_without_data_the_answers_are_those_of_a_good_update():
     with LiveMemory():
         x = torch.empty(4, device="meta")

@@ -1,5 +1,7 @@
 """Plans of memory against runs for real: the same watcher on real tensors, and the allocator's own record."""
 
+import json
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from benchmarks.support import allocated_at_most
 from peft_pretraining.cli.args import parse_args
 from peft_pretraining.model.build import prepare_model
 from peft_pretraining.model.config import read_config
+from peft_pretraining.training import memory_plan
 from peft_pretraining.training.memory_plan import plan_memory
 from peft_pretraining.training.plan import open_updates
 from qgalore.memory import kept_bytes
@@ -23,6 +26,39 @@ CASES = {
     "foam": ["--optimizer", "foam"],
 }
 WAYS = {"four": ["--gradient_accumulation", "4"], "recomputed": ["--activation_checkpointing"]}
+
+
+DEEP = {  # of the layers of a model that is deep enough for a plan from few of them
+    "adamw": ["--optimizer", "adamw", "--grad_clipping", "1"],
+    "q_galore per layer, four": [*CASES["q_galore per layer"], "--gradient_accumulation", "4"],
+    "q_galore, a refresh in two layers": [*CASES["q_galore"], "--update_proj_gap", "12"],
+    "fira, recomputed": [*CASES["fira"], "--activation_checkpointing", "--offload_activations"],
+}
+DEEP_SLOW = {
+    "on the host": [*CASES["q_galore per layer"], "--gradient_accumulation", "4", "--accumulate_on", "host"],
+    "online pca": CASES["online pca"],
+    "foam": CASES["foam"],
+    "lora": ["--optimizer", "adamw", "--peft", "lora"],
+    "adafactor": ["--optimizer", "galore_adafactor_per_layer", "--rank", "16"],
+    "lean": [
+        *CASES["q_galore per layer"],
+        "--proj_type",
+        "auto",
+        "--moments_bits",
+        "4",
+        "--embedding_weight_bits",
+        "8",
+    ],
+}
+
+
+def deep_config(folder, **fields):
+    """The file of a model of 8 small layers."""
+    shape = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=8, num_attention_heads=4, vocab_size=999)
+    (folder / "deep.json").write_text(
+        json.dumps(shape | {"max_position_embeddings": 64, "num_key_value_heads": 4} | fields)
+    )
+    return str(folder / "deep.json")
 
 
 def arguments(*flags, config="configs/llama_9m.json", batch_size=1):
@@ -42,6 +78,41 @@ def test_the_plan_is_the_program(case, way, tiny):
     for phase, peak in plan.peaks.items():
         assert peak.bytes == pytest.approx(run.peaks[phase].bytes, rel=0.01), phase
         assert peak.line == run.peaks[phase].line, phase
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [pytest.param(flags, id=name) for name, flags in DEEP.items()]
+    + [pytest.param(flags, id=name, marks=pytest.mark.slow) for name, flags in DEEP_SLOW.items()],
+)
+def test_a_plan_from_few_layers_is_that_of_all_to_the_byte(flags, tmp_path, monkeypatch):
+    """Every phase: bytes, kinds and the line of the peak. Nothing but few layers has been run."""
+    args = arguments(*flags, config=deep_config(tmp_path))
+    whole = plan_memory(args, dtype=torch.bfloat16, whole=True)
+    monkeypatch.setattr(memory_plan, "_PLANS", {})
+    monkeypatch.setattr(memory_plan, "_plan_whole", None)  # it must not be asked
+    plan = plan_memory(args, dtype=torch.bfloat16)
+
+    def there(kinds):
+        return {kind: size for kind, size in kinds.items() if size}
+
+    assert there(plan.held) == there(whole.held)
+    assert plan.peaks.keys() == whole.peaks.keys()
+    for phase, peak in plan.peaks.items():
+        assert (peak.bytes, there(peak.kinds), peak.line) == (
+            whole.peaks[phase].bytes,
+            there(whole.peaks[phase].kinds),
+            whole.peaks[phase].line,
+        ), phase
+
+
+def test_where_layers_differ_all_are_run(tmp_path):
+    """Qwen3 with sliding windows in some layers, and in none."""
+    qwen3 = dict(model_type="qwen3", use_sliding_window=True, sliding_window=16)
+    for windows, differ in ((4, True), (8, False)):
+        config = deep_config(tmp_path, **qwen3, max_window_layers=windows)
+        plan = memory_plan._extend(arguments(*CASES["adamw"], config=config), torch.bfloat16, "cuda")
+        assert (plan is None) == differ
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from peft_pretraining.model.config import read_config
 
 INHERITED_NOT = (
     "config", "continue_from", "eval_only", "dry_run", "save_dir", "resume", "ignored", "batch_size", "single_gpu",
-    "time_budget",
+    "time_budget", "fit",
 )  # fmt: skip
 EVALUATION_BATCH = 8  # default number of sequences
 

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def parse_args(argv: list[str] | None = None, *, world_size: int = 1) -> argpars
     """The arguments, checked and completed.
 
     Filled in are gradient_accumulation, total_batch_size, num_training_steps, the schedule, tokenizer and name;
-    `ignored` holds the given flags that have no effect, and why.
+    `ignored` holds the given flags that have no effect, and why; with --fit, `given` has the names of all given flags.
     The command line wins over the file of --config, this over --preset, and this over what an evaluation inherits.
     argv: the command line without the program; None for sys.argv. With --help, prints that and exits.
     world_size: processes of this run.
@@ -39,10 +40,15 @@ def parse_args(argv: list[str] | None = None, *, world_size: int = 1) -> argpars
     if hasattr(given, "config"):
         given = argparse.Namespace(**over(read_config_file(Path(given.config), parser=parser), vars(given)))
     inherited = inherited_args(given.continue_from) if _evaluates(given) else {}
-    inherited = over(over(inherited, preset_flags(getattr(given, "preset", None))), vars(given))
+    inherited = over(inherited, preset_flags(getattr(given, "preset", None)))
+    if getattr(given, "fit", None) is not None:
+        inherited |= _open_batch(given, inherited, world_size)
+    inherited = over(inherited, vars(given))
     if missing := [f"--{name}" for name in required() if inherited.get(name) is None]:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
     args = argparse.Namespace(**defaults() | inherited)
+    if args.fit is not None:
+        args.given = sorted(vars(given))
     _check_ranges(args)
     _check_recovery(args)
     _complete_optimizer(args, given)
@@ -77,6 +83,40 @@ def over(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
 def default_tokenizer(dataset: str) -> str:
     """The tokenizer of a data set for which none is named."""
     return "pydocs" if dataset == "pydocs" else "t5-base"
+
+
+def _open_batch(given: argparse.Namespace, inherited: dict[str, Any], world_size: int) -> dict[str, Any]:
+    """The batch before --fit has chosen it: whole. Empty where it is given. Ranges are checked later."""
+    if getattr(given, "batch_size", None) is not None:
+        return {}
+    total = (inherited | vars(given)).get("total_batch_size")
+    if total is None or getattr(given, "gradient_accumulation", None) is not None:
+        raise UserError(
+            "--fit chooses --batch_size so that an update stays the same: give --total_batch_size, the sequences of an "
+            "update, and leave out --gradient_accumulation. Or give --batch_size, and only savings are chosen."
+        )
+    return {"batch_size": max(1, total // world_size), "gradient_accumulation": None}
+
+
+def with_flags(args: argparse.Namespace, flags: Mapping[str, Any], *, world_size: int = 1) -> argparse.Namespace:
+    """Completed arguments with other values of some flags; the update keeps its sequences.
+
+    Raises UserError for flags that contradict the others or have no effect beside them.
+    """
+    changed = argparse.Namespace(**{**vars(args), **flags})
+    recipe = find_recipe(changed.optimizer)
+    if changed.weight_quant and not recipe.low_rank_engine:
+        raise UserError(f"--weight_quant with --optimizer {changed.optimizer}")
+    if useless := sorted(flags.keys() & without_effect(changed).keys()):
+        raise UserError(f"--{useless[0]} would have no effect")
+    if "proj_quant" in flags:
+        changed.proj_bits = (args.proj_bits or 4) if changed.proj_quant else None
+    changed.gradient_accumulation = None
+    _complete_batch(changed, world_size)
+    _complete_int8_matmul(changed, argparse.Namespace())
+    _check_residual(changed)
+    _check_adapters(changed)
+    return changed
 
 
 def _evaluates(given: argparse.Namespace) -> bool:

@@ -57,6 +57,25 @@ def parse_duration(text: str) -> int:
     return seconds
 
 
+_UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
+
+
+def parse_memory(text: str) -> int | str:
+    """Bytes of memory: 16GB is 16e9, 16GiB is 16 x 2^30; `auto` stays as it is."""
+    if text == "auto":
+        return text
+    number, unit = next(
+        ((text.removesuffix(unit), size) for unit, size in _UNITS.items() if text.endswith(unit)), ("", 0)
+    )
+    try:
+        size = float(number) * unit
+    except ValueError:
+        size = 0
+    if not 0 < size < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text}' is no memory such as 16GB (16e9 bytes), 16GiB, 800MB or auto")
+    return round(size)
+
+
 # fmt: off
 
 MODEL, DATA, TRAINING = "the model, and recipes for it", "text, tokenizer and sequences", "batches, length and speed"
@@ -115,6 +134,10 @@ class RunOptions:
         unit="PROCESSES", section=DATA, range=at_least(0), may_change=True)
     batch_size: int | None = option(None, "sequences in a micro-batch of one process", unit="SEQUENCES",
         section=TRAINING, range=at_least(1), may_change=True, required=True)
+    fit: int | str | None = option(None, "memory of the GPU (or of the process, on a CPU), such as 16GB (16e9 bytes), "
+        "16GiB or auto; chooses --batch_size and what saves memory without changing results, where they are not given, "
+        "by planning; what changes results only if --allow_changed names it", unit="MEMORY", section=TRAINING,
+        parse=parse_memory, shown="nothing is chosen", may_change=True)
     gradient_accumulation: int | None = option(None, "micro-batches per update and process", unit="MICRO-BATCHES",
         section=TRAINING, range=at_least(1), shown="as --total_batch_size implies, else 1", may_change=True)
     total_batch_size: int | None = option(None, "sequences per update, over all processes", unit="SEQUENCES",

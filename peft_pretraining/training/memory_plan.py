@@ -2,33 +2,47 @@
 
 Model, optimizer and updates are those of the run, built by the same functions from the same arguments, on tensors that
 have shapes but no memory (qgalore/live_memory.py). So the plan is the program: it holds for every model, optimizer,
-batch, accumulation and option, and a 7B takes seconds.
+batch, accumulation and option.
+
+The layers of a deep model are alike, so few of them are run. In a model of k and in one of k + 1 layers, a stretch of
+the program that works on one layer (a visit: its forward pass in the second micro-batch, say) does the same; what is
+alive besides grows by the same bytes with each further layer. So the peak within a visit is extrapolated along a
+straight line, kind by kind, and the most of all visits is the peak of the deep model, to the byte. Visits of layers in
+the middle lie between those beside them, which is checked: where it does not hold, the whole model is run.
 """
 
 import argparse
 import contextlib
+import copy
 import gc
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+import warnings
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from loguru import logger
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from peft_pretraining.batch import Batch
-from peft_pretraining.model.build import prepare_model
+from peft_pretraining.model.build import meta_model, prepare_model
 from peft_pretraining.model.config import read_config
+from peft_pretraining.model.family import family_of
 from peft_pretraining.model.loss import accumulate_gradients, token_loss_sum
 from peft_pretraining.training.plan import open_updates
-from peft_pretraining.training.report import format_table
-from qgalore.live_memory import LiveMemory, Peak
+from qgalore.factory import find_recipe
+from qgalore.kernel import StepValues
+from qgalore.live_memory import LiveMemory, Peak, Visit
 from qgalore.memory import state_kind, weight_kind
 from qgalore.optimizer import LowRankOptimizer
+from qgalore.param_groups import split_parameters
 from qgalore.per_layer import PerLayerUpdates
-from qgalore.storage.chunks import meta_stands_for
+from qgalore.rules.moments import Moment
+from qgalore.storage.chunks import meta_stands_for, on_cpu
 from qgalore.storage.quantized_weight import open_weight
+from qgalore.storage.stored import Stored
+from qgalore.subspace.projector import Projector
 from qgalore.whole_model import WholeModelUpdates
 
 _ATTENTION = "planned"
@@ -67,22 +81,20 @@ class MemoryPlan:
         return max(self.peaks.values(), key=lambda peak: peak.bytes)
 
 
-def log_memory(args: argparse.Namespace, *, dtype: torch.dtype, device_type: str) -> None:
-    """Logs the plan of a run, in MB of 1e6 bytes: what is held between updates, and the peak of each phase."""
-    plan = plan_memory(args, dtype=dtype, device_type=device_type)
-    rows = [{"phase": "held between updates", "MB": _megabytes(sum(plan.held.values())), "made_by": ""}]
-    for phase, peak in plan.peaks.items():
-        rows.append({"phase": phase, "MB": _megabytes(peak.bytes), "made_by": peak.line})
-    kinds = ", ".join(f"{kind} {_megabytes(size)}" for kind, size in plan.peak.kinds.items() if size > 5e5)
-    logger.info(f"memory, planned:\n{format_table(rows)}\nat the peak, in MB: {kinds}")
+@dataclass(frozen=True)
+class _Trace:
+    """What was alive in a run of a model of some number of layers.
 
+    held: bytes by kind between updates.
+    visits: in each phase, the peak of each visit to a layer.
+    """
 
-def _megabytes(size: int) -> int:
-    return round(size / 1e6)
+    held: dict[str, int]
+    visits: dict[str, dict[Visit, Peak]]
 
 
 def plan_memory(
-    args: argparse.Namespace, *, dtype: torch.dtype, device_type: str = "cuda", real: bool = False
+    args: argparse.Namespace, *, dtype: torch.dtype, device_type: str = "cuda", real: bool = False, whole: bool = False
 ) -> MemoryPlan:
     """The plan of a run.
 
@@ -90,42 +102,207 @@ def plan_memory(
     dtype: dtype of the model's weights.
     device_type: whose way the program takes, `cuda` or `cpu`.
     real: whether to run on that device for real, and measure.
+    whole: whether to run all layers. A plan without data is else made from few of them; the result is the same.
     Raises UserError for a config that cannot be read.
     """
     # Of many micro-batches the first and the last differ from all others, which are alike.
     micro_batches = args.gradient_accumulation if real else min(args.gradient_accumulation, 3)
     args = argparse.Namespace(**vars(args) | {"compile": False, "gradient_accumulation": micro_batches})
-    config, place = read_config(args.model_config), torch.device(device_type if real else "meta")
+    if real:
+        return _plan_whole(args, dtype, device_type, real=True)
+    key = repr((sorted((name, value) for name, value in vars(args).items() if name not in _BESIDE), dtype, device_type))
+    if key not in _PLANS or whole:
+        with _quick_collections(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they tell of another number of layers
+            plan = None if whole else _extend(args, dtype, device_type)
+            _PLANS[key] = plan or _plan_whole(args, dtype, device_type)
+    return _PLANS[key]
+
+
+_PLANS: dict[str, MemoryPlan] = {}
+# Arguments that a plan does not depend on; of the micro-batches of an update, their number counts.
+_BESIDE = frozenset("total_batch_size num_training_steps max_train_tokens name ignored dry_run".split())
+
+
+def _plan_whole(args: argparse.Namespace, dtype: torch.dtype, device_type: str, *, real: bool = False) -> MemoryPlan:
+    config = read_config(args.model_config)
+    trace = _trace(args, config, dtype, device_type, layers=config.num_hidden_layers, real=real)
+    return MemoryPlan(trace.held, {phase: _most(visits) for phase, visits in trace.visits.items()})
+
+
+def _most(visits: Mapping[Visit, Peak]) -> Peak:
+    return max(visits.values(), key=lambda peak: peak.bytes)
+
+
+def _extend(args: argparse.Namespace, dtype: torch.dtype, device_type: str) -> MemoryPlan | None:
+    """The plan of a deep model from two of few layers; None if it cannot be extended."""
+    config = read_config(args.model_config)
+    if len(set(getattr(config, "layer_types", None) or [0])) > 1:
+        return None
+    layers = config.num_hidden_layers
+    # Layers at the beginning whose visits have straight lines of their own, as the last two have: those with refreshes
+    # and one more.
+    first = 1 + max(1, _layers_due(args, config))
+    few = first + 2
+    if few + 1 >= layers:
+        return None
+    less, more = (_trace(args, config, dtype, device_type, layers=count) for count in (few, few + 1))
+    return _extrapolate(less, more, few=few, layers=layers)
+
+
+def _layers_due(args: argparse.Namespace, config: PreTrainedConfig) -> int:
+    """Layers with a matrix that is due in the update with refreshes, see _make_due."""
+    if not find_recipe(args.optimizer).projected:
+        return 0
+    (sizes,) = (
+        [p.numel() for p in group.parameters]
+        for group in split_parameters(meta_model(_of_depth(config, 1)))
+        if group.kind == "matrix"
+    )
+    count = -(-len(sizes) * config.num_hidden_layers // args.update_proj_gap)
+    return -(-count // sizes.count(max(sizes)))
+
+
+def _extrapolate(less: _Trace, more: _Trace, *, few: int, layers: int) -> MemoryPlan | None:
+    """The plan of a model of `layers` from traces of `few` and `few` + 1; None where these do not fit together."""
+    peaks: dict[str, Peak] = {}
+    for phase, visits in less.visits.items():
+        ends, others = _from_ends(visits, few), _from_ends(more.visits[phase], few + 1)
+        if ends.keys() != {(place, number) for place, number in others if place != few - 2}:
+            return None
+        for (place, number), peak in others.items():
+            around = [others.get((near, number)) for near in (few - 3, -2)]
+            if place == few - 2 and any(near is None for near in around):
+                return None
+            if place == few - 2 and 2 * peak.bytes != sum(near.bytes for near in around if near is not None):
+                return None
+        further = [_along(peak, others[key], by=layers - few) for key, peak in ends.items()]
+        peaks[phase] = max(further, key=lambda peak: peak.bytes)
+    return MemoryPlan(_line(less.held, more.held, by=layers - few), peaks)
+
+
+def _from_ends(visits: Mapping[Visit, Peak], layers: int) -> dict[tuple[int, int], Peak]:
+    """Peaks by the number of the layer and of the visit; the last two layers are -2 and -1, no layer is -3."""
+    names = {-1: -3, layers - 2: -2, layers - 1: -1}
+    return {(names.get(visit.part, visit.part), visit.number): peak for visit, peak in visits.items()}
+
+
+def _along(less: Peak, more: Peak, *, by: int) -> Peak:
+    kinds = _line(less.kinds, more.kinds, by=by)
+    return Peak(sum(kinds.values()), kinds, less.line)
+
+
+def _line(less: Mapping[str, int], more: Mapping[str, int], *, by: int) -> dict[str, int]:
+    """The bytes of each kind, `by` steps beyond `less`, where `more` is one step beyond it."""
+    kinds = dict.fromkeys([*less, *more])
+    return {kind: less.get(kind, 0) + by * (more.get(kind, 0) - less.get(kind, 0)) for kind in kinds}
+
+
+def _trace(
+    args: argparse.Namespace,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    device_type: str,
+    *,
+    layers: int,
+    real: bool = False,
+) -> _Trace:
+    """Runs the updates of a model with that many layers."""
+    depth, place = config.num_hidden_layers, torch.device(device_type if real else "meta")
     with meta_stands_for(device_type), LiveMemory() as live:
-        peaks: dict[str, Peak] = {}
-        with _phase("building the model", live, peaks):
-            model = prepare_model(args, config=config, dtype=dtype, device=place)
+        visits: dict[str, dict[Visit, Peak]] = {}
+        with _phase("building the model", live, visits):
+            model = prepare_model(args, config=_of_depth(config, layers), dtype=dtype, device=place)
             if not real:
                 model.set_attn_implementation(_ATTENTION)
             updates = open_updates(args, model=model)
+        if not real:
+            _run_kernels_once(updates.optimizer, live)
+        for number, layer in enumerate(family_of(config).part("layers", model)):
+            live.belong(number, [part for p in layer.parameters() for part in open_weight(p).tensors().values()])
         _mark(live, model, updates)
         tokens = torch.zeros(args.batch_size, args.max_length, dtype=torch.int64, device=place)
         batches = [Batch(tokens, tokens, epoch=0)] * args.gradient_accumulation
         for name in ("the first update", "an update", "an update with refreshes"):
-            if "refreshes" in name and not _make_due(updates.optimizer):
+            refreshed = _make_due(updates.optimizer, layers=layers, depth=depth, any_due="refreshes" in name)
+            if "refreshes" in name and not refreshed:
                 continue
-            with _phase(name, live, peaks):
+            with _phase(name, live, visits):
                 accumulate_gradients(model, batches, targets=1, device=place)
                 updates.finish()
             _mark(live, model, updates)
         held = dict(+live.kinds)
-        with _phase("evaluation", live, peaks), torch.no_grad():
+        with _phase("evaluation", live, visits), torch.no_grad():
             token_loss_sum(model.eval(), tokens, tokens)
-    return MemoryPlan(held, peaks)
+    return _Trace(held, visits)
+
+
+_KERNELS: dict[Hashable, Peak] = {}  # what the kernel of an update needs, by its arguments
+
+
+def _run_kernels_once(optimizer: torch.optim.Optimizer, live: LiveMemory) -> None:
+    """Makes an optimizer run the kernel of its updates once for arguments that look alike.
+
+    Most of a plan's time goes there, and the weights of all layers, updates, batches and plans look alike.
+    """
+    if not isinstance(optimizer, LowRankOptimizer) or optimizer.measures:
+        return
+    engine = next(iter(optimizer.updates.values())).engine
+    run = engine.kernel
+
+    def kernel(R: Tensor, weight: Stored, moments: Sequence[Moment], *, watch: Any, **others: Any) -> None:
+        key = _looks((on_cpu(R.device), R, weight, moments, others))
+        part = next(iter(weight.parts.values()))
+        live.once(key, lambda: run(R, weight, moments, watch=watch, **others), done=_KERNELS, of=part)
+
+    engine.kernel = kernel
+
+
+def _looks(value: Any) -> Hashable:
+    """All of a kernel's arguments that decide what it allocates."""
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype, value.stride()
+    if isinstance(value, Stored):
+        return value.codec, value.shape, _looks(value.parts)
+    if isinstance(value, Moment):
+        return _looks(value.stored), value.dtype, value.seed is None
+    if isinstance(value, Projector):
+        return replace(value, schedule=None, seed=0)  # type: ignore[arg-type]
+    if isinstance(value, StepValues):
+        return tuple(each is None for each in value)
+    if isinstance(value, Mapping):
+        return tuple((name, _looks(each)) for name, each in value.items())
+    return tuple(_looks(each) for each in value) if isinstance(value, list | tuple) else value
+
+
+def _of_depth(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """The configuration with that many of its layers."""
+    if config.num_hidden_layers == layers:
+        return config
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    return config
 
 
 @contextlib.contextmanager
-def _phase(name: str, live: LiveMemory, peaks: dict[str, Peak]) -> Iterator[None]:
-    """Notes the peak of what is done inside."""
+def _quick_collections() -> Iterator[None]:
+    """Leaves what exists already out of the garbage collector's rounds, which else take most of a plan's time."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@contextlib.contextmanager
+def _phase(name: str, live: LiveMemory, visits: dict[str, dict[Visit, Peak]]) -> Iterator[None]:
+    """Notes the peaks of what is done inside."""
     gc.collect()
     live.restart()
     yield
-    peaks[name] = live.peak
+    visits[name] = dict(live.peaks)
 
 
 def _mark(live: LiveMemory, model: PreTrainedModel, updates: WholeModelUpdates | PerLayerUpdates) -> None:
@@ -140,13 +317,21 @@ def _mark(live: LiveMemory, model: PreTrainedModel, updates: WholeModelUpdates |
                 live.mark(state_kind(name), [value])
 
 
-def _make_due(optimizer: torch.optim.Optimizer) -> bool:
-    """Makes as many of the largest matrices due for a refresh as one update has at most. Whether there are any."""
+def _make_due(optimizer: torch.optim.Optimizer, *, layers: int, depth: int, any_due: bool) -> int:
+    """Makes as many of the largest matrices due for a refresh as one update has at most, or none. Returns how many.
+
+    layers: layers of this model; it stands for one of `depth` layers.
+    """
     if not isinstance(optimizer, LowRankOptimizer):
-        return False
-    due = [update for update in optimizer.updates.values() if update.projector.sides and not update.projector.learns]
-    due.sort(key=lambda update: update.p.numel(), reverse=True)
-    gap = min((update.projector.schedule.gap for update in due), default=1)
-    for update in due[: -(-len(due) // gap)]:
-        update.state["next_refresh"] = 0
-    return bool(due)
+        return 0
+    each = [
+        update
+        for update in optimizer.updates.values()
+        if "next_refresh" in update.state and not update.projector.learns
+    ]
+    each.sort(key=lambda update: update.p.numel(), reverse=True)
+    gap = min((update.projector.schedule.gap for update in each), default=1)
+    count = -(-len(each) // layers * depth // gap) if any_due else 0
+    for number, update in enumerate(each):
+        update.state["next_refresh"] = 0 if number < count else math.inf
+    return count

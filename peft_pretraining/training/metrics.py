@@ -5,6 +5,8 @@
     eval              update, loss, perplexity, tokens
     subspaces         update, matrices: for each projected matrix, the history of its bases so far
     subspace_details  update, name, and the figures that were measured of one matrix's subspace
+    memory            update, when (third update or first refresh), planned (bytes by kind), planned_peak,
+                      measured_peak (null on a CPU)
     resume            update (the last one that counts: lines of later updates are of lost work), checkpoint
     bad_update        update, loss, parameters
     bad_documents     update, skipped, total

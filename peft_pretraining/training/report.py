@@ -136,12 +136,15 @@ def _summarize_refreshes(matrices: Sequence[dict[str, Any]]) -> str:
     return f"{total} refreshes of {len(matrices)} matrices' bases took {seconds:.1f} s; {then}"
 
 
-def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows with the same keys as aligned text: numbers on the right, the keys as headings of the columns."""
+def format_table(rows: Sequence[dict[str, Any]], *, numbers: bool = False) -> str:
+    """Rows with the same keys as aligned text: numbers on the right, the keys as headings of the columns.
+
+    numbers: whether all columns but the first have numbers, as text.
+    """
     heads = list(rows[0])
     cells = [[f"{row[key]:,}" if isinstance(row[key], int) else str(row[key]) for key in heads] for row in rows]
     widths = [max(len(line[i]) for line in [heads, *cells]) for i in range(len(heads))]
-    sides = [">" if isinstance(rows[0][key], (int, float)) else "<" for key in heads]
+    sides = [">" if isinstance(rows[0][key], (int, float)) or (numbers and key != heads[0]) else "<" for key in heads]
     lines = [[head.replace("_", " ") for head in heads], *cells]
     padded = ([f"{cell:{s}{w}}" for cell, s, w in zip(line, sides, widths, strict=True)] for line in lines)
     return "\n".join("  ".join(line).rstrip() for line in padded)

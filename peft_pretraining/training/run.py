@@ -18,6 +18,7 @@ from peft_pretraining.distributed import World
 from peft_pretraining.training.evaluate import Evaluation
 from peft_pretraining.training.health import Health
 from peft_pretraining.training.interruption import Interruption
+from peft_pretraining.training.memory_watch import MemoryWatch
 from peft_pretraining.training.metrics import Record
 from qgalore.per_layer import PerLayerUpdates
 from qgalore.whole_model import WholeModelUpdates
@@ -67,4 +68,5 @@ class Run:
     fingerprint: dict[str, str]  # identifies the training data, see DocumentSource
     validation_fingerprint: dict[str, str]  # identifies the validation data
     state: State = field(default_factory=State)  # how far the run has come
+    memory: MemoryWatch | None = None  # puts the planned memory beside the measured one; None where it is not planned
     stopping: bool = False  # whether all ranks have agreed to end the run early
