@@ -28,7 +28,7 @@ LISTS = ("tags", "allow_changed")  # flags with several words, separated by comm
 # total_batch_size and num_training_steps.
 LEFT_OUT = (
     "config", "preset", "save_dir", "resume", "allow_changed", "dry_run", "eval_only", "unset_wandb",
-    "time_budget", "gradient_accumulation", "max_train_tokens",
+    "time_budget", "fit", "gradient_accumulation", "max_train_tokens",
 )  # fmt: skip
 HEADER = "# The configuration of this run; `torchrun_main.py --config FILE` does it again.\n"
 
