@@ -188,9 +188,8 @@ def test_what_is_proposed_for_a_card_fits_it(tiny, monkeypatch):
 
 
 def test_a_run_for_real_stays_within_it(tiny, small_batches):
-    given = [*Q_GALORE, "--rank", "8"]
-    limit = need(tiny, *given, "--batch_size", "4") + 2
-    args = fitted(tiny, limit, *given)
+    limit = need(tiny, *PER_LAYER, "--batch_size", "4") + 2
+    args = fitted(tiny, limit, *PER_LAYER)
     assert args.batch_size == 4
     run = plan_memory(args, dtype=torch.float32, device_type="cpu", real=True)
     assert needed(run.peak.bytes) <= limit
