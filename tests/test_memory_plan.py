@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from support.runs import shell
 
 from benchmarks.support import allocated_at_most
 from peft_pretraining.cli.args import parse_args
@@ -161,6 +162,24 @@ def test_options_change_the_plan_as_they_should():
     least = peak(*per_layer)
     assert least < peak(*CASES["q_galore"]) < peak(*CASES["adamw"])
     assert least < peak(*per_layer, "--gradient_accumulation", "2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["adamw", "q_galore", "q_galore per layer"])
+def test_a_dry_run_of_a_7b_takes_less_than_30_seconds_and_2_gb(case):
+    """Of one core, the search for what would make it fit included; seconds of the process, whatever runs beside it."""
+    flags = ["--model_config", "configs/llama_7b.json", "--dataset", "pydocs", "--tokenizer", "pydocs", "--dry_run",
+             "--batch_size", "16", "--total_batch_size", "512", *CASES[case]]  # fmt: skip
+    measure = (
+        "import resource, sys, torchrun_main; status = torchrun_main.command_line(sys.argv[1:]); "
+        "use = resource.getrusage(resource.RUSAGE_SELF); print(use.ru_utime + use.ru_stime, use.ru_maxrss); "
+        "sys.exit(status)"
+    )
+    result = shell(["python", "-c", measure, *flags], timeout=240)
+    assert result.returncode == 0, result.stderr
+    seconds, kilobytes = map(float, result.stdout.split())
+    assert seconds < 30 and kilobytes < 2e6
+    assert "memory, planned" in result.stderr and "it fits" in result.stderr
 
 
 @pytest.mark.slow

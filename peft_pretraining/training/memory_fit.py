@@ -105,6 +105,7 @@ class Search:
         self.args, self.dtype, self.device_type, self.world_size = args, dtype, device_type, world_size
         self.end = time.process_time() + seconds
         self.found: Fit | None = None  # the last thing that fitted in this search
+        self.least: Fit | None = None  # what needs the least of all that fitted in any
 
     def steps(self, offered: Sequence[Flags]) -> list[Flags]:
         """Those of the offered flags that say something new and have an effect, each on top of those before."""
@@ -154,6 +155,7 @@ class Search:
         if fit is None or needed(fit.peak) > limit:
             return None
         self.found = fit
+        self.least = min(fit, self.least or fit, key=lambda each: each.peak)
         return fit
 
     def _any(self, steps: Sequence[Flags], sizes: Sequence[int], limit: int) -> Fit | None:
@@ -220,6 +222,7 @@ def fit_memory(args: argparse.Namespace, *, world: World) -> argparse.Namespace:
             return fit.args
         search.args = args = with_flags(args, kept, world_size=world.size)
         offered = [flags for flags in offered if flags not in allowed]  # its state is of the kind that it has chosen
+    logger.info("--fit: trying what fits; each plan of a 7B takes some seconds")
     steps = search.steps(offered)
     batches = [args.batch_size] if "batch_size" in given else search.batches(at_most=args.total_batch_size)
     fit = search.fewest(limit, steps=steps, batches=batches)

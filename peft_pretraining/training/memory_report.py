@@ -108,10 +108,13 @@ def smaller_cards(search: Search, cards: list[int]) -> Iterator[str]:
     """For each of these cards, the largest first, a line with the smallest changes that make the run fit it."""
     steps = search.steps([*SAVINGS, *changes(search.args)])
     for card in sorted(cards, reverse=True):
+        note = ""
         try:
             fit = search.fewest(card * GB, steps=steps, batches=search.batches(at_most=search.args.batch_size))
         except TimeoutError:
-            if (fit := search.found) is None:
+            note = f", found in {SECONDS:g} s: fewer flags may do"
+            fit = search.found or search.least
+            if fit is None or needed(fit.peak) > card * GB:
                 yield f"  {card} GB and less: not tried to the end in {SECONDS:g} s; --fit {card}GB takes its time"
                 return
         if fit is None:
@@ -126,4 +129,4 @@ def smaller_cards(search: Search, cards: list[int]) -> Iterator[str]:
             f"--{name}{'' if value is True else f' {value}'}{'' if name in same else '*'}"
             for name, value in flags.items()
         )
-        yield f"  {card} GB: {shown} (peak {gigabytes(fit.peak)})"
+        yield f"  {card} GB: {shown} (peak {gigabytes(fit.peak)}{note})"
