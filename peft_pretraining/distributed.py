@@ -52,6 +52,10 @@ class World:
         """Whether this is the process that logs and saves."""
         return self.rank == 0
 
+    def rows_over(self, parallel: str) -> int:
+        """The number of processes that share the rows of a parameter, by --parallel. 1: each has all of them."""
+        return {"ddp": 1, "fsdp": self.size, "hsdp": self.local_size}[parallel]
+
     @contextmanager
     def connected(self) -> Iterator[None]:
         """Joins the process group (nccl on GPUs, else gloo) if there are several processes; leaves it at the end."""

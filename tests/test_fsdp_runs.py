@@ -1,7 +1,11 @@
 """Runs whose model is spread over the processes: --parallel fsdp, its checkpoints, and what it cannot do."""
 
 import json
+import os
 import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,7 @@ from safetensors.torch import load_file
 from support.command_line import flags_refusal, parse, refusal
 from support.ranks import run_distributed, run_on_two_ranks
 from support.resumed_runs import checkpoint, digests
-from support.runs import losses, record, run, torchrun
+from support.runs import ROOT, losses, record, run, torchrun
 from torch import Tensor
 
 import torchrun_main
@@ -98,6 +102,29 @@ def test_four_processes_then_two_one_and_four_again(tiny, tmp_path):
     assert found == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
 
 
+@pytest.mark.slow
+def test_two_machines_of_two_processes(tiny, tmp_path):
+    """--parallel hsdp, with two torchruns on this machine. One process goes on from their checkpoint."""
+    flags = dict(total_batch_size=16, save_every=3, keep_last=0, parallel="hsdp", **GALORE)
+    run(tiny, tmp_path / "whole", **flags)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2",
+               "--master_addr=127.0.0.1", f"--master_port={port}"]  # fmt: skip
+    machines = [
+        subprocess.Popen([*command, f"--node_rank={rank}", "torchrun_main.py", *tiny.flags(tmp_path / "four", **flags)],
+                         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        for rank in range(2)
+    ]  # fmt: skip
+    assert [machine.wait(timeout=240) for machine in machines] == [0, 0]
+    assert losses(tmp_path / "four") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    kept = [record(tmp_path / name, "end")[0]["kept_bytes"]["moments"] for name in ("four", "whole")]
+    assert kept[0] * 2 == kept[1]
+    run(tiny, tmp_path / "on", continue_from=checkpoint(tmp_path / "four", 3), **flags)
+    assert losses(tmp_path / "on") == pytest.approx(losses(tmp_path / "whole")[3:], rel=1e-5)
+
+
 # Files that several processes write
 
 
@@ -123,7 +150,7 @@ def write_a_file(folder: str, fails: bool) -> list[str]:
     rank, (tensors, spread) = dist.get_rank(), some_tensors()
     world = World(rank, 2)
     own = {name: rows_of(t, shard_here()) if name in spread else t for name, t in tensors.items()}
-    file = SharedFile(rows_to_write(own, spread=spread, world=world), {"format": "pt"})
+    file = SharedFile(rows_to_write(own, spread=spread, world=world, ranks=2), {"format": "pt"})
     if fails and rank == 1:
         object.__setattr__(file, "fill", lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     texts = dict.fromkeys(("config.json", "state.json"), "{}")

@@ -62,13 +62,16 @@ class SharedFile:
         return layout({name: rows.whole for name, rows in self.rows.items()}, self.metadata)
 
 
-def rows_to_write(tensors: Mapping[str, Tensor], *, spread: Collection[str], world: World) -> dict[str, Rows]:
+def rows_to_write(
+    tensors: Mapping[str, Tensor], *, spread: Collection[str], world: World, ranks: int
+) -> dict[str, Rows]:
     """What each process writes of some tensors, which have the same names on all of them.
 
     spread: the names of those of which each process has other rows, in the order of the ranks. The others are the same
         everywhere, and the main process writes them.
+    ranks: the number of processes that share the rows. There may be several groups of them; the first one writes.
     """
-    sizes = world.gather({name: len(tensors[name]) for name in sorted(spread)})
+    sizes = world.gather({name: len(tensors[name]) for name in sorted(spread)})[:ranks]
     found = {}
     for name, tensor in tensors.items():
         start, shape = 0, tensor.shape
@@ -76,7 +79,8 @@ def rows_to_write(tensors: Mapping[str, Tensor], *, spread: Collection[str], wor
             start = sum(size[name] for size in sizes[: world.rank])
             shape = torch.Size((sum(size[name] for size in sizes), *tensor.shape[1:]))
         whole = torch.empty(shape, dtype=tensor.dtype, device="meta")
-        found[name] = Rows(tensor if name in spread or world.is_main else None, start, whole)
+        writes = world.rank < ranks if name in spread else world.is_main
+        found[name] = Rows(tensor if writes else None, start, whole)
     return found
 
 

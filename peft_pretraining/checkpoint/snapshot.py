@@ -75,11 +75,13 @@ def take_snapshot(
     held = {MODEL: weights, OPTIMIZER: tensors, RNG: _rng_states()}
     held = _to_host(held) if copied else held
     spread = _spread(names, optimizer) if world is not None else set()
+    ranks = next((shard.group.size() for shard in map(shard_of, names) if shard is not None), 1)
 
     def pack(file: str, metadata: dict[str, str]) -> TensorFile | SharedFile:
         if world is None:
             return TensorFile(held[file], metadata)
-        return SharedFile(rows_to_write(held[file], spread=spread & held[file].keys(), world=world), metadata)
+        own = spread & held[file].keys()
+        return SharedFile(rows_to_write(held[file], spread=own, world=world, ranks=ranks), metadata)
 
     files: dict[str, Content] = {
         **{f"{TOKENIZER}/{name}": content for name, content in (tokenizer or {}).items()},

@@ -220,27 +220,28 @@ def _check_adapters(args: argparse.Namespace) -> None:
 
 def _complete_parallel(args: argparse.Namespace, given: argparse.Namespace) -> None:
     """Whether the rows of all parameters can be spread over processes; matrices are then projected on the right."""
-    if args.parallel != "fsdp":
+    if args.parallel == "ddp":
         return
-    recipe, told = find_recipe(args.optimizer), f"--parallel fsdp with --optimizer {args.optimizer}"
+    mode = f"--parallel {args.parallel}"
+    recipe, told = find_recipe(args.optimizer), f"{mode} with --optimizer {args.optimizer}"
     if args.peft is not None:
-        raise UserError(f"--parallel fsdp with --peft {args.peft}: adapters are small. Leave out --parallel.")
+        raise UserError(f"{mode} with --peft {args.peft}: adapters are small. Leave out --parallel.")
     kinds = (recipe.matrix, recipe.embedding, recipe.head, recipe.norm)
     needs_all = [rule for rule in (kind.get("rule", "adam") for kind in kinds) if RULES[rule].separable is None]
     if needs_all or args.optimizer == "adafactor":
         raise UserError(f"{told}, which needs all rows of a matrix at once. Take another one, such as galore_adamw.")
     if "lift" in recipe.matrix or (recipe.projected and args.residual != "none"):
-        what = told if "lift" in recipe.matrix else f"--parallel fsdp with --residual {args.residual}"
+        what = told if "lift" in recipe.matrix else f"{mode} with --residual {args.residual}"
         raise UserError(f"{what}, which needs the norms of all rows. Take galore_adamw without --residual, say.")
     if recipe.projected and getattr(given, "proj_type", "right") != "right":
         raise UserError(
-            f"--parallel fsdp with --proj_type {args.proj_type}: rows are spread over the processes, so matrices are "
+            f"{mode} with --proj_type {args.proj_type}: rows are spread over the processes, so matrices are "
             "projected on the right. Leave it out, or take --proj_type right."
         )
     if recipe.projected:
         args.proj_type = "right"
     if args.check_replicas:
-        args.ignored["--check_replicas"] = "with --parallel fsdp: no two processes hold the same"
+        args.ignored["--check_replicas"] = f"with {mode}: rows are spread over the processes"
 
 
 def _complete_restarts(args: argparse.Namespace) -> None:

@@ -156,7 +156,8 @@ class RunOptions:
     compile: bool = option(False, "compile the decoder layers and the updates of our own optimizers: a minute or so "
         "at the start, faster afterwards", section=TRAINING, may_change=True)
     parallel: str = option("ddp", "several processes. ddp: each holds the model, and gradients are summed; fsdp: each "
-        "holds some rows of every weight and of what the optimizer keeps", section=TRAINING, choices=("ddp", "fsdp"),
+        "holds some rows of every weight and of what the optimizer keeps; hsdp: so do the processes of each machine",
+        section=TRAINING, choices=("ddp", "fsdp", "hsdp"),
         may_change=True)
     check_replicas: int = option(0, "updates from one comparison of the weights and states of all processes to the "
         "next, bit by bit; 0: never", unit="UPDATES", section=TRAINING, range=at_least(0), may_change=True)

@@ -96,13 +96,17 @@ def build_model(
 
 
 def prepare_model(
-    args: argparse.Namespace, *, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, ranks: int = 1
+    args: argparse.Namespace,
+    *,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    sharding: Sharding | None = None,
 ) -> PreTrainedModel:
     """The model on its device with weights drawn from the seed; with adapters, quantized and compiled by the flags.
 
-    ranks: number of processes that the weights are spread over.
+    sharding: spreads the weights over the processes.
     """
-    sharding = Sharding(device, ranks=ranks) if ranks > 1 else None
     model = build_model(
         config,
         device=device,

@@ -30,8 +30,13 @@ class TokenLoss(nn.Module):
 class Sharding:
     """Spreads a model over the ranks while it is built, so that no rank ever holds more than one layer of it whole."""
 
-    def __init__(self, device: torch.device, *, ranks: int) -> None:
-        self.mesh: DeviceMesh = init_device_mesh(device.type, (ranks,))
+    def __init__(self, device: torch.device, *, ranks: int, replicas: int = 1) -> None:
+        """
+        ranks: processes that share the rows; they follow each other.
+        replicas: groups of such processes, each with the whole model.
+        """
+        shape, names = ((ranks,), ("rows",)) if replicas == 1 else ((replicas, ranks), ("replicas", "rows"))
+        self.mesh: DeviceMesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
 
     def shard_layer(self, layer: nn.Module) -> None:
         """Spreads a decoder layer, whose weights all exist."""
@@ -77,6 +82,11 @@ def check_rows(model: PreTrainedModel, *, ranks: int, settings: Settings, recipe
                     f"{width} numbers, which is no multiple of {BLOCK}, the block of such moments. Take another "
                     "--rank or number of processes" + ("." if matrix else ", or --embedding_state_bits 32.")
                 )
+
+
+def is_sharded(model: PreTrainedModel) -> bool:
+    """Whether the rows of the model are spread over processes."""
+    return SHARDED in vars(model)
 
 
 def gather_no_longer(model: PreTrainedModel) -> None:

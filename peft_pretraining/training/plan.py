@@ -29,7 +29,7 @@ from peft_pretraining.model.adapters import Adapters
 from peft_pretraining.model.build import check_compiler, meta_model, prepare_model
 from peft_pretraining.model.config import read_config
 from peft_pretraining.model.dtypes import DTYPES, resolve_dtype
-from peft_pretraining.model.sharding import check_rows
+from peft_pretraining.model.sharding import Sharding, check_rows, is_sharded
 from peft_pretraining.training.interruption import Interruption
 from peft_pretraining.training.metrics import Record, open_record
 from peft_pretraining.training.provenance import circumstances, device_name
@@ -81,9 +81,9 @@ def make_plan(args: argparse.Namespace, *, world: World, cleanup: ExitStack) -> 
     config, dtype = _check_model(args, world=world)
     structure = meta_model(config, adapters=Adapters.of(vars(args)))
     groups = describe_groups(structure, args)
-    if args.parallel == "fsdp":
+    if (ranks := world.rows_over(args.parallel)) > 1:
         recipe, settings = find_recipe(args.optimizer), settings_of(args)
-        check_rows(structure, ranks=world.size, settings=settings, recipe=recipe, quantized=args.weight_quant)
+        check_rows(structure, ranks=ranks, settings=settings, recipe=recipe, quantized=args.weight_quant)
     log_plan(args, groups=groups, dtype=dtype, world=world)
     save_dir = Path(args.save_dir) if args.save_dir else None
     trains = world.is_main and not (args.dry_run or args.eval_only)
@@ -191,8 +191,10 @@ def open_validation(plan: Plan) -> ValidationSet:
 
 def open_model(plan: Plan) -> PreTrainedModel:
     """The model on this rank's device, with weights drawn from the seed."""
-    ranks = plan.world.size if plan.args.parallel == "fsdp" and not plan.args.eval_only else 1
-    return prepare_model(plan.args, config=plan.config, dtype=plan.dtype, device=plan.world.device, ranks=ranks)
+    world, ranks = plan.world, plan.world.rows_over(plan.args.parallel)
+    spread = ranks > 1 and not plan.args.eval_only
+    sharding = Sharding(world.device, ranks=ranks, replicas=world.size // ranks) if spread else None
+    return prepare_model(plan.args, config=plan.config, dtype=plan.dtype, device=world.device, sharding=sharding)
 
 
 def open_run(plan: Plan, *, interruption: Interruption, cleanup: ExitStack) -> Run:
@@ -226,7 +228,7 @@ def open_updates(args: argparse.Namespace, *, model: PreTrainedModel) -> WholeMo
     recipe = find_recipe(args.optimizer)
     sync = GradSync(
         at_rank_size=recipe.low_rank_engine and (recipe.per_layer or not args.grad_clipping),
-        enabled=args.parallel == "ddp",
+        enabled=not is_sharded(model),
         order=reversed(list(model.parameters())),
     )
     groups = split_parameters(model)

@@ -17,6 +17,7 @@ from peft_pretraining.errors import UserError
 from peft_pretraining.export.folder import save_model
 from peft_pretraining.host_memory import free_host_memory
 from peft_pretraining.model.adapters import Adapters
+from peft_pretraining.model.sharding import is_sharded
 from peft_pretraining.progress import LongWait
 from peft_pretraining.training.provenance import git_commit, versions
 from peft_pretraining.training.report import show_first_bases
@@ -43,7 +44,7 @@ def save(run: Run) -> None:
     state.health.rollbacks_since_save = 0
     assert state.position is not None, "there was an update"
     positions = run.world.gather(state.position.to_json())
-    shared = run.world if run.args.parallel == "fsdp" and run.world.size > 1 else None
+    shared = run.world if is_sharded(run.model) else None
     if run.writer is None and shared is None:
         return
     progress = {
@@ -105,7 +106,7 @@ def _training_waits(run: Run) -> bool:
 
 def save_result(run: Run) -> None:
     """Writes SAVE_DIR/model, on the main rank; of a model that is spread over the ranks, from its last checkpoint."""
-    spread = run.args.parallel == "fsdp" and run.world.size > 1
+    spread = is_sharded(run.model)
     checkpoint = last_checkpoint(run) if spread else None
     if run.writer is None:
         return
