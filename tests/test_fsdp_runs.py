@@ -103,6 +103,16 @@ def test_four_processes_then_two_one_and_four_again(tiny, tmp_path):
 
 
 @pytest.mark.slow
+def test_compiled_it_is_as_eager(tiny, tmp_path):
+    """INT8, per layer: compiled code sees the rows of its own process."""
+    flags = GALORE | INT8 | dict(optimizer="q_galore_adamw8bit_per_layer", rank=16, total_batch_size=8, parallel="fsdp")
+    for name, more in [("eager", {}), ("compiled", {"compile": True})]:
+        result = torchrun(tiny.flags(tmp_path / name, **flags | more), processes=2, timeout=500)
+        assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=2e-3)
+
+
+@pytest.mark.slow
 def test_two_machines_of_two_processes(tiny, tmp_path):
     """--parallel hsdp, with two torchruns on this machine. One process goes on from their checkpoint."""
     flags = dict(total_batch_size=16, save_every=3, keep_last=0, parallel="hsdp", **GALORE)
