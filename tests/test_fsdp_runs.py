@@ -45,11 +45,10 @@ def on_two(tiny, folder, **flags) -> None:
 
 
 QUICK = ("adamw", "galore", "q-galore per layer")
+NAMES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RUNS]
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_it_trains_as_ddp_does_and_goes_on_as_either(tiny, tmp_path, name):
     """The losses of both, then each resumed from the other's checkpoint, and on one process, and its export."""
     flags = RUNS[name]
