@@ -16,18 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from benchmarks.compare import INT8, METHODS, ONLINE, RECOMMENDED
+from benchmarks.compare import INT8, METHODS, RECOMMENDED
 from peft_pretraining.cli.args import parse_args
 from peft_pretraining.report.drawing import VARIABLES, colour, drawing
 from peft_pretraining.training.memory_plan import MemoryPlan, plan_memory
 
+ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MODEL = "configs/llama_7b.json"
 RUN = ["--rank", "1024", "--batch_size", "16", "--activation_checkpointing"]
@@ -60,7 +60,7 @@ ROWS = (
     Row("AdamW, tuned", "float32 moments and weights beside the bfloat16 ones", "adamw", (), TUNED, "AdamW", False),
     Row("LoRA", "the same, of the factors; a frozen weight", "adamw", ("--peft", "lora"), LORA, None, False),
     Row("8-bit AdamW", "8-bit moments", "adamw8bit", timed="8-bit AdamW"),
-    Row("Online Subspace Descent", "32-bit moments at rank r, bases", "galore_adamw", tuple(ONLINE[-1:]) + ("continuous",),
+    Row("Online Subspace Descent", "32-bit moments at rank r, bases", "galore_adamw", ("--proj_type", "continuous"),
         ONLINE_PCA, "Online Subspace Descent"),
     Row("GaLore", "32-bit moments at rank r, bases", "galore_adamw", (),
         "GaLore: iteration, gap 10, first moment carried over", "GaLore"),
