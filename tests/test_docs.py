@@ -16,6 +16,7 @@ from qgalore.factory import OPTIMIZERS
 PAGES = sorted((ROOT / "docs").glob("*.md")) + [ROOT / "README.md", ROOT / "CHANGELOG.md"]
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 README = (ROOT / "README.md").read_text()
+CHOICES = (ROOT / "docs" / "optimizers.md").read_text()
 
 
 def pictures() -> list[str]:
@@ -118,8 +119,36 @@ def test_a_gradient_takes_the_road_of_the_page(driven):
 # README.md
 
 
-def test_the_readme_names_every_optimizer():
-    assert OPTIMIZERS.keys() <= set(re.findall(r"`(\w+)`", README))
+def test_the_first_screen_is_what_the_results_say(tmp_path, capsys):
+    """The table is printed, and the pictures are drawn, from the files of results as they are."""
+    readme_figures = importlib.import_module("benchmarks.readme_figures")
+    assert readme_figures.main(["--output", str(tmp_path)]) == 0
+    assert capsys.readouterr().out in README
+    peaks = [min(line["peak"] for line in readme_figures.peaks(row)) for row in readme_figures.ROWS]
+    for theme in ("light", "dark"):
+        drawn, kept = ((folder / f"methods-{theme}.svg").read_text() for folder in (tmp_path, ROOT / "docs"))
+        words = [re.findall(r">([^<>]+)</text>", svg) for svg in (drawn, kept)]
+        assert words[0] == words[1] and {f"{peak / 1e9:.1f}" for peak in peaks} <= set(words[1])
+        assert f"docs/methods-{theme}.svg" in README
+
+
+def test_the_plans_of_the_first_screen_are_those_of_today():
+    """Of the row that needs least, which is the quickest to plan too; the others come from the same command."""
+    readme_figures = importlib.import_module("benchmarks.readme_figures")
+    (row,) = (row for row in readme_figures.ROWS if row.title == "Q-GaLore")
+    (kept,) = (line for line in readme_figures.peaks(row) if line["per_layer"])
+    assert readme_figures.plan_of(row, per_layer=True).peak.bytes == pytest.approx(kept["peak"], rel=1e-3)
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) < 210
+
+
+# docs/optimizers.md
+
+
+def test_the_page_names_every_optimizer():
+    assert OPTIMIZERS.keys() <= set(re.findall(r"`(\w+)`", CHOICES))
 
 
 def test_the_memory_table_is_what_the_benchmark_prints(monkeypatch, capsys):
@@ -129,14 +158,14 @@ def test_the_memory_table_is_what_the_benchmark_prints(monkeypatch, capsys):
     config = str(ROOT / "configs" / "llama_7b.json")
     assert state_bytes.main(["--model_config", config]) == 0
     printed = capsys.readouterr().out.splitlines()[2:]
-    table = README.partition("| | weights | bases |")[2].partition("\n\n")[0].splitlines()[2:]
+    table = CHOICES.partition("| | weights | bases |")[2].partition("\n\n")[0].splitlines()[2:]
     assert len(table) == len(printed) == 1 + len(state_bytes.RUNS)
     for row, line in zip(table, printed, strict=True):
         title, *cells = (cell.strip(" *`") for cell in row.strip("|").split("|"))
         assert line.split() == [*title.replace("`", "").split(), *(cell or "0.0" for cell in cells)]
     optimizer, weight_bits, proj_bits = list(state_bytes.RUNS.values())[-1]
     _, sums = state_bytes.count(config, optimizer=optimizer, weight_bits=weight_bits, proj_bits=proj_bits, rank=1024)
-    assert f"keep sums at rank size, {sums / 1e9:.1f} GB" in " ".join(README.split())
+    assert f"keep sums at rank size, {sums / 1e9:.1f} GB" in " ".join(CHOICES.split())
     assert state_bytes.main(["--model_config", "configs/none.json"]) == 2
     assert capsys.readouterr().err.startswith("error: ")
 

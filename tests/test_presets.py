@@ -81,8 +81,10 @@ def test_a_preset_with_an_unknown_flag_is_refused(tmp_path, monkeypatch):
     assert "own.json: there is no flag --rnak" in flags_refusal("--preset", "own")
 
 
-def test_the_readme_lists_every_preset_with_its_figure():
-    rows = re.findall(r"^\| `(\w+)` \| .* \| ([\d.]+|-) \|$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+def test_the_page_lists_every_preset_with_its_figure():
+    rows = re.findall(
+        r"^\| `(\w+)` \| .* \| ([\d.]+|-) \|$", (ROOT / "docs" / "presets.md").read_text(), flags=re.MULTILINE
+    )
     assert {name: figure for name, figure in rows if name in preset_names()} == {
         name: "-" if load_preset(name).perplexity is None else f"{load_preset(name).perplexity:g}"
         for name in preset_names()

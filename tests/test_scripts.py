@@ -1,4 +1,4 @@
-"""Every script and every command of the README, run with shortened arguments.
+"""Every script and every command of the README and of the pages for users, run with shortened arguments.
 
 The main script runs in this process, because importing torch takes seconds; one command starts torchrun for real.
 """
@@ -16,7 +16,7 @@ import torchrun_main
 from peft_pretraining.cli.args import parse_args
 from peft_pretraining.data.token_shards import read_index
 from peft_pretraining.report.__main__ import main as report
-from scripts import tokenize_corpus
+from scripts import tokenize_corpus, train_with_trainer
 
 PRETRAIN = sorted((ROOT / "scripts" / "pretrain_c4").glob("*.sh"))
 PUBLISHED = {  # Zhao et al. 2024, table 2 and its scripts: rank, lr, updates, warm-up, gap
@@ -28,9 +28,13 @@ PUBLISHED = {  # Zhao et al. 2024, table 2 and its scripts: rank, lr, updates, w
 }
 
 
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("presets", "optimizers", "data", "checkpoints", "metrics")))
+
+
 def readme_commands() -> list[str]:
-    blocks = re.findall(r"``bash\n(.*?)``", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if line.strip()]
+    """Those of README.md first; each once."""
+    blocks = [b for page in PAGES for b in re.findall(r"``bash\n(.*?)``", (ROOT / page).read_text(), flags=re.DOTALL)]
+    return list(dict.fromkeys(line for block in blocks for line in block.splitlines() if line.strip()))
 
 
 def first_torchrun() -> str:
@@ -69,6 +73,14 @@ def check_a_comparison(command: str, tmp_path) -> None:
     assert report(words) == 0 and "<h1>3 runs</h1>" in (tmp_path / "report.html").read_text()
 
 
+def check_the_trainer(command: str, tmp_path) -> None:
+    """It trains on a text file and leaves a model that transformers loads."""
+    (tmp_path / "book.txt").write_text("It was a dark and stormy night; the rain fell in torrents. " * 60)
+    words = [str(tmp_path / word) if word in ("book.txt", "runs/trainer") else word for word in command.split()[2:]]
+    assert train_with_trainer.main([*words, "--steps", "2"]) == 0
+    assert (tmp_path / "runs" / "trainer" / "model" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("script", PRETRAIN, ids=lambda path: path.stem)
 def test_pretraining_scripts_carry_the_published_settings(script, words_of):
     args = parse_args(words_of(["bash", str(script), "--seed", "7"]))
@@ -89,6 +101,9 @@ def test_pretraining_scripts_run(script, tiny, tmp_path, words_of):
 @pytest.mark.parametrize("command", [c for c in readme_commands() if not c.startswith("bash scripts/t")])
 def test_readme_commands_run(command, tiny, tmp_path, words_of, capsys):
     """As they stand there, with shorter arguments after them; `scripts/test.sh` is what runs this."""
+    if "train_with_trainer" in command:
+        check_the_trainer(command, tmp_path)
+        return
     if "runs/60m" in command and "--save_dir" not in command:
         check_a_command_on_a_finished_run(command, tiny, tmp_path)
         return
@@ -108,8 +123,12 @@ def test_readme_commands_run(command, tiny, tmp_path, words_of, capsys):
     else:
         if "quickstart" in command:  # its own model and data, the embedded ones; the whole of it is the slow test below
             more = ["--num_training_steps", "10", "--warmup_steps", "1", "--save_dir", str(tmp_path / "run")]
+        if command == first_torchrun():
+            more = [word for word in more if word != "--no_report"]  # its line is in the README
         result = shell([*words, *more], VENV=sys.prefix, timeout=240)
         assert result.returncode == 0, result.stderr
+        if command == first_torchrun():
+            check_the_lines_it_prints(result.stderr)
     if "tokenize_corpus" in command:
         assert read_index(tmp_path / "tokens").count("train")["documents"] == 600
     elif "--dry_run" in command:
@@ -118,12 +137,24 @@ def test_readme_commands_run(command, tiny, tmp_path, words_of, capsys):
         assert record(tmp_path / "run", "end")[0]["updates"] in (2, 10)
 
 
+def check_the_lines_it_prints(printed: str) -> None:
+    """Each line below the command in the README is one of the run's, but for numbers and the folder."""
+    (block,) = re.findall(r"```text\n(\d\d:.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    shapes = {shape_of(line) for line in printed.splitlines()}
+    assert block.count("\n") > 3
+    assert not [line for line in block.splitlines() if shape_of(line) not in shapes]
+
+
+def shape_of(line: str) -> str:
+    return re.sub(r"\d[\d.,:]*(e[+-]?\d+)?", "0", re.sub(r"\S+/(?=metrics.jsonl|model$|report.html)", "", line))
+
+
 def config_of(command: str, tiny, folder: Path) -> Path:
-    """The file of a command with --config: the README's own, or that of a finished run."""
+    """The file of a command with --config: that of docs/presets.md, or of a finished run."""
     if "config.yaml" in command:
         assert torchrun_main.command_line(tiny.flags(folder / "finished")) == 0
         return folder / "finished" / "config.yaml"
-    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "presets.md").read_text(), flags=re.DOTALL)
     (folder / "own.yaml").write_text(text)
     return folder / "own.yaml"
 
@@ -142,7 +173,7 @@ def check_a_command_on_a_finished_run(command: str, tiny, folder) -> None:
 
 @pytest.mark.slow
 def test_the_quickstart_learns(tmp_path):
-    """The first command of the README, whole: perplexity at the end is under half of that after 10 updates."""
+    """The quickstart, whole: perplexity at the end is under half of that after 10 updates."""
     result = shell(["bash", "scripts/quickstart.sh", "--save_dir", str(tmp_path)], VENV=sys.prefix, timeout=600)
     assert result.returncode == 0, result.stderr
     evaluations = {line["update"]: line["perplexity"] for line in record(tmp_path, "eval")}
@@ -156,10 +187,10 @@ def test_the_documents_name_tests_that_exist():
             assert f"def {name}(" in (ROOT / path).read_text(), f"{page.name}: {path}::{name}"
 
 
-def test_the_readme_names_every_event_and_its_fields(tiny, tmp_path):
+def test_the_page_names_every_event_and_its_fields(tiny, tmp_path):
     """The table of metrics.jsonl is the record's: no field is missing there."""
     assert torchrun_main.command_line(tiny.flags(tmp_path)) == 0
-    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", (ROOT / "README.md").read_text(), flags=re.MULTILINE))
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", (ROOT / "docs" / "metrics.md").read_text(), flags=re.MULTILINE))
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         fields = json.loads(line)
         assert not [name for name in fields.keys() - {"event"} if not re.search(rf"\b{name}\b", rows[fields["event"]])]
