@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -13,6 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from peft_pretraining.errors import UserError
+
+# How long a process waits for the others. Nothing that goes well takes as long: the slowest is a checkpoint of 100 GB on
+# a disk of 100 MB/s. What fails does not wait for it, see failure.py; a process that is frozen does.
+PATIENCE = timedelta(minutes=30)
 
 # Signals that ask a run to stop. Its data workers leave them to the process that trains.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
@@ -58,7 +63,7 @@ class World:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.size > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=PATIENCE)
         try:
             with _known_to_one_rank():
                 yield
@@ -73,6 +78,10 @@ class World:
             dist.all_reduce(on_device)
             tensor.copy_(on_device)
         return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return bool(self.sum(torch.tensor(float(flag))))
 
     def agree(self, numbers: Tensor) -> Tensor:
         """Whether all ranks pass the same number, element by element. int64 -> bool, on the CPU."""
