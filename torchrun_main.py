@@ -162,6 +162,7 @@ def command_line(argv: list[str] | None = None) -> int:
             tell_torchrun(f"error: {error}")
         return 2
     except Interrupted as interrupted:
+        tell_torchrun("told to stop: the run is saved and can go on")
         return interrupted.status
     except KeyboardInterrupt:
         return BY_HAND

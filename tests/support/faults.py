@@ -10,12 +10,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
 sys.path[0] = str(Path(__file__).parents[2])  # this folder has a tokenizers.py of its own
 
 import torchrun_main
+from peft_pretraining import distributed
 from peft_pretraining.checkpoint import files, shared_file
 from peft_pretraining.errors import UserError
 from peft_pretraining.model import loss
@@ -59,6 +61,7 @@ def stop(*_: Any, **__: Any) -> None:
 
 
 def freeze(*_: Any, **__: Any) -> None:
+    """For longer than the other ranks wait, which is short here."""
     time.sleep(3600)
 
 
@@ -136,6 +139,8 @@ FAULTS: dict[str, Callable[[], Any]] = {
 
 def main(fault: str, rank: str, update: str, *flags: str) -> int:
     step = torchrun_main.train_step
+    if fault == "freeze":
+        distributed.PATIENCE = timedelta(seconds=5)
     if os.environ["RANK"] == rank and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         now.wanted = int(update)
         FAULTS[fault]()
