@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from peft_pretraining.errors import UserError
 
@@ -63,13 +64,26 @@ class World:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.size > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=PATIENCE)
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            store, size = self._meeting_place(), self.size
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=size, timeout=PATIENCE)
         try:
             with _known_to_one_rank():
                 yield
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+
+    def _meeting_place(self) -> dist.Store:
+        """The store through which the processes find each other.
+
+        torchrun keeps one store over its restarts, with the addresses of processes that are dead: a process that reads
+        them before they are replaced cannot connect (https://github.com/pytorch/pytorch/issues/135712). So each start
+        on one machine has names of its own. Several machines do not count alike; see scripts/multi_gpu/several_nodes.sh.
+        """
+        store, _, _ = next(rendezvous("env://", self.rank, self.size, timeout=PATIENCE))
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if self.local_size == self.size else "0"
+        return dist.PrefixStore(f"start {start}", store)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sums a tensor over the ranks, in place. Every rank gets the same bits."""
@@ -108,7 +122,8 @@ def _known_to_one_rank() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        error.on_one_rank = True
+        if error.on_one_rank is None:
+            error.on_one_rank = True
         raise
 
 

@@ -14,7 +14,7 @@ class UserError(ValueError):
     with status 2, without a traceback.
     """
 
-    on_one_rank = False  # True if it was raised at a time when perhaps only this rank knows of it
+    on_one_rank: bool | None = None  # True if perhaps only this rank knows of it, False if all do; None: not known
 
 
 class Parser(argparse.ArgumentParser):

@@ -7,6 +7,8 @@
 # Arguments are passed on and win.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+# A new store for each start: in the old one, torch finds processes that are dead (pytorch issue 135712).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 torchrun --nnodes "${NODES:?how many machines}" --nproc_per_node "${NPROC:-auto}" --max-restarts 3 \
     --rdzv_backend c10d --rdzv_endpoint "${HOST:?the name of one machine}:${PORT:-29500}" --rdzv_id "${JOB:-60m}" \
     torchrun_main.py --preset galore_60m --batch_size 16 --save_dir runs/60m --save_every 500 --keep_last 2 \

@@ -15,6 +15,8 @@
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"  # Slurm runs a copy of this file from another folder
 host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# A new store for each start: in the old one, torch finds processes that are dead (pytorch issue 135712).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 srun --kill-on-bad-exit=1 torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "${NPROC:-auto}" --max-restarts 3 \
     --rdzv_backend c10d --rdzv_endpoint "$host:${PORT:-29500}" --rdzv_id "$SLURM_JOB_ID" \
     torchrun_main.py --preset galore_60m --batch_size 16 --save_dir runs/60m --save_every 500 --keep_last 2 \

@@ -31,9 +31,10 @@ class Fault:
 
     update = 1
     wanted = 0
+    over = False  # after a rollback, an update comes again
 
     def due(self) -> bool:
-        return self.update == self.wanted
+        return self.update == self.wanted and not self.over
 
 
 now = Fault()
@@ -149,6 +150,7 @@ def main(fault: str, rank: str, update: str, *flags: str) -> int:
     def counted(run: Any) -> None:
         now.update = run.state.update + 1
         step(run)
+        now.over = run.state.health.rollbacks > 0
 
     torchrun_main.train_step = counted
     return torchrun_main.command_line(list(flags))
