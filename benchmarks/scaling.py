@@ -232,9 +232,13 @@ def simulate(args: argparse.Namespace) -> list[dict[str, Any]]:
             sending = sent / (NVLINK if ranks <= GPUS else args.network) + messages * LATENCY * math.log2(ranks)
             working = compute * args.micro_batches
             row.setdefault("sent, GB", sent / 1e9)
-            row[f"{ranks} GPUs"] = f"{100 * working / (working + sending):.0f} to {min(100, 100 * working / sending):.0f}"
+            row[f"{ranks} GPUs"] = (
+                f"{100 * working / (working + sending):.0f} to {min(100, 100 * working / sending):.0f}"
+            )
         rows.append(row)
-    print(f"{compute:.2f} s of arithmetic a micro-batch of {args.tokens} tokens, {args.micro_batches} of them an update\n")
+    print(
+        f"{compute:.2f} s of arithmetic a micro-batch of {args.tokens} tokens, {args.micro_batches} of them an update\n"
+    )
     return rows
 
 

@@ -58,7 +58,9 @@ def test_the_message_of_the_rank_that_failed_stands_last(tiny, tmp_path, paralle
     began = time.monotonic()
     result = run_with(fault, flags, rank=rank, update=update)
     assert result.returncode == 1
-    assert time.monotonic() - began < MINUTE or fault == "freeze", "torchrun waits 30 s for a frozen one to end by itself"
+    assert time.monotonic() - began < MINUTE or fault == "freeze", (
+        "torchrun waits 30 s for a frozen one to end by itself"
+    )
     cause = root_cause(result.stderr)
     assert says in cause, result.stderr
     assert f"rank      : {1 - rank if fault == 'freeze' else rank} " in cause

@@ -145,7 +145,11 @@ MULTI_GPU = sorted((ROOT / "scripts" / "multi_gpu").glob("*.sh"))
 @pytest.mark.parametrize("script", MULTI_GPU, ids=lambda path: path.stem)
 def test_scripts_for_several_gpus(script, tmp_path):
     """With stand-ins for torchrun, srun and scontrol: what torchrun is told, and the program's own flags."""
-    stand_ins = {"torchrun": 'for a in "$@"; do echo "$a"; done', "srun": 'shift; "$@"', "scontrol": "echo node1; echo node2"}
+    stand_ins = {
+        "torchrun": 'for a in "$@"; do echo "$a"; done',
+        "srun": 'shift; "$@"',
+        "scontrol": "echo node1; echo node2",
+    }
     for name, body in stand_ins.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)

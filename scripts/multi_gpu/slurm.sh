@@ -14,7 +14,7 @@
 # because a node failed, the run goes on. Arguments are passed on and win.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"  # Slurm runs a copy of this file from another folder
-host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 # A new store for each start: in the old one, torch finds processes that are dead (pytorch issue 135712).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 srun --kill-on-bad-exit=1 torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "${NPROC:-auto}" --max-restarts 3 \
