@@ -12,8 +12,8 @@ Measured: every process trains all cases in turn, on gloo, so that a busy machin
     / DDP       tokens/s divided by those of torch's DDP + AdamW on as many processes: median over the rounds
 
 --simulate does not run the model. A GPU computes for as long as --mfu of its arithmetic takes; it sends the formula's
-bytes over NVLink within 8 GPUs, and over its share of the network beyond. The true time lies between the larger of both,
-where all of it overlaps, and their sum: `best` and `worst`, in per cent of the tokens/s without any sending.
+bytes over NVLink within 8 GPUs, and over its share of the network beyond. The true time lies between their sum and the
+larger of both, where all of it overlaps: the two numbers, in per cent of the tokens/s without any sending.
 """
 
 import argparse
@@ -182,8 +182,8 @@ def work(args: argparse.Namespace) -> None:
 def flags_of(args: argparse.Namespace) -> dict[str, Any]:
     return dict(
         model_config=args.model_config, dataset=args.dataset, tokenizer=args.tokenizer, batch_size=args.batch_size,
-        max_length=args.max_length, rank=args.rank, update_proj_gap=1000, num_training_steps=100_000, lr=1e-3, workers=0,
-        num_threads=1, dtype="float32", wandb_mode="disabled", eval_tokens="2K",
+        max_length=args.max_length, rank=args.rank, update_proj_gap=1000, num_training_steps=100_000, lr=1e-3,
+        workers=0, num_threads=1, dtype="float32", wandb_mode="disabled", eval_tokens="2K",
     )  # fmt: skip
 
 

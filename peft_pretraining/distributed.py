@@ -16,8 +16,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from peft_pretraining.errors import UserError
 
-# How long a process waits for the others. Nothing that goes well takes as long: the slowest is a checkpoint of 100 GB on
-# a disk of 100 MB/s. What fails does not wait for it, see failure.py; a process that is frozen does.
+# How long a process waits for the others. Nothing that goes well takes as long: the slowest is a checkpoint of 100 GB
+# on a disk of 100 MB/s. What fails does not wait for it, see failure.py; a process that is frozen does.
 PATIENCE = timedelta(minutes=30)
 
 # Signals that ask a run to stop. Its data workers leave them to the process that trains.
@@ -79,7 +79,7 @@ class World:
 
         torchrun keeps one store over its restarts, with the addresses of processes that are dead: a process that reads
         them before they are replaced cannot connect (https://github.com/pytorch/pytorch/issues/135712). So each start
-        on one machine has names of its own. Several machines do not count alike; see scripts/multi_gpu/several_nodes.sh.
+        on one machine has names of its own. Several machines do not count alike: see scripts/multi_gpu/.
         """
         store, _, _ = next(rendezvous("env://", self.rank, self.size, timeout=PATIENCE))
         start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if self.local_size == self.size else "0"

@@ -38,8 +38,8 @@ def evaluate(
     """The mean loss over all target tokens of all batches and ranks. It is not a mean of the batches' means.
 
     reduce_sum: sums a float64 tensor over the ranks. The default is for a process that is alone.
-    stop: is asked before every batch, and says the same on every rank: a model that is spread over them needs all. If it
-        says yes, the evaluation ends and returns None.
+    stop: is asked before every batch, and says the same on every rank, because a model that is spread over them needs
+        all. If it says yes, the evaluation ends and returns None.
 
     At the end, also after an error, the model is back in its old mode.
     Raises UserError if no rank has a target token.

@@ -16,12 +16,12 @@ from typing import Any, NoReturn
 
 sys.path[0] = str(Path(__file__).parents[2])  # this folder has a tokenizers.py of its own
 
-import torchrun_main
-from peft_pretraining import distributed
-from peft_pretraining.checkpoint import files, shared_file
-from peft_pretraining.errors import UserError
-from peft_pretraining.model import loss
-from peft_pretraining.training import plan, report
+import torchrun_main  # noqa: E402
+from peft_pretraining import distributed  # noqa: E402
+from peft_pretraining.checkpoint import files, shared_file  # noqa: E402
+from peft_pretraining.errors import UserError  # noqa: E402
+from peft_pretraining.model import loss  # noqa: E402
+from peft_pretraining.training import plan, report  # noqa: E402
 
 STEP, LOSS, FILL, WRITE = torchrun_main.train_step, loss.token_loss_sum, shared_file.SharedFile.fill, files._write_file
 
