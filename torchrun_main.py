@@ -27,7 +27,8 @@ from loguru import logger
 from peft_pretraining.batch import IGNORED, Batch
 from peft_pretraining.cli.args import parse_args, schedule_of
 from peft_pretraining.distributed import World, make_deterministic, use_threads
-from peft_pretraining.errors import UserError, tell_torchrun
+from peft_pretraining.errors import UserError
+from peft_pretraining.failure import report_failure, tell_torchrun
 from peft_pretraining.model.adapters import reset_if_due
 from peft_pretraining.model.loss import accumulate_gradients
 from peft_pretraining.progress import LongWait
@@ -166,6 +167,7 @@ def read_batches(run: Run) -> list[Batch]:
 def command_line(argv: list[str] | None = None, *, began: float | None = None) -> int:
     """Runs main. Returns the exit status: 2, after one line on stderr, for what the user can repair; or a signal's.
 
+    Any other error is raised, unless it is the loss of another process, whose message counts.
     began: the start of --time_budget; None for now.
     """
     warnings.showwarning = lambda message, *_, **__: logger.warning(str(message))
@@ -175,13 +177,15 @@ def command_line(argv: list[str] | None = None, *, began: float | None = None) -
         # All ranks of a machine find what is wrong with the arguments or its files; one, what is wrong with a document.
         if error.on_one_rank or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
-        tell_torchrun(f"error: {error}")
+            tell_torchrun(f"error: {error}")
         return 2
     except Interrupted as interrupted:
         tell_torchrun(str(interrupted))
         return interrupted.status
     except KeyboardInterrupt:
         return BY_HAND
+    except Exception as error:
+        return report_failure(error)
     return 0
 
 

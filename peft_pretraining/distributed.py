@@ -6,13 +6,19 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from peft_pretraining.errors import UserError
+
+# How long a process waits for the others. Nothing that goes well takes as long: the slowest is a checkpoint of 100 GB
+# on a disk of 100 MB/s. What fails does not wait for it, see failure.py; a process that is frozen does.
+PATIENCE = timedelta(minutes=30)
 
 # Signals that ask a run to stop. Its data workers leave them to the process that trains.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
@@ -62,13 +68,26 @@ class World:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.size > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            store, size = self._meeting_place(), self.size
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=size, timeout=PATIENCE)
         try:
             with _known_to_one_rank():
                 yield
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+
+    def _meeting_place(self) -> dist.Store:
+        """The store through which the processes find each other.
+
+        torchrun keeps one store over its restarts, with the addresses of processes that are dead: a process that reads
+        them before they are replaced cannot connect (https://github.com/pytorch/pytorch/issues/135712). So each start
+        on one machine has names of its own. Several machines do not count alike: see scripts/multi_gpu/.
+        """
+        store, _, _ = next(rendezvous("env://", self.rank, self.size, timeout=PATIENCE))
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if self.local_size == self.size else "0"
+        return dist.PrefixStore(f"start {start}", store)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sums a tensor over the ranks, in place. Every rank gets the same bits."""
@@ -77,6 +96,10 @@ class World:
             dist.all_reduce(on_device)
             tensor.copy_(on_device)
         return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return bool(self.sum(torch.tensor(float(flag))))
 
     def agree(self, numbers: Tensor) -> Tensor:
         """Whether all ranks pass the same number, element by element. int64 -> bool, on the CPU."""
@@ -103,7 +126,8 @@ def _known_to_one_rank() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        error.on_one_rank = True
+        if error.on_one_rank is None:
+            error.on_one_rank = True
         raise
 
 

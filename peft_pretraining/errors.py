@@ -1,14 +1,9 @@
 """The one exception whose message is written for the user."""
 
 import argparse
-import contextlib
 import difflib
-import json
-import os
 import sys
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -19,19 +14,7 @@ class UserError(ValueError):
     with status 2, without a traceback.
     """
 
-    on_one_rank = False  # True if it was raised at a time when perhaps only this rank knows of it
-
-
-def tell_torchrun(line: str) -> None:
-    """Hands torchrun a line about why this process fails: it is shown in the page that torchrun ends with.
-
-    torchrun prints that page, of some thirty lines, for every exit status but 0, below all that the process has said.
-    """
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    with contextlib.suppress(OSError):
-        if path:
-            said = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
-            Path(path).write_text(json.dumps({"message": said}))
+    on_one_rank: bool | None = None  # True if perhaps only this rank knows of it, False if all do; None: not known
 
 
 class Parser(argparse.ArgumentParser):

@@ -194,3 +194,32 @@ def test_the_page_names_every_event_and_its_fields(tiny, tmp_path):
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         fields = json.loads(line)
         assert not [name for name in fields.keys() - {"event"} if not re.search(rf"\b{name}\b", rows[fields["event"]])]
+
+
+MULTI_GPU = sorted((ROOT / "scripts" / "multi_gpu").glob("*.sh"))
+
+
+@pytest.mark.parametrize("script", MULTI_GPU, ids=lambda path: path.stem)
+def test_scripts_for_several_gpus(script, tmp_path):
+    """With stand-ins for torchrun, srun and scontrol: what torchrun is told, and the program's own flags."""
+    stand_ins = {
+        "torchrun": 'for a in "$@"; do echo "$a"; done',
+        "srun": 'shift; "$@"',
+        "scontrol": "echo node1; echo node2",
+    }
+    for name, body in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    told = {"HOST": "node1", "NODES": "1:2", "NPROC": "4", "SLURM_JOB_NODELIST": "node[1-2]"}
+    told |= {"SLURM_NNODES": "2", "SLURM_JOB_ID": "7"}
+    result = shell(["bash", str(script), "--parallel", "fsdp"], PATH=f"{tmp_path}:/usr/bin:/bin", **told)
+    assert result.returncode == 0, result.stderr
+    words = result.stdout.splitlines()
+    ours = words.index("torchrun_main.py")
+    args = parse_args(words[ours + 1 :], world_size=8)
+    assert (args.parallel, args.resume, args.gradient_accumulation) == ("fsdp", "auto", 4)
+    launch = dict(zip(words[:ours], words[1:ours], strict=False))
+    assert launch["--nproc_per_node"] == "4" and launch["--max-restarts"] == "3"
+    if script.stem != "one_node":
+        assert launch["--rdzv_endpoint"] == "node1:29500" and launch["--rdzv_backend"] == "c10d"
+        assert launch["--nnodes"] == {"several_nodes": "1:2", "slurm": "2"}[script.stem]

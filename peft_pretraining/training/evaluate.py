@@ -39,21 +39,21 @@ def evaluate(
     """The mean loss over all target tokens of all batches and ranks. It is not a mean of the batches' means.
 
     reduce_sum: sums a float64 tensor over the ranks. The default is for a process that is alone.
-    stop: is asked before every batch. If it says yes on any rank, the evaluation ends and every rank returns None.
+    stop: is asked before every batch, and says the same on every rank, because a model that is spread over them needs
+        all. If it says yes, the evaluation ends and returns None.
 
-    Ranks may have different numbers of batches. At the end, also after an error, the model is back in its old mode.
+    At the end, also after an error, the model is back in its old mode.
     Raises UserError if no rank has a target token.
     """
     device = family_of(model.config).part("head", model).weight.device
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, tokens, ranks that were stopped
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, tokens
     was_training = model.training
     model.eval()
     try:
         with LongWait("evaluating", total=len(batches) if isinstance(batches, Sized) else None) as progress:
             for batch in batches:
                 if stop():
-                    sums[2] += 1
-                    break
+                    return None
                 input_ids, targets = batch.input_ids.to(device), batch.targets.to(device)
                 sums[0] += token_loss_sum(model, input_ids, targets)
                 sums[1] += (targets != IGNORED).sum()
@@ -61,9 +61,7 @@ def evaluate(
     finally:
         model.train(was_training)
         gather_no_longer(model)
-    loss_sum, tokens, stopped = reduce_sum(sums).tolist()
-    if stopped:
-        return None
+    loss_sum, tokens = reduce_sum(sums).tolist()
     if not tokens:
         raise UserError("the validation data holds no token to predict. Give --validation a file with more text.")
     loss = loss_sum / tokens

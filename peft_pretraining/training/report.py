@@ -79,8 +79,10 @@ def per_matrix(run: Run, ask: Callable[[LowRankOptimizer, Tensor], dict[str, Any
 
 def evaluate_and_log(run: Run) -> None:
     """Evaluates on the validation set, over all ranks. A signal ends the evaluation without a result."""
-    state, stop = run.state, run.interruption
-    evaluation = evaluate(run.model, run.validation, reduce_sum=run.world.sum, stop=lambda: stop.requested)
+    state, world, interruption = run.state, run.world, run.interruption
+    evaluation = evaluate(
+        run.model, run.validation, reduce_sum=world.sum, stop=lambda: world.any(interruption.requested)
+    )
     if evaluation is None:
         run.stopping = True
         return

@@ -178,4 +178,6 @@ def give_up(run: Run, message: str, *, advice: str) -> UserError:
     save(run)
     checkpoint = last_checkpoint(run)
     kept = f"The last good checkpoint is {checkpoint}." if checkpoint else "There is no checkpoint yet."
-    return UserError(f"{message}. {kept} {advice}")
+    error = UserError(f"{message}. {kept} {advice}")
+    error.on_one_rank = False
+    return error
