@@ -29,10 +29,13 @@ aten = torch.ops.aten
 
 GRANULARITY = 512  # bytes; the CUDA allocator rounds every size up to a multiple of it
 _OURS = tuple(str(Path(__file__).parents[1] / package) + "/" for package in ("qgalore", "peft_pretraining"))
-_FSDP = str(Path(torch.__file__).parent / "distributed/fsdp/_fully_shard") + "/"
+_FSDP = tuple(
+    str(Path(torch.__file__).parent / "distributed" / path) for path in ("fsdp/_fully_shard/_", "tensor/_sharding_prop")
+)
 # What a new storage is for, by the innermost function, of ours or of FSDP2, that is named here:
 # (file, function or "", kind).
 _KINDS = (
+    ("_sharding_prop.py", "", ""),  # shapes of whole tensors, which DTensors ask fake ones for
     ("_fsdp_param.py", "_init_sharded_param", "weights"),
     ("_fsdp_param.py", "init_all_gather_outputs", "gathered weights"),
     ("_fsdp_collectives.py", "foreach_all_gather", "gathered weights"),
@@ -118,7 +121,7 @@ class LiveMemory(TorchDispatchMode):
                 self.kinds[kind] += size
 
     def belong(self, part: int, tensors: Iterable[Tensor]) -> None:
-        """Says which part these tensors belong to. They must live as long as this object is used."""
+        """Says which part these tensors belong to. Those from outside must live as long as this object is used."""
         self._parts |= {tensor.untyped_storage()._cdata: part for tensor in tensors}
 
     def once(self, key: Hashable, function: Callable[[], None], *, done: dict[Hashable, Peak], of: Tensor) -> None:
@@ -204,10 +207,14 @@ class LiveMemory(TorchDispatchMode):
             return
         self._visit_part_of(used)
         key, size = storage._cdata, -(-storage.nbytes() // GRANULARITY) * GRANULARITY
-        self._live[key] = size, kind, weakref.ref(storage, lambda _: self._forget(key))
+        self._live[key] = size, kind, weakref.ref(storage, lambda _: self._end(key))
         self.kinds[kind] += size
         self.bytes += size
         self._note_peak(line)
+
+    def _end(self, key: int) -> None:
+        self._forget(key)
+        self._parts.pop(key, None)  # another storage may have this number next
 
     def _forget(self, key: int) -> None:
         size, kind, _ = self._live.pop(key)
@@ -284,7 +291,7 @@ def _origin() -> tuple[str, str]:
 def _file(code: CodeType) -> str:
     """The name of the file, of ours or of FSDP2, that a function is in; "" for code of others."""
     path = code.co_filename
-    named = path.startswith((*_OURS, _FSDP)) and not path.endswith("live_memory.py")
+    named = path.startswith(_OURS + _FSDP) and not path.endswith("live_memory.py")
     return path.rpartition("/")[2] if named else ""
 
 

@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import copy
 import gc
+import itertools
 import math
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -225,8 +226,15 @@ def _trace(run: _Run, *, layers: int) -> _Trace:
     with meta_stands_for(run.device_type), LiveMemory() as live:
         visits: dict[str, dict[Visit, Peak]] = {}
         with _phase("building the model", live, visits):
-            spread = run.ranks if args.parallel == "fsdp" else 1
-            model = prepare_model(args, config=_of_depth(config, layers), dtype=run.dtype, device=place, ranks=spread)
+            spread, number = run.ranks if args.parallel == "fsdp" else 1, itertools.count()
+            model = prepare_model(
+                args,
+                config=_of_depth(config, layers),
+                dtype=run.dtype,
+                device=place,
+                ranks=spread,
+                layer_done=lambda layer: live.belong(next(number), _parts(layer)),
+            )
             if not run.real:
                 model.set_attn_implementation(_ATTENTION)
             updates = open_updates(args, model=model)
