@@ -102,7 +102,7 @@ class LiveMemory(TorchDispatchMode):
             self._resized(storage)
             return result
 
-        torch.UntypedStorage.resize_ = noting  # type: ignore[method-assign]
+        setattr(torch.UntypedStorage, "resize_", noting)  # noqa: B010  # an assignment has another type
         self._undo = lambda: setattr(torch.UntypedStorage, "resize_", resize)
         return super().__enter__()
 

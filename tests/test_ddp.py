@@ -245,7 +245,7 @@ def test_without_a_sync_an_optimizer_sends_nothing():
 
 
 def sent_long_before_the_end() -> list[int]:
-    """The order of the parameters before and after an exchange in which none is missing, and each sum's first number."""
+    """The order of the parameters after an exchange in which none is missing, and each sum's first number."""
     parameters = [nn.Parameter(torch.zeros(SMALL + 1)) for _ in range(IN_FLIGHT + 3)]
     exchange = GradSync().exchange(parameters, inside=True)
     arrived = {}

@@ -226,25 +226,25 @@ def _trace(run: _Run, *, layers: int) -> _Trace:
     with meta_stands_for(run.device_type), LiveMemory() as live:
         visits: dict[str, dict[Visit, Peak]] = {}
         with _phase("building the model", live, visits):
-            spread, number = run.ranks if args.parallel == "fsdp" else 1, itertools.count()
+            spread, next_part = run.ranks if args.parallel == "fsdp" else 1, itertools.count().__next__
             model = prepare_model(
                 args,
                 config=_of_depth(config, layers),
                 dtype=run.dtype,
                 device=place,
                 ranks=spread,
-                layer_done=lambda layer: live.belong(next(number), _parts(layer)),
+                layer_done=lambda layer: live.belong(next_part(), _parts(layer)),
             )
             if not run.real:
                 model.set_attn_implementation(_ATTENTION)
             updates = open_updates(args, model=model)
         if not run.real:
             _run_kernels_once(updates.optimizer, live)
-        for number, layer in enumerate(family_of(config).part("layers", model)):
-            live.belong(number, _parts(layer))
+        for part, layer in enumerate(family_of(config).part("layers", model)):
+            live.belong(part, _parts(layer))
             if spread > 1 and not run.real:
                 layer.unshard()  # into memory that the layer is gathered in from now on
-                live.belong(number, _parts(layer))
+                live.belong(part, _parts(layer))
                 layer.reshard()
         _mark(live, model, updates)
         tokens = torch.zeros(args.batch_size, args.max_length, dtype=torch.int64, device=place)

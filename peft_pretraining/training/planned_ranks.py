@@ -1,4 +1,4 @@
-"""A process that takes itself for one of many, to be planned on the meta device: collectives answer at once, with nothing.
+"""A process that takes itself for one of many, to be planned: collectives answer at once, with nothing.
 
 torch has a process group for that, `fake`. FSDP2 trains no parameters on the meta device, for they have no values; a
 plan needs none. So for as long as a plan takes, that check is off, and the meta device has the streams and events of a
@@ -8,6 +8,7 @@ CPU.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,7 @@ def one_of(ranks: int) -> Iterator[None]:
     import torch.testing._internal.distributed.fake_pg  # noqa: F401  # both register something
     from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
-    group = _fsdp_param_group.FSDPParamGroup
+    group: Any = _fsdp_param_group.FSDPParamGroup
     check = group._validate_no_meta_params
     dist.init_process_group("fake", rank=0, world_size=ranks, store=dist.HashStore())
     try:
