@@ -252,7 +252,8 @@ def sent_long_before_the_end() -> list[int]:
     for p in parameters:
         arrived |= dict(exchange.send(p, torch.ones(SMALL + 1)))
     arrived |= dict(exchange.finish(missing=lambda p: pytest.fail("none is")))
-    return [parameters.index(p) for p in exchange._order] + [int(arrived[p][0]) for p in parameters]
+    number = {p: number for number, p in enumerate(parameters)}
+    return [number[p] for p in exchange._order] + [int(arrived[p][0]) for p in parameters]
 
 
 def test_what_has_arrived_during_backward_is_not_missing_at_its_end():
