@@ -24,6 +24,7 @@ from qgalore.memory import kept_bytes
 from qgalore.sharding import local
 
 INT8 = ["--weight_quant", "--stochastic_round", "--proj_quant"]
+KEPT = ("weights", "scales", "bases", "moments", "buffers")
 CASES = {
     "q_galore per layer": ["--optimizer", "q_galore_adamw8bit_per_layer", "--rank", "64", *INT8],
     "galore": ["--optimizer", "galore_adamw", "--rank", "64"],
@@ -69,7 +70,7 @@ def test_the_plan_is_a_rank(case, config):
     plan = plan_memory(arguments(*CASES[case], config=config), dtype=torch.bfloat16, device_type="cpu", ranks=2)
     del plan.peaks["building the model"]  # for real, quantizing has small temporaries besides
     for held, peaks, _ in run_distributed(measured, CASES[case], config):
-        assert held == plan.held
+        assert [held.get(kind) for kind in KEPT] == [plan.held.get(kind) for kind in KEPT]
         for phase, peak in plan.peaks.items():
             assert peaks[phase] == (pytest.approx(peak.bytes, rel=0.01), peak.line), phase
 
@@ -82,7 +83,7 @@ def test_a_rank_of_llama_60m_peaks_where_it_was_planned(case):
     args = arguments(*CASES[case], config=config, batch_size=4)
     plan = plan_memory(args, dtype=torch.bfloat16, device_type="cpu", ranks=2)
     for held, peaks, allocated in run_distributed(measured, CASES[case], config, 4):
-        assert held == plan.held
+        assert [held.get(kind) for kind in KEPT] == [plan.held.get(kind) for kind in KEPT]
         assert peaks[max(peaks, key=peaks.get)][0] == pytest.approx(plan.peak.bytes, rel=0.01)
         assert allocated == pytest.approx(plan.peak.bytes, rel=0.05)
 
