@@ -67,6 +67,7 @@ def main(argv: list[str] | None = None, *, began: float) -> None:
             if world.is_main:
                 log_memory(args, dtype=plan.dtype, device=world.device, world_size=world.size)
             return
+        memory = watch_memory(args, dtype=plan.dtype, world=world)
         cleanup.enter_context(world.connected())
         deadline = began + (args.time_budget or math.inf)
         interruption = cleanup.enter_context(Interruption(deadline=deadline).listening())
@@ -78,7 +79,6 @@ def main(argv: list[str] | None = None, *, began: float) -> None:
             return
 
         # or train
-        memory = watch_memory(args, dtype=plan.dtype, world=world)
         run = open_run(plan, interruption=interruption, cleanup=cleanup)
         run.memory = memory
         begin(run, plan.start)

@@ -10,11 +10,13 @@ from loguru import logger
 
 from peft_pretraining.cli.args import parse_args
 from peft_pretraining.errors import Parser, UserError
+from peft_pretraining.model.build import meta_model
 from peft_pretraining.model.config import read_config
 from peft_pretraining.model.dtypes import DTYPES
 from peft_pretraining.training.memory_fit import CONTEXT, RESERVE, gigabytes
 from peft_pretraining.training.memory_plan import plan_memory
 from peft_pretraining.training.memory_report import by_kind, cards_for
+from peft_pretraining.training.plan import check_sharding
 from peft_pretraining.training.report import format_table
 from qgalore.factory import OPTIMIZERS
 
@@ -36,7 +38,7 @@ def main(argv: list[str]) -> int:
     logger.remove()
     parser = Parser(prog="python -m qgalore.memory", description=__doc__, allow_abbrev=False)
     parser.add_argument("config", help="file with the shape of the model, such as configs/llama_60m.json")
-    parser.add_argument("--ranks", type=int, default=1, help="data-parallel GPUs: the plan is that of each")
+    parser.add_argument("--ranks", type=int, default=1, help="GPUs: the plan is that of each, by --parallel")
     parser.epilog = (
         "All other flags are those of torchrun_main.py, such as --batch_size, --max_length, --rank. With --optimizer "
         "or --preset, one method is planned, kind by kind."
@@ -61,13 +63,15 @@ def _completed(own: argparse.Namespace, flags: list[str]) -> argparse.Namespace:
         raise UserError("--fit chooses flags for a run: try it with torchrun_main.py --dry_run.")
     batch = [] if {"--batch_size", "--preset"} & set(flags) else ["--batch_size", str(BATCH_SIZE)]
     data = ["--dataset", "pydocs", "--dry_run"]  # no data is read
-    return parse_args(["--model_config", own.config, *batch, *flags, *data], world_size=own.ranks)
+    args = parse_args(["--model_config", own.config, *batch, *flags, *data], world_size=own.ranks)
+    check_sharding(args, model=meta_model(read_config(own.config)), ranks=own.ranks)
+    return args
 
 
 def _one(own: argparse.Namespace, flags: list[str]) -> Iterator[str]:
     """The plan of one command line, kind by kind."""
     args = _completed(own, flags)
-    plan = plan_memory(args, dtype=DTYPES[args.dtype or "bfloat16"])
+    plan = plan_memory(args, dtype=DTYPES[args.dtype or "bfloat16"], ranks=own.ranks)
     yield _heading(own, args)
     yield format_table(by_kind(plan), numbers=True)
     cards = ", ".join(map(str, cards_for(plan.peak.bytes)))
@@ -92,7 +96,7 @@ def _all(own: argparse.Namespace, flags: list[str]) -> Iterator[str]:
     yield _heading(own, next(iter(possible.values())))
     yield _line({name: name for name in WIDTHS})
     for name, args in possible.items():
-        plan = plan_memory(args, dtype=DTYPES[args.dtype or "bfloat16"])
+        plan = plan_memory(args, dtype=DTYPES[args.dtype or "bfloat16"], ranks=own.ranks)
         held, peak = plan.held, plan.peak
         cards = ", ".join(map(str, cards_for(peak.bytes)))
         cells: dict[str, Any] = {name: round(peak.kinds.get(name, 0) / 1e6) for name in WIDTHS}
@@ -116,7 +120,7 @@ def _margin() -> str:
 
 def _heading(own: argparse.Namespace, args: argparse.Namespace) -> str:
     count = "1 micro-batch" if args.gradient_accumulation == 1 else f"{args.gradient_accumulation} micro-batches"
-    each = f" on each of {own.ranks} GPUs" if own.ranks > 1 else ""
+    each = f" on each of {own.ranks} GPUs with --parallel {args.parallel}" if own.ranks > 1 else ""
     return (
         f"{own.config}, {count} of {args.batch_size} x {args.max_length} tokens"
         f"{each}, MB of 1e6 bytes; gradients, sums and activations at the peak"

@@ -29,8 +29,18 @@ aten = torch.ops.aten
 
 GRANULARITY = 512  # bytes; the CUDA allocator rounds every size up to a multiple of it
 _OURS = tuple(str(Path(__file__).parents[1] / package) + "/" for package in ("qgalore", "peft_pretraining"))
-# What a new storage is for, by the innermost of our functions that is named here: (file, function or "", kind).
+_FSDP = tuple(
+    str(Path(torch.__file__).parent / "distributed" / path) for path in ("fsdp/_fully_shard/_", "tensor/_sharding_prop")
+)
+# What a new storage is for, by the innermost function, of ours or of FSDP2, that is named here:
+# (file, function or "", kind).
 _KINDS = (
+    ("_sharding_prop.py", "", ""),  # shapes of whole tensors, which DTensors ask fake ones for
+    ("_fsdp_param.py", "_init_sharded_param", "weights"),
+    ("_fsdp_param.py", "init_all_gather_outputs", "gathered weights"),
+    ("_fsdp_collectives.py", "foreach_all_gather", "gathered weights"),
+    ("_fsdp_collectives.py", "foreach_all_gather_copy_out", "gathered weights"),
+    ("_fsdp_collectives.py", "foreach_reduce", "gradients"),
     ("build.py", "meta_model", ""),  # a skeleton of the model, which is on the meta device in any run: not counted
     ("offload.py", "_to_host", ""),  # it stands for host memory
     ("sums.py", "_host", ""),
@@ -83,6 +93,23 @@ class LiveMemory(TorchDispatchMode):
         """The most that was alive since the last restart; of equal peaks, the first."""
         return max(self.peaks.values(), key=lambda peak: peak.bytes)
 
+    def __enter__(self) -> "LiveMemory":
+        """FSDP2 frees a storage, and takes its memory again, by resizing it, which is no operation of torch."""
+        resize = torch.UntypedStorage.resize_
+
+        def noting(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            result = resize(storage, size)
+            self._resized(storage)
+            return result
+
+        setattr(torch.UntypedStorage, "resize_", noting)  # noqa: B010  # an assignment has another type
+        self._undo = lambda: setattr(torch.UntypedStorage, "resize_", resize)
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        self._undo()
+        super().__exit__(*exception)
+
     def mark(self, kind: str, tensors: Iterable[Tensor]) -> None:
         """Says what these tensors are for; storages that were not counted stay so."""
         for tensor in tensors:
@@ -94,7 +121,7 @@ class LiveMemory(TorchDispatchMode):
                 self.kinds[kind] += size
 
     def belong(self, part: int, tensors: Iterable[Tensor]) -> None:
-        """Says which part these tensors belong to. They must live as long as this object is used."""
+        """Says which part these tensors belong to. Those from outside must live as long as this object is used."""
         self._parts |= {tensor.untyped_storage()._cdata: part for tensor in tensors}
 
     def once(self, key: Hashable, function: Callable[[], None], *, done: dict[Hashable, Peak], of: Tensor) -> None:
@@ -160,20 +187,34 @@ class LiveMemory(TorchDispatchMode):
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._live or not (nbytes := storage.nbytes()):
+        if key in self._live or not storage.nbytes():
             return
         used = [arg.untyped_storage()._cdata for arg in args if isinstance(arg, Tensor)]
         if key in used:
             return  # a view of something from outside
+        self._begin(storage, used)
+
+    def _resized(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata in self._live:
+            self._forget(storage._cdata)
+        if storage.nbytes():
+            self._begin(storage, [storage._cdata])
+
+    def _begin(self, storage: torch.UntypedStorage, used: list[int]) -> None:
+        """Counts a storage from now on. used: the storages that it is made from."""
         kind, line = _origin()
         if not kind:
             return
         self._visit_part_of(used)
-        size = -(-nbytes // GRANULARITY) * GRANULARITY
-        self._live[key] = size, kind, weakref.ref(storage, lambda _: self._forget(key))
+        key, size = storage._cdata, -(-storage.nbytes() // GRANULARITY) * GRANULARITY
+        self._live[key] = size, kind, weakref.ref(storage, lambda _: self._end(key))
         self.kinds[kind] += size
         self.bytes += size
         self._note_peak(line)
+
+    def _end(self, key: int) -> None:
+        self._forget(key)
+        self._parts.pop(key, None)  # another storage may have this number next
 
     def _forget(self, key: int) -> None:
         size, kind, _ = self._live.pop(key)
@@ -233,10 +274,10 @@ def _dense_bytes(tensor: Tensor) -> int:
 
 def _origin() -> tuple[str, str]:
     """The kind of a new storage and the line of ours that makes it."""
-    frame: FrameType | None = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(3)
     line, kind = "", None
     while frame is not None and kind is None:
-        if name := _our_file(frame.f_code):
+        if name := _file(frame.f_code):
             line = line or f"{name}:{frame.f_lineno} {frame.f_code.co_name}"
             kind = _kind_of(frame.f_code)
         frame = frame.f_back
@@ -247,14 +288,15 @@ def _origin() -> tuple[str, str]:
 
 
 @cache
-def _our_file(code: CodeType) -> str:
-    """The name of the file of ours that a function is in; "" for code of others."""
+def _file(code: CodeType) -> str:
+    """The name of the file, of ours or of FSDP2, that a function is in; "" for code of others."""
     path = code.co_filename
-    return path.rpartition("/")[2] if path.startswith(_OURS) and not path.endswith("live_memory.py") else ""
+    named = path.startswith(_OURS + _FSDP) and not path.endswith("live_memory.py")
+    return path.rpartition("/")[2] if named else ""
 
 
 @cache
 def _kind_of(code: CodeType) -> str | None:
-    """What storages that a function of ours makes are for, if _KINDS says so."""
-    name, function = _our_file(code), code.co_name
+    """What storages that a function makes are for, if _KINDS says so."""
+    name, function = _file(code), code.co_name
     return next((kind for file, own, kind in _KINDS if file == name and own in ("", function)), None)

@@ -76,7 +76,8 @@ class Exchange:
         self._begin()
 
     def _begin(self) -> None:
-        self._parts: dict[Tensor, Tensor] = {}  # what this rank gives
+        self._given: set[Tensor] = set()  # what this rank has a part of
+        self._parts: dict[Tensor, Tensor] = {}  # those parts until they arrive as sums
         self._queue = deque(p for p in self._order if p.numel() > SMALL)  # not on their way yet
         self._flying: deque[tuple[Tensor, dist.Work]] = deque()
 
@@ -85,6 +86,7 @@ class Exchange:
         if not self.active:
             yield p, part
             return
+        self._given.add(p)
         self._parts[p] = part.contiguous()
         self._start()
         while len(self._flying) > IN_FLIGHT:
@@ -98,7 +100,7 @@ class Exchange:
         """
         if not self.active or not self._order:
             return
-        absent = [p for p in self._order if p not in self._parts]
+        absent = [p for p in self._order if p not in self._given]
         self._parts |= {p: missing(p).contiguous() for p in absent}
         self._start()
         bucket, work = self._start_bucket(absent)
@@ -132,7 +134,8 @@ class Exchange:
     def _start_bucket(self, absent: Collection[Tensor]) -> tuple[Tensor, dist.Work]:
         """All small parts in one tensor, and then for each parameter whether this rank has its gradient."""
         parts = [self._parts[p].flatten() for p in self._small]
-        there = torch.tensor([p not in set(absent) for p in self._order], dtype=torch.float32)
+        gone = set(absent)
+        there = torch.tensor([p not in gone for p in self._order], dtype=torch.float32)
         bucket = torch.cat([*parts, there.to(self._order[0].device)])  # promotes to float32 or wider
         return bucket, self.sync.start(bucket)
 

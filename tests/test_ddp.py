@@ -13,7 +13,7 @@ from qgalore.param_groups import split_parameters
 from qgalore.per_layer import PerLayerUpdates
 from qgalore.storage.convert import quantize_linear_layers
 from qgalore.storage.quantized_weight import open_weight
-from qgalore.sync import GradSync
+from qgalore.sync import IN_FLIGHT, SMALL, GradSync
 from qgalore.whole_model import WholeModelUpdates
 
 RANK, GAP = 3, 4
@@ -242,6 +242,23 @@ def default_optimizer() -> list[int]:
 def test_without_a_sync_an_optimizer_sends_nothing():
     """So that DistributedDataParallel, which has summed everything, works as usual."""
     assert run_distributed(default_optimizer) == [[], []]
+
+
+def sent_long_before_the_end() -> list[int]:
+    """The order of the parameters after an exchange in which none is missing, and each sum's first number."""
+    parameters = [nn.Parameter(torch.zeros(SMALL + 1)) for _ in range(IN_FLIGHT + 3)]
+    exchange = GradSync().exchange(parameters, inside=True)
+    arrived = {}
+    for p in parameters:
+        arrived |= dict(exchange.send(p, torch.ones(SMALL + 1)))
+    arrived |= dict(exchange.finish(missing=lambda p: pytest.fail("none is")))
+    number = {p: number for number, p in enumerate(parameters)}
+    return [number[p] for p in exchange._order] + [int(arrived[p][0]) for p in parameters]
+
+
+def test_what_has_arrived_during_backward_is_not_missing_at_its_end():
+    """It was once, and zeros of every such gradient were made at the end of each update."""
+    assert run_distributed(sent_long_before_the_end) == [[0, 1, 2, 3, 4, 2, 2, 2, 2, 2]] * 2
 
 
 def test_one_process_sends_nothing():

@@ -112,7 +112,9 @@ def test_where_layers_differ_all_are_run(tmp_path):
     qwen3 = dict(model_type="qwen3", use_sliding_window=True, sliding_window=16)
     for windows, differ in ((4, True), (8, False)):
         config = deep_config(tmp_path, **qwen3, max_window_layers=windows)
-        plan = memory_plan._extend(arguments(*CASES["adamw"], config=config), torch.bfloat16, "cuda")
+        args = arguments(*CASES["adamw"], config=config)
+        run = memory_plan._Run(args, read_config(config), torch.bfloat16, "cuda", ranks=1, real=False)
+        plan = memory_plan._extend(run)
         assert (plan is None) == differ
 
 

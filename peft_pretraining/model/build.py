@@ -102,11 +102,20 @@ def prepare_model(
     dtype: torch.dtype,
     device: torch.device,
     sharding: Sharding | None = None,
+    layer_done: Callable[[nn.Module], None] | None = None,
 ) -> PreTrainedModel:
     """The model on its device with weights drawn from the seed; with adapters, quantized and compiled by the flags.
 
     sharding: spreads the weights over the processes.
+    layer_done: called with each decoder layer when its weights all exist, before they are spread.
     """
+
+    def done(layer: nn.Module) -> None:
+        if layer_done is not None:
+            layer_done(layer)
+        if sharding is not None:
+            sharding.shard_layer(layer)
+
     model = build_model(
         config,
         device=device,
@@ -116,7 +125,7 @@ def prepare_model(
         activation_checkpointing=args.activation_checkpointing,
         offload_activations=args.offload_activations,
         finish=weight_quantizer(args, groups=split_parameters(meta_model(config))) if args.weight_quant else None,
-        layer_done=None if sharding is None else sharding.shard_layer,
+        layer_done=done,
     )
     if sharding is not None:
         sharding.shard_rest(model)

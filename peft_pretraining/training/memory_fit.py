@@ -22,9 +22,11 @@ from peft_pretraining.cli.args import with_flags
 from peft_pretraining.distributed import World
 from peft_pretraining.errors import UserError
 from peft_pretraining.host_memory import free_host_memory
+from peft_pretraining.model.build import meta_model
 from peft_pretraining.model.config import read_config
 from peft_pretraining.model.dtypes import resolve_dtype
 from peft_pretraining.training.memory_plan import plan_memory
+from peft_pretraining.training.plan import check_sharding
 from qgalore.factory import OPTIMIZERS
 
 GB = 10**9  # bytes
@@ -130,11 +132,14 @@ class Search:
         """The plan of the command line with these flags; None if they cannot be had together."""
         try:
             args = with_flags(self.args, flags, world_size=self.world_size)
+            if args.parallel == "fsdp":
+                check_sharding(args, model=meta_model(read_config(args.model_config)), ranks=self.world_size)
         except UserError:
             return None
         if time.process_time() > self.end:
             raise TimeoutError
-        return Fit(flags, args, plan_memory(args, dtype=self.dtype, device_type=self.device_type).peak.bytes)
+        plan = plan_memory(args, dtype=self.dtype, device_type=self.device_type, ranks=self.world_size)
+        return Fit(flags, args, plan.peak.bytes)
 
     def fewest(self, limit: int, *, steps: Sequence[Flags], batches: Sequence[int]) -> Fit | None:
         """The fewest steps, in their order, with which a micro-batch of ENOUGH_TOKENS fits, and the largest one that

@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import copy
 import gc
+import itertools
 import math
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -30,7 +31,9 @@ from peft_pretraining.model.build import meta_model, prepare_model
 from peft_pretraining.model.config import read_config
 from peft_pretraining.model.family import family_of
 from peft_pretraining.model.loss import accumulate_gradients, token_loss_sum
+from peft_pretraining.model.sharding import Sharding
 from peft_pretraining.training.plan import open_updates
+from peft_pretraining.training.planned_ranks import one_of
 from qgalore.factory import find_recipe
 from qgalore.kernel import StepValues
 from qgalore.live_memory import LiveMemory, Peak, Visit
@@ -39,6 +42,7 @@ from qgalore.optimizer import LowRankOptimizer
 from qgalore.param_groups import split_parameters
 from qgalore.per_layer import PerLayerUpdates
 from qgalore.rules.moments import Moment
+from qgalore.sharding import local
 from qgalore.storage.chunks import meta_stands_for, on_cpu
 from qgalore.storage.quantized_weight import open_weight
 from qgalore.storage.stored import Stored
@@ -82,6 +86,18 @@ class MemoryPlan:
 
 
 @dataclass(frozen=True)
+class _Run:
+    """What is planned."""
+
+    args: argparse.Namespace
+    config: PreTrainedConfig
+    dtype: torch.dtype  # of the model's weights
+    device_type: str  # whose way the program takes
+    ranks: int  # processes
+    real: bool  # whether there are data
+
+
+@dataclass(frozen=True)
 class _Trace:
     """What was alive in a run of a model of some number of layers.
 
@@ -94,28 +110,36 @@ class _Trace:
 
 
 def plan_memory(
-    args: argparse.Namespace, *, dtype: torch.dtype, device_type: str = "cuda", real: bool = False, whole: bool = False
+    args: argparse.Namespace,
+    *,
+    dtype: torch.dtype,
+    device_type: str = "cuda",
+    ranks: int = 1,
+    real: bool = False,
+    whole: bool = False,
 ) -> MemoryPlan:
     """The plan of a run.
 
     args: a completed command line, see parse_args. Compiled code is planned as if it were eager.
     dtype: dtype of the model's weights.
     device_type: whose way the program takes, `cuda` or `cpu`.
-    real: whether to run on that device for real, and measure.
+    ranks: processes of the run; the plan is that of rank 0.
+    real: whether to run on that device for real, and measure; of several ranks, all must.
     whole: whether to run all layers. A plan without data is else made from few of them; the result is the same.
     Raises UserError for a config that cannot be read.
     """
     # Of many micro-batches the first and the last differ from all others, which are alike.
     micro_batches = args.gradient_accumulation if real else min(args.gradient_accumulation, 3)
     args = argparse.Namespace(**vars(args) | {"compile": False, "gradient_accumulation": micro_batches})
+    run = _Run(args, read_config(args.model_config), dtype, device_type, ranks, real)
     if real:
-        return _plan_whole(args, dtype, device_type, real=True)
-    key = repr((sorted((name, value) for name, value in vars(args).items() if name not in _BESIDE), dtype, device_type))
+        return _plan_whole(run)
+    shown = sorted((name, value) for name, value in vars(args).items() if name not in _BESIDE)
+    key = repr((shown, dtype, device_type, ranks))
     if key not in _PLANS or whole:
-        with _quick_collections(), warnings.catch_warnings():
+        with _quick_collections(), one_of(ranks), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they tell of another number of layers
-            plan = None if whole else _extend(args, dtype, device_type)
-            _PLANS[key] = plan or _plan_whole(args, dtype, device_type)
+            _PLANS[key] = (None if whole else _extend(run)) or _plan_whole(run)
     return _PLANS[key]
 
 
@@ -124,9 +148,8 @@ _PLANS: dict[str, MemoryPlan] = {}
 _BESIDE = frozenset("total_batch_size num_training_steps max_train_tokens name ignored dry_run".split())
 
 
-def _plan_whole(args: argparse.Namespace, dtype: torch.dtype, device_type: str, *, real: bool = False) -> MemoryPlan:
-    config = read_config(args.model_config)
-    trace = _trace(args, config, dtype, device_type, layers=config.num_hidden_layers, real=real)
+def _plan_whole(run: _Run) -> MemoryPlan:
+    trace = _trace(run, layers=run.config.num_hidden_layers)
     return MemoryPlan(trace.held, {phase: _most(visits) for phase, visits in trace.visits.items()})
 
 
@@ -134,19 +157,18 @@ def _most(visits: Mapping[Visit, Peak]) -> Peak:
     return max(visits.values(), key=lambda peak: peak.bytes)
 
 
-def _extend(args: argparse.Namespace, dtype: torch.dtype, device_type: str) -> MemoryPlan | None:
+def _extend(run: _Run) -> MemoryPlan | None:
     """The plan of a deep model from two of few layers; None if it cannot be extended."""
-    config = read_config(args.model_config)
-    if len(set(getattr(config, "layer_types", None) or [0])) > 1:
+    if len(set(getattr(run.config, "layer_types", None) or [0])) > 1:
         return None
-    layers = config.num_hidden_layers
+    layers = run.config.num_hidden_layers
     # Layers at the beginning whose visits have straight lines of their own, as the last two have: those with refreshes
     # and one more.
-    first = 1 + max(1, _layers_due(args, config))
+    first = 1 + max(1, _layers_due(run.args, run.config))
     few = first + 2
     if few + 1 >= layers:
         return None
-    less, more = (_trace(args, config, dtype, device_type, layers=count) for count in (few, few + 1))
+    less, more = (_trace(run, layers=count) for count in (few, few + 1))
     return _extrapolate(less, more, few=few, layers=layers)
 
 
@@ -198,28 +220,33 @@ def _line(less: Mapping[str, int], more: Mapping[str, int], *, by: int) -> dict[
     return {kind: less.get(kind, 0) + by * (more.get(kind, 0) - less.get(kind, 0)) for kind in kinds}
 
 
-def _trace(
-    args: argparse.Namespace,
-    config: PreTrainedConfig,
-    dtype: torch.dtype,
-    device_type: str,
-    *,
-    layers: int,
-    real: bool = False,
-) -> _Trace:
+def _trace(run: _Run, *, layers: int) -> _Trace:
     """Runs the updates of a model with that many layers."""
-    depth, place = config.num_hidden_layers, torch.device(device_type if real else "meta")
-    with meta_stands_for(device_type), LiveMemory() as live:
+    args, config, depth = run.args, run.config, run.config.num_hidden_layers
+    place = torch.device(run.device_type if run.real else "meta")
+    with meta_stands_for(run.device_type), LiveMemory() as live:
         visits: dict[str, dict[Visit, Peak]] = {}
         with _phase("building the model", live, visits):
-            model = prepare_model(args, config=_of_depth(config, layers), dtype=dtype, device=place)
-            if not real:
+            spread, next_part = run.ranks if args.parallel == "fsdp" else 1, itertools.count().__next__
+            model = prepare_model(
+                args,
+                config=_of_depth(config, layers),
+                dtype=run.dtype,
+                device=place,
+                sharding=Sharding(place, ranks=spread) if spread > 1 else None,
+                layer_done=lambda layer: live.belong(next_part(), _parts(layer)),
+            )
+            if not run.real:
                 model.set_attn_implementation(_ATTENTION)
             updates = open_updates(args, model=model)
-        if not real:
+        if not run.real:
             _run_kernels_once(updates.optimizer, live)
-        for number, layer in enumerate(family_of(config).part("layers", model)):
-            live.belong(number, [part for p in layer.parameters() for part in open_weight(p).tensors().values()])
+        for part, layer in enumerate(family_of(config).part("layers", model)):
+            live.belong(part, _parts(layer))
+            if spread > 1 and not run.real:
+                layer.unshard()  # into memory that the layer is gathered in from now on
+                live.belong(part, _parts(layer))
+                layer.reshard()
         _mark(live, model, updates)
         tokens = torch.zeros(args.batch_size, args.max_length, dtype=torch.int64, device=place)
         batches = [Batch(tokens, tokens, epoch=0)] * args.gradient_accumulation
@@ -305,6 +332,11 @@ def _phase(name: str, live: LiveMemory, visits: dict[str, dict[Visit, Peak]]) ->
     visits[name] = dict(live.peaks)
 
 
+def _parts(module: nn.Module) -> list[Tensor]:
+    """What the parameters of a module are stored in; of sharded ones, the rows that are here."""
+    return [part for p in module.parameters() for part in open_weight(p).tensors().values()]
+
+
 def _mark(live: LiveMemory, model: PreTrainedModel, updates: WholeModelUpdates | PerLayerUpdates) -> None:
     """Tells the watcher what is kept."""
     for p in model.parameters():
@@ -314,7 +346,7 @@ def _mark(live: LiveMemory, model: PreTrainedModel, updates: WholeModelUpdates |
     for state in updates.optimizer.state.values():
         for name, value in state.items():
             if isinstance(value, Tensor):
-                live.mark(state_kind(name), [value])
+                live.mark(state_kind(name), [local(value)])
 
 
 def _make_due(optimizer: torch.optim.Optimizer, *, layers: int, depth: int, any_due: bool) -> int:

@@ -30,7 +30,7 @@ from peft_pretraining.training.report import format_table
 # What a run keeps and needs, in the order of the table; "refresh" is the workspace of computing bases.
 KINDS = (
     "weights", "scales", "bases", "moments", "sums", "gradients", "activations", "logits", "refresh", "update",
-    "dequantized weights", "buffers",
+    "dequantized weights", "gathered weights", "buffers",
 )  # fmt: skip
 GOAL = 16 * GB  # bytes; a run that needs more is told what would make it fit
 SECONDS = 12.0  # of this process, for trying; a plan takes one to three of them for a 7B
@@ -66,7 +66,7 @@ def log_memory(args: argparse.Namespace, *, dtype: torch.dtype, device: torch.de
     The latter where it needs more than GOAL, or more than the GPU that is present has.
     """
     _warn_of_options(args, dtype=dtype)
-    plan = plan_memory(args, dtype=dtype, device_type=device.type)
+    plan = plan_memory(args, dtype=dtype, device_type=device.type, ranks=world_size)
     each = f" for each of {world_size} processes" if world_size > 1 else ""
     logger.info(f"memory, planned{each}:\n{format_table(by_kind(plan), numbers=True)}")
     peak, cards = plan.peak.bytes, cards_for(plan.peak.bytes)
@@ -92,12 +92,14 @@ def _warn_of_options(args: argparse.Namespace, *, dtype: torch.dtype) -> None:
 def watch_memory(args: argparse.Namespace, *, dtype: torch.dtype, world: World) -> MemoryWatch | None:
     """What puts the plan beside the measured peak, on the main rank; None where that is not worth its seconds.
 
+    To be called before this process joins others, see one_of.
+
     On a CPU, where nothing is measured, there is a plan only if --fit has made it already.
     """
-    if not world.is_main or not (world.device.type == "cuda" or args.fit is not None):
+    if args.eval_only or not world.is_main or not (world.device.type == "cuda" or args.fit is not None):
         return None
     try:
-        plan = plan_memory(args, dtype=dtype, device_type=world.device.type)
+        plan = plan_memory(args, dtype=dtype, device_type=world.device.type, ranks=world.size)
     except Exception as error:  # a plan is an extra, and may not end a run, whatever is wrong with it
         logger.warning(f"the memory could not be planned: {type(error).__name__}: {error}")
         return None

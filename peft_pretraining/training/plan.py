@@ -81,9 +81,7 @@ def make_plan(args: argparse.Namespace, *, world: World, cleanup: ExitStack) -> 
     config, dtype = _check_model(args, world=world)
     structure = meta_model(config, adapters=Adapters.of(vars(args)))
     groups = describe_groups(structure, args)
-    if (ranks := world.rows_over(args.parallel)) > 1:
-        recipe, settings = find_recipe(args.optimizer), settings_of(args)
-        check_rows(structure, ranks=ranks, settings=settings, recipe=recipe, quantized=args.weight_quant)
+    check_sharding(args, model=structure, ranks=world.rows_over(args.parallel))
     log_plan(args, groups=groups, dtype=dtype, world=world)
     save_dir = Path(args.save_dir) if args.save_dir else None
     trains = world.is_main and not (args.dry_run or args.eval_only)
@@ -109,6 +107,13 @@ def make_plan(args: argparse.Namespace, *, world: World, cleanup: ExitStack) -> 
         tokenizer=tokenizer, source=source, held_out=held_out, fingerprint=fingerprint,
         validation_fingerprint=validation_fingerprint,
     )  # fmt: skip
+
+
+def check_sharding(args: argparse.Namespace, *, model: PreTrainedModel, ranks: int) -> None:
+    """Raises UserError if so many processes cannot share out this model's rows. model: may be on the meta device."""
+    if args.parallel != "ddp":
+        recipe, settings = find_recipe(args.optimizer), settings_of(args)
+        check_rows(model, ranks=ranks, settings=settings, recipe=recipe, quantized=args.weight_quant)
 
 
 def _check_model(args: argparse.Namespace, *, world: World) -> tuple[PreTrainedConfig, torch.dtype]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from qgalore.sharding import local
 from qgalore.storage.quantized_weight import open_weight
 from qgalore.subspace.projector import is_basis
 
@@ -15,7 +16,7 @@ KINDS = ("weights", "scales", "bases", "moments", "accumulators")
 def kept_bytes(
     model: nn.Module, optimizer: torch.optim.Optimizer, *, accumulators: Iterable[Tensor] = ()
 ) -> dict[str, int]:
-    """Bytes by kind, on any device, the meta device included.
+    """Bytes by kind, on any device, the meta device included; of a sharded model, those of this rank.
 
     weights: floating weights, or codes of quantized ones.
     scales: scales and zero points of quantized weights.
@@ -31,7 +32,7 @@ def kept_bytes(
     for state in optimizer.state.values():
         for name, value in state.items():
             if torch.is_tensor(value):
-                kept[state_kind(name)] += value.nbytes
+                kept[state_kind(name)] += local(value).nbytes
     kept["accumulators"] = sum(tensor.nbytes for tensor in accumulators)
     return dict(kept)
 

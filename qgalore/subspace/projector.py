@@ -238,7 +238,7 @@ class Projector:
 
 def _all_finite(G: Tensor, *, shard: Shard | None) -> bool:
     finite = G.isfinite().all()
-    return bool(finite) if shard is None else not shard.sum(1 - finite.float())
+    return bool(finite) if shard is None else bool(shard.sum(1 - finite.float()) == 0)
 
 
 def is_spread(name: str, value: Any) -> bool:
