@@ -120,6 +120,7 @@ def assert_torchrun_ends_with(page: str, line: str) -> None:
     assert cause.startswith(f"  traceback : {line}") and set(border) == {"="}, page
 
 
+@pytest.mark.slow
 def test_torchrun_shows_our_line_at_the_end_of_its_page(tiny, tmp_path):
     result = torchrun(tiny.flags(tmp_path / "out", rank=0))
     assert_torchrun_ends_with(result.stderr, "error: --rank 0: must be at least 1.")

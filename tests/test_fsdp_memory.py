@@ -15,6 +15,7 @@ from peft_pretraining.cli.args import parse_args
 from peft_pretraining.model.build import meta_model, prepare_model
 from peft_pretraining.model.config import read_config
 from peft_pretraining.model.loss import accumulate_gradients
+from peft_pretraining.model.sharding import Sharding
 from peft_pretraining.training import memory_plan
 from peft_pretraining.training.memory_plan import plan_memory
 from peft_pretraining.training.plan import open_updates
@@ -71,7 +72,9 @@ def measured_twice(flags, config):
     return run.held, run.peak.bytes, most
 
 
-@pytest.mark.parametrize("case", ["q_galore per layer", "galore", pytest.param("adamw", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "case", ["q_galore per layer", *(pytest.param(case, marks=pytest.mark.slow) for case in ("galore", "adamw"))]
+)
 def test_the_plan_is_a_rank(case, config):
     """Every phase on both ranks."""
     plan = plan_memory(arguments(*CASES[case], config=config), dtype=torch.bfloat16, device_type="cpu", ranks=2)
@@ -115,9 +118,9 @@ def test_a_plan_from_few_layers_is_that_of_all_to_the_byte(case, tmp_path, monke
 def kept(flags, config, ranks, device="meta"):
     """Bytes of a rank by kind, after an update; those of its gradients before it."""
     args = arguments("--proj_type", "right", *flags, config=config, ranks=ranks)
-    model = prepare_model(
-        args, config=read_config(config), dtype=torch.bfloat16, device=torch.device(device), ranks=ranks
-    )
+    place = torch.device(device)
+    sharding = Sharding(place, ranks=ranks) if ranks > 1 else None
+    model = prepare_model(args, config=read_config(config), dtype=torch.bfloat16, device=place, sharding=sharding)
     updates = open_updates(args, model=model)
     tokens = torch.zeros(1, 64, dtype=torch.int64, device=device)
     accumulate_gradients(model, [Batch(tokens, tokens, epoch=0)], targets=1, device=torch.device(device))
@@ -161,7 +164,8 @@ def test_each_of_four_processes_keeps_a_quarter_to_the_byte(config, tmp_path):
             check_quarter(kept(CASES[case], config, 1, "cpu"), four, case)
 
 
-@pytest.mark.parametrize("ranks", [*(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (2, 4)), 8])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_a_1b_is_planned_for_several_gpus(ranks):
     """Its rows do not divide evenly: the first rank has one more of some."""
     config = "configs/llama_1b.json"

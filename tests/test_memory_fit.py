@@ -97,6 +97,7 @@ def test_the_largest_micro_batch_that_fits_without_savings(tiny, small_batches):
         assert not args.activation_checkpointing and args.accumulate_on == "device"
 
 
+@pytest.mark.slow
 def test_a_micro_batch_is_large_enough_before_nothing_is_saved(tiny, monkeypatch):
     """128 tokens are asked for: savings come before a micro-batch of fewer, and it before nothing at all."""
     monkeypatch.setattr(memory_fit, "ENOUGH_TOKENS", 128)
@@ -128,6 +129,7 @@ def test_savings_come_in_their_order_and_only_where_they_are_needed(tiny):
     assert args.activation_checkpointing and args.accumulate_on == "host" and not args.offload_activations
 
 
+@pytest.mark.slow
 def test_what_is_given_stays(tiny):
     given = [*PER_LAYER, "--batch_size", "4", "--accumulate_on", "device"]
     recomputed = need(tiny, *given, "--activation_checkpointing")
@@ -169,6 +171,7 @@ def test_flags_without_effect_are_no_savings(tiny):
         with_flags(args, {"accumulate_on": "host"})
 
 
+@pytest.mark.slow
 def test_what_is_proposed_for_a_card_fits_it(tiny, monkeypatch):
     """Cards of a little less than what is needed; the flags of each line, taken, keep within it."""
     given = [*PER_LAYER, "--batch_size", "8"]
@@ -187,6 +190,7 @@ def test_what_is_proposed_for_a_card_fits_it(tiny, monkeypatch):
         assert f" {card} GB: " in line
 
 
+@pytest.mark.slow
 def test_a_run_for_real_stays_within_it(tiny, small_batches):
     limit = need(tiny, *PER_LAYER, "--batch_size", "4") + 2
     args = fitted(tiny, limit, *PER_LAYER)

@@ -33,9 +33,9 @@ DEEP = {  # of the layers of a model that is deep enough for a plan from few of 
     "adamw": ["--optimizer", "adamw", "--grad_clipping", "1"],
     "q_galore per layer, four": [*CASES["q_galore per layer"], "--gradient_accumulation", "4"],
     "q_galore, a refresh in two layers": [*CASES["q_galore"], "--update_proj_gap", "12"],
-    "fira, recomputed": [*CASES["fira"], "--activation_checkpointing", "--offload_activations"],
 }
 DEEP_SLOW = {
+    "fira, recomputed": [*CASES["fira"], "--activation_checkpointing", "--offload_activations"],
     "on the host": [*CASES["q_galore per layer"], "--gradient_accumulation", "4", "--accumulate_on", "host"],
     "online pca": CASES["online pca"],
     "foam": CASES["foam"],
@@ -67,7 +67,13 @@ def arguments(*flags, config="configs/llama_9m.json", batch_size=1):
     return parse_args([*shared, *flags])
 
 
-@pytest.mark.parametrize("case, way", [(case, "one") for case in CASES] + [("q_galore per layer", way) for way in WAYS])
+PROGRAMS = [(case, "one") for case in CASES] + [("q_galore per layer", way) for way in WAYS]
+LONGER = ("galore per layer", "fira", "online pca", "foam")
+
+
+@pytest.mark.parametrize(
+    "case, way", [pytest.param(*each, marks=pytest.mark.slow if each[0] in LONGER else ()) for each in PROGRAMS]
+)
 def test_the_plan_is_the_program(case, way, tiny):
     """Every phase, to the byte of what is alive; and what is held is what the tensors hold."""
     args = arguments(*CASES[case], *WAYS.get(way, []), config=str(tiny.config))
