@@ -87,6 +87,7 @@ def test_activation_checkpointing_changes_nothing(tiny, tmp_path):
     assert losses(tmp_path / "with") == losses(tmp_path / "without")
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one(tiny, tmp_path):
     shared = dict(total_batch_size=8, peft="relora", rank=4, reset_every=3, warmup_steps=1)
     assert torchrun_main.command_line(tiny.flags(tmp_path / "one", workers=2, **shared)) == 0

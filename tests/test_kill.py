@@ -76,6 +76,7 @@ def test_killed_twenty_five_times(tiny, tmp_path):
     killed_until_done(tiny, tmp_path, kills=25, updates=1500)
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_run_that_was_told_to_go(tiny, tmp_path):
     """The worker gets SIGUSR1 at update 10, saves, and exits with 75; torchrun starts it again, and it goes on."""
     flags = FLAGS | dict(num_training_steps=30)

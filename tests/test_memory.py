@@ -121,6 +121,7 @@ def peak_of_an_update(*, per_layer: bool) -> int:
     return watch.peak
 
 
+@pytest.mark.slow
 def test_peak_memory_of_an_update():
     """All live storage is watched, not gradients alone: activations, logits, and what the update itself needs.
 

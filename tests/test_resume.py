@@ -75,6 +75,7 @@ def test_compiled(tiny, tmp_path):
     assert_halves_make_a_whole(tiny, tmp_path, optimizer=optimizer, compile=True, **LOW_RANK, **INT8)
 
 
+@pytest.mark.slow
 def test_two_ranks(tiny, tmp_path, capsys):
     flags = dict(optimizer="galore_adamw", total_batch_size=8, save_every=3, workers=1, **LOW_RANK)
     assert run_on_two_ranks(tiny.flags(tmp_path / "whole", **flags)).returncode == 0

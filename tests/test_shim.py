@@ -41,6 +41,7 @@ NAMES = [
 ]
 
 
+@pytest.mark.slow
 def test_transformers_own_names_run_on_these_optimizers(tmp_path):
     assert shim.main([str(tmp_path / "site")]) == 0
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}", "OMP_NUM_THREADS": "1"}

@@ -199,6 +199,7 @@ def test_bad_documents_are_counted_and_too_many_end_it(tmp_path: Path) -> None:
     assert not skipped(source), "they were counted once"
 
 
+@pytest.mark.slow
 def test_after_a_kill_it_goes_on(tiny, tmp_path: Path) -> None:
     """Killed when some files are done: no folder is there, and the rest completes that of an unbroken run."""
     for number in range(400):
