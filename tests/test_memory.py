@@ -2,6 +2,7 @@
 
 import argparse
 
+import pytest
 import torch
 from support.memory import LiveBytes
 from support.runs import ROOT
