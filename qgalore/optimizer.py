@@ -12,8 +12,8 @@ from qgalore.resumable import ResumableOptimizer
 from qgalore.rules.lifts import LIFTS
 from qgalore.rules.moments import moment_codec
 from qgalore.rules.rules import RULES
-from qgalore.sharding import Shard, as_dtensor, shard_of
-from qgalore.storage.blockwise import BLOCK, Blockwise
+from qgalore.sharding import Shard, as_dtensor, local, shard_of
+from qgalore.storage.blockwise import BLOCK, Blockwise, row_multiple
 from qgalore.storage.dynamic8 import upgrade_moments
 from qgalore.storage.rounding import mix_seed
 from qgalore.subspace.probe import observers
@@ -158,7 +158,7 @@ class LowRankOptimizer(ResumableOptimizer):
         exchange = self.sync.exchange((p for p in self.updates if p not in self.driven), inside=True)
         for p, update in self.updates.items():
             if p.grad is not None:
-                self.complete(exchange.send(p, update.prepare(p.grad)))
+                self.complete(exchange.send(p, update.prepare(local(p.grad))))
         self.complete(exchange.finish(self.missing))
         if self.flush is not None:
             self.flush()
@@ -281,7 +281,7 @@ def _check_shard(shard: Shard | None, projector: Projector, group: dict[str, Any
     for kind in rule.moments(projector.projected_shape):
         whole = kind._replace(shape=torch.Size((shard.whole[0], *kind.shape[1:])))
         codec, width = moment_codec(whole, bits=group["state_bits"], dtype=projector.wide), kind.shape[1:].numel()
-        if isinstance(codec, Blockwise) and (-(-shard.whole[0] // shard.group.size()) * width) % BLOCK:
+        if isinstance(codec, Blockwise) and -(-shard.whole[0] // shard.group.size()) % row_multiple(width):
             raise ValueError(
                 f"{what} over {shard.group.size()} ranks has blocks of moments on two of them: the rows of a rank "
                 f"times {width} must be a multiple of {BLOCK}. Moments in 32 bits have no blocks"

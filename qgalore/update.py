@@ -30,7 +30,7 @@ from qgalore.kernel import StepValues, UpdateConstants, write_rows, write_update
 from qgalore.rules.lifts import LIFTS, Lift
 from qgalore.rules.moments import Moment, create_moments, follow_basis, open_moments
 from qgalore.rules.rules import RULES, Rule
-from qgalore.sharding import Shard, local, shard_of
+from qgalore.sharding import Shard, shard_of
 from qgalore.storage.quantized_weight import open_weight
 from qgalore.storage.rounding import mix_seed
 from qgalore.storage.stored import Stored
@@ -113,7 +113,6 @@ class ParameterUpdate:
 
         G: this rank's gradient, (m, n); of a sharded parameter, its rows. Raises RuntimeError if it is sparse.
         """
-        G = local(G)
         if G.layout != torch.strided:
             raise RuntimeError("LowRankOptimizer does not support sparse gradients: use nn.Embedding(sparse=False)")
         if not self.begin():

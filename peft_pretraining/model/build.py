@@ -114,7 +114,7 @@ def prepare_model(
         if layer_done is not None:
             layer_done(layer)
         if sharding is not None:
-            sharding.shard_layer(layer)
+            sharding.shard(layer)
 
     model = build_model(
         config,

@@ -13,7 +13,7 @@ from peft_pretraining.model.family import family_of
 from peft_pretraining.model.loss import SHARDED, loss_of_whole
 from qgalore.factory import Recipe, Settings
 from qgalore.param_groups import split_parameters
-from qgalore.storage.blockwise import BLOCK, MIN_ELEMENTS
+from qgalore.storage.blockwise import BLOCK, MIN_ELEMENTS, row_multiple
 
 
 class TokenLoss(nn.Module):
@@ -38,20 +38,17 @@ class Sharding:
         shape, names = ((ranks,), ("rows",)) if replicas == 1 else ((replicas, ranks), ("replicas", "rows"))
         self.mesh: DeviceMesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
 
-    def shard_layer(self, layer: nn.Module) -> None:
-        """Spreads a decoder layer, whose weights all exist."""
-        self._shard(layer)
-
     def shard_rest(self, model: PreTrainedModel) -> None:
         """Spreads what is left of a model, and has `token_loss_sum` go through FSDP2 from now on."""
         family = family_of(model.config)
         if not model.config.tie_word_embeddings:  # FSDP2 wants both uses of a weight in one group
-            self._shard(family.part("embedding", model))
+            self.shard(family.part("embedding", model))
         root = TokenLoss(model)
-        self._shard(root)
+        self.shard(root)
         vars(model)[SHARDED] = root  # not as a submodule, which would make a ring
 
-    def _shard(self, module: nn.Module) -> None:
+    def shard(self, module: nn.Module) -> None:
+        """Spreads the weights of a module that are not spread yet, such as a decoder layer's when all of them exist."""
         from torch.distributed.fsdp import fully_shard
 
         fully_shard(module, mesh=self.mesh)
@@ -76,7 +73,7 @@ def check_rows(model: PreTrainedModel, *, ranks: int, settings: Settings, recipe
                     f"{ranks} processes evenly. Take another number of processes, or leave out --weight_quant."
                 )
             width = min(p.shape[1], kept or p.shape[1]) if p.ndim == 2 else 1
-            if bits != 32 and p.shape[0] * width >= MIN_ELEMENTS and rows * width % BLOCK:
+            if bits != 32 and p.shape[0] * width >= MIN_ELEMENTS and rows % row_multiple(width):
                 raise UserError(
                     f"--parallel fsdp with {bits}-bit moments: a process would have {rows} rows of {name}, times "
                     f"{width} numbers, which is no multiple of {BLOCK}, the block of such moments. Take another "
@@ -89,7 +86,7 @@ def is_sharded(model: PreTrainedModel) -> bool:
     return SHARDED in vars(model)
 
 
-def gather_no_longer(model: PreTrainedModel) -> None:
+def reshard(model: PreTrainedModel) -> None:
     """Frees what FSDP2 keeps gathered after a forward pass without a backward pass; it would miss the next update."""
     if (root := vars(model).get(SHARDED)) is not None:
         for module in root.modules():

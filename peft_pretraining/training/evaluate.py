@@ -16,7 +16,7 @@ from peft_pretraining.distributed import World
 from peft_pretraining.errors import UserError
 from peft_pretraining.model.family import family_of
 from peft_pretraining.model.loss import token_loss_sum
-from peft_pretraining.model.sharding import gather_no_longer
+from peft_pretraining.model.sharding import reshard
 from peft_pretraining.progress import LongWait
 
 
@@ -60,7 +60,7 @@ def evaluate(
                 progress.advance()
     finally:
         model.train(was_training)
-        gather_no_longer(model)
+        reshard(model)
     loss_sum, tokens = reduce_sum(sums).tolist()
     if not tokens:
         raise UserError("the validation data holds no token to predict. Give --validation a file with more text.")
