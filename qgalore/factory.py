@@ -58,6 +58,11 @@ class Recipe:
         """The rule of the matrices."""
         return self.matrix.get("rule", "adam")
 
+    @property
+    def rule_elsewhere(self) -> bool:
+        """Whether embedding, head or norms have another rule than Adam's."""
+        return any(kind.get("rule", "adam") != "adam" for kind in (self.embedding, self.head, self.norm))
+
     def build(
         self, groups: Sequence[ParameterGroup], settings: Settings, sync: GradSync | None
     ) -> torch.optim.Optimizer:
@@ -85,13 +90,18 @@ class Recipe:
         return MasterWeights.around(kind, [_base_group(group, settings) for group in groups], **options)
 
     def _group(self, group: ParameterGroup, settings: Settings) -> dict[str, Any]:
-        own = getattr(self, group.kind)
+        own = self.options_of(group, settings)
         projection = {each.name: getattr(settings, each.name) for each in declared(ProjectionOptions)}
         names = projection if self.projected else self.uses
         chosen = {name: projection[name] for name in names if name in projection} if group.kind == "matrix" else {}
         rule = own.get("rule", "adam")
         state = {"betas": _betas(settings, rule), "state_bits": self.bits_of(group, settings)}
         return _base_group(group, settings) | state | chosen | own
+
+    def options_of(self, group: ParameterGroup, settings: Settings) -> Mapping[str, Any]:
+        """The options that this recipe has for the kind of a group. None, where AdamW trains all but the matrices."""
+        elsewhere = group.kind != "matrix" and settings.embedding_optimizer == "adamw"
+        return {} if elsewhere else getattr(self, group.kind)
 
     def bits_of(self, group: ParameterGroup, settings: Settings) -> int:
         """Bits of the moments of a group. Embedding and head may have more than the matrices; vectors have 32."""
@@ -108,7 +118,7 @@ class Recipe:
         """
         matrix = group.kind == "matrix"
         bits = self.bits_of(group, settings)
-        title = self.title if getattr(self, group.kind) or self.torch_class else "AdamW"
+        title = self.title if self.options_of(group, settings) or self.torch_class else "AdamW"
         title = f"{bits}-bit {title}" if bits != 32 else title
         if matrix and settings.matrix_lr_ratio != 1:
             title += f" at {settings.matrix_lr_ratio:g} x lr"

@@ -180,6 +180,9 @@ class Settings(ProjectionOptions):
         section=OPTIMIZER, range=DECAY_RATE, shown="0.9; 0 for sgd", needs=("beta1",))
     beta2: float | None = option(None, "decay rate of Adam's second moment and of Lion's momentum", unit="RATE",
         section=OPTIMIZER, range=DECAY_RATE, shown="0.999; 0.99 for lion", needs=("beta2",))
+    embedding_optimizer: str = option("own", "what trains embedding, head and norms. own: the optimizer itself, as its "
+        "paper does; adamw: AdamW, as galore_adamw and muon do, so that optimizers differ in the matrices alone",
+        section=OPTIMIZER, choices=("own", "adamw"), needs=("elsewhere",))
     moments_bits: int = option(8, "bits of the moments of an optimizer that keeps them in 8 bits, 8 or 4; of embedding "
         "and head see --embedding_state_bits", unit="BITS", section=QUANTIZATION, range=one_of(4, 8),
         needs=("moments8",))

@@ -8,6 +8,8 @@ from peft_pretraining.model.config import read_config
 
 CONFIGS = ROOT / "configs"
 SHAPES = {  # hidden, intermediate, layers, heads, vocabulary, longest sequence
+    "arena_small": (256, 688, 4, 4, 4096, 1024),
+    "arena_medium": (512, 1376, 8, 8, 4096, 1024),
     "3m": (192, 512, 4, 4, 4096, 1024),
     "9m": (128, 352, 4, 4, 32000, 1024),
     "20m": (256, 688, 4, 4, 32000, 1024),

@@ -287,6 +287,7 @@ def _conditions(args: argparse.Namespace, recipe: Recipe) -> dict[str, tuple[boo
         "scaled": ((recipe.projected and RULES[recipe.rule].finish is None) or "scale" in recipe.uses, optimizer),
         "beta1": ("beta1" in recipe.uses, optimizer),
         "beta2": ("beta2" in recipe.uses, optimizer),
+        "elsewhere": (recipe.rule_elsewhere, optimizer),
         "moments8": (recipe.state_bits == 8, optimizer),
         "sided": (args.proj_type in (*SIDE_TYPES, SMALLEST), proj_type),
         "learns": (learns, proj_type),

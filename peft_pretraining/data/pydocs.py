@@ -15,7 +15,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
-import io
 import json
 import os
 import platform
@@ -32,6 +31,7 @@ from pathlib import Path
 from filelock import FileLock
 from loguru import logger
 
+from peft_pretraining.data.tokenizer_training import count_tokens, train_tokenizer
 from peft_pretraining.errors import UserError
 from peft_pretraining.progress import LongWait
 
@@ -147,7 +147,9 @@ def _build(folder: Path, *, roots: Mapping[str, Path], vocab_size: int) -> None:
     for split in SPLITS:
         _write_lines(folder / f"{split}.jsonl.gz", splits[split])
     with LongWait("training the tokenizer"):
-        tokens = _train_tokenizer(folder / "tokenizer.model", splits["train"], vocab_size=vocab_size)
+        model = train_tokenizer(splits["train"], vocab_size=vocab_size)
+    (folder / "tokenizer.model").write_bytes(model)
+    tokens = count_tokens(model, splits["train"])
     logger.info(
         f"Built {len(texts)} documents ({len(splits['validation'])} for validation), "
         f"{sum(map(len, texts)) / 1e6:.2f}M characters, {tokens / 1e6:.2f}M training tokens "
@@ -169,41 +171,6 @@ def _write_lines(path: Path, texts: Iterable[str]) -> None:
     with open(path, "wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
         for text in texts:
             file.write(json.dumps({"text": text}).encode() + b"\n")
-
-
-def _train_tokenizer(path: Path, texts: list[str], *, vocab_size: int) -> int:
-    """Trains the sentencepiece model on all texts; returns how many tokens they have.
-
-    The text is kept as it is: newlines are tokens, runs of spaces may be, unseen characters fall back to bytes, so
-    decoding gives back exactly what was encoded. BPE, because it needs as many tokens here as a unigram model (3.14
-    characters each) and trains in a tenth of the time.
-    """
-    import sentencepiece
-
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(line for text in texts for line in text.splitlines()),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=vocab_size,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        byte_fallback=True,
-        user_defined_symbols=["\n"],
-        allow_whitespace_only_pieces=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        add_dummy_prefix=False,
-        split_digits=True,
-        max_sentence_length=1 << 16,
-        num_threads=1,  # the result may depend on it
-        minloglevel=2,
-    )
-    path.write_bytes(model.getvalue())
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    return sum(map(len, processor.encode(texts, num_threads=1)))
 
 
 # ---- Reading docstrings ----------------------------------------------------------------------------------------------
