@@ -1,0 +1,137 @@
+"""A fair comparison: every method with its own rate of the matrices and its own beta2, at equal tokens, with seeds.
+
+    python benchmarks/arena.py --model_config configs/llama_arena_small.json --dataset data/books-tokens \\
+        --tokenizer data/books-4096.model --updates 300 --seeds 0 1 2 --jobs 2 --out benchmarks/results/arena_small.jsonl
+
+Embedding, head and norms are trained alike, by AdamW at --lr, in every row but those of published recipes that say
+otherwise. Of each method, the rate of the matrices is swept on a grid of factors of two until the best lies inside, for
+each beta2; then the best pair is run with the other seeds, which draw other weights and another order of the data, the
+same for all methods. Finished trials are read back from --out. `--begin_at N` begins each sweep at the best rate of the
+trials with N updates. Prints a Markdown table; see arena_tables.py for what it has.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.arena_tables import best_of, summary, sweeps
+from benchmarks.trials import Bench, Trial, finish
+
+ELSEWHERE = ("--embedding_optimizer", "adamw")  # AdamW trains embedding, head and norms
+ITERATE = ("--update_proj_gap", "10")
+PUBLISHED = ("--subspace", "svd", "--update_proj_gap", "50", "--moments_on_refresh", "keep")
+ONLINE = ("--update_proj_gap", "200", "--proj_type", "continuous", "--proj_lr", "0.04")
+INT8 = ("--weight_quant", "--stochastic_round", "--proj_quant")
+FIRA = ("--residual", "fira")
+ADAMS, NONE = (0.95, 0.999), (None,)
+MAX_STEPS = 8  # of a sweep away from where it began, in either direction
+
+
+class Method(NamedTuple):
+    """One row: the flags, first of them the optimizer, the rate of the matrices to begin at, and the beta2 to try."""
+
+    flags: tuple[str, ...]
+    matrix_lr: float
+    beta2: tuple[float | None, ...] = ADAMS
+
+
+METHODS: dict[str, Method] = {
+    "AdamW": Method(("adamw",), 0.001),
+    "8-bit AdamW": Method(("adamw8bit",), 0.001),
+    "8-bit AdamW, INT8 weights": Method(("adamw8bit", "--weight_quant", "--stochastic_round"), 0.001),
+    "Muon": Method(("muon",), 0.004),
+    "Lion": Method(("lion", *ELSEWHERE), 0.00025, (0.99,)),
+    "Adafactor (torch)": Method(("adafactor",), 0.008, NONE),
+    "SCALE": Method(("scale", *ELSEWHERE), 0.001),
+    "SCALE as published": Method(("scale",), 0.001, NONE),
+    "GaLore as published": Method(("galore_adamw", *PUBLISHED), 0.002),
+    "GaLore": Method(("galore_adamw", *ITERATE), 0.002),
+    "GaLore, residual": Method(("galore_adamw", *ITERATE, *FIRA), 0.002),
+    "Fira as published": Method(("galore_adamw", *PUBLISHED, *FIRA), 0.002),
+    "random bases": Method(("galore_adamw", "--proj_type", "random", "--update_proj_gap", "50"), 0.002),
+    "Online Subspace Descent": Method(("galore_adamw", *ONLINE), 0.002),
+    "APOLLO": Method(("apollo", "--update_proj_gap", "200"), 0.004),
+    "APOLLO-Mini": Method(("apollo_mini", "--update_proj_gap", "200"), 0.004),
+    "FOAM": Method(("foam",), 0.002),
+    "Q-GaLore": Method(("q_galore_adamw8bit_per_layer", *ITERATE, *INT8), 0.002),
+    "Q-GaLore, residual": Method(("q_galore_adamw8bit", *ITERATE, *INT8, *FIRA), 0.002),
+}
+
+
+def wanted(
+    records: list[dict[str, Any]], *, methods: Iterable[str], lr: float, updates: int, seeds: list[int], begin_at: int
+) -> Iterator[Trial]:
+    """The trials that are wanted next: sweeps with the first seed, then the best of a finished sweep with the others."""
+    first, *others = seeds
+    later = []
+    for name in methods:
+        method = METHODS[name]
+        trial = partial(Trial, name, method.flags, lr, updates=updates)
+        steps = list(_sweep(records, name, lr=lr, updates=updates, seed=first, begin_at=begin_at))
+        yield from (trial(rate, beta2, first) for rate, beta2 in steps)
+        mine = [r for r in records if (r["method"], r["lr"], r["updates"], r["seed"]) == (name, lr, updates, first)]
+        if mine and all(any((r["matrix_lr"], r["beta2"]) == step for r in mine) for step in steps):
+            best = best_of(mine)
+            later += [trial(best["matrix_lr"], best["beta2"], seed) for seed in others]
+    yield from later
+
+
+def _sweep(
+    records: list[dict[str, Any]], name: str, *, lr: float, updates: int, seed: int, begin_at: int
+) -> Iterator[tuple[float, float | None]]:
+    """Pairs of a rate of the matrices and a beta2 that a sweep needs, as far as the records tell."""
+    method = METHODS[name]
+    start, beta2s = method.matrix_lr, method.beta2
+    before = [r for r in records if (r["method"], r["lr"], r["updates"]) == (name, lr, begin_at)]
+    if before:
+        best = best_of(before)
+        start, beta2s = best["matrix_lr"], (best["beta2"],)
+    for beta2 in beta2s:
+        fits = (name, lr, updates, seed, beta2)
+        found = {
+            r["matrix_lr"]: math.inf if r["perplexity"] is None else r["perplexity"]
+            for r in records
+            if (r["method"], r["lr"], r["updates"], r["seed"], r["beta2"]) == fits
+        }
+        centre = min(found, key=lambda rate: found[rate]) if found else start
+        if found and found[centre] == math.inf:  # all have diverged
+            centre = min(found) / 2
+        if abs(math.log2(centre / method.matrix_lr)) > MAX_STEPS:
+            continue
+        yield from ((rate, beta2) for rate in (centre, centre / 2, centre * 2))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("model_config", "dataset", "tokenizer"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines, one a trial")
+    parser.add_argument("--work", type=Path, help="folder of unfinished runs, which then go on from their checkpoints")
+    for name, default in (("rank", 64), ("updates", 300), ("batch_size", 8), ("eval_tokens", 100_000), ("jobs", 1)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--lr", type=float, default=0.008, help="learning rate of embedding, head and norms")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
+    parser.add_argument("--begin_at", type=int, default=0, metavar="N", help="begin at the best rates after N updates")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="how long this may go on")
+    parser.add_argument("--compile", action="store_true", help="run with --compile: the same to rounding, and faster")
+    args = parser.parse_args()
+    shared = ("model_config", "dataset", "tokenizer", "rank", "batch_size", "eval_tokens", "compile", "work")
+    bench = Bench(**{name: getattr(args, name) for name in shared})
+    ask = partial(
+        wanted, methods=args.methods, lr=args.lr, updates=args.updates, seeds=args.seeds, begin_at=args.begin_at
+    )
+    records = finish(ask, bench, out=args.out, jobs=args.jobs, seconds=args.seconds, fresh=args.compile)
+    mine = [r for r in records if r["updates"] == args.updates and r["lr"] == args.lr and r["method"] in args.methods]
+    print(summary(mine), sweeps(mine), sep="\n\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
