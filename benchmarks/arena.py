@@ -1,7 +1,7 @@
 """A fair comparison: every method with its own rate of the matrices and its own beta2, at equal tokens, with seeds.
 
     python benchmarks/arena.py --model_config configs/llama_arena_small.json --dataset data/books-tokens \\
-        --tokenizer data/books-4096.model --updates 300 --seeds 0 1 2 --jobs 2 --out benchmarks/results/arena_small.jsonl
+        --tokenizer data/books-4096.model --updates 300 --seeds 0 1 2 --out benchmarks/results/arena_small.jsonl
 
 Embedding, head and norms are trained alike, by AdamW at --lr, in every row but those of published recipes that say
 otherwise. Of each method, the rate of the matrices is swept on a grid of factors of two until the best lies inside, for
@@ -67,7 +67,7 @@ METHODS: dict[str, Method] = {
 def wanted(
     records: list[dict[str, Any]], *, methods: Iterable[str], lr: float, updates: int, seeds: list[int], begin_at: int
 ) -> Iterator[Trial]:
-    """The trials that are wanted next: sweeps with the first seed, then the best of a finished sweep with the others."""
+    """The trials wanted next: sweeps with the first seed, then the best of a finished sweep with the others."""
     first, *others = seeds
     later = []
     for name in methods:
@@ -127,10 +127,11 @@ def main() -> int:
     ask = partial(
         wanted, methods=args.methods, lr=args.lr, updates=args.updates, seeds=args.seeds, begin_at=args.begin_at
     )
-    records = finish(ask, bench, out=args.out, jobs=args.jobs, seconds=args.seconds, fresh=args.compile)
+    records = finish(ask, bench, out=args.out, jobs=args.jobs, seconds=args.seconds)
     mine = [r for r in records if r["updates"] == args.updates and r["lr"] == args.lr and r["method"] in args.methods]
-    print(summary(mine), sweeps(mine), sep="\n\n")
-    return 0
+    if mine:
+        print(summary(mine), sweeps(mine), sep="\n\n")
+    return 0 if mine else 1
 
 
 if __name__ == "__main__":

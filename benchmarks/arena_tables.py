@@ -1,9 +1,9 @@
 """The tables of arena.py, from its records.
 
-    perplexity      at the best rates, mean over the seeds and its standard error
-    / AdamW         the perplexity divided by that of AdamW at its best rates, seed by seed, and its standard error
-    bytes           kept between updates (weights, bases, moments) of the matrices and all else, and beside AdamW's
-    tokens/s        median over a run; runs share the machine
+perplexity      at the best rates, mean over the seeds and its standard error
+/ AdamW         the perplexity divided by that of AdamW at its best rates, seed by seed, and its standard error
+bytes           kept between updates (weights, bases, moments) of the matrices and all else, and beside AdamW's
+tokens/s        median over a run; runs share the machine
 """
 
 import math

@@ -3,20 +3,20 @@
     python benchmarks/compare.py --model_config configs/llama_9m.json --dataset data/books \\
         --tokenizer data/spiece.model --rank 32 --updates 300 --jobs 2 --out benchmarks/results/llama_9m.jsonl
 
-Every run is a `torchrun_main.py` of its own, on one thread, `--jobs` of them side by side. Each method is run at all of
-its learning rates with the first seed, and at the best of them with the others. Finished runs are read back from --out,
-so a comparison that was interrupted goes on where it was. Prints a Markdown table.
+Every run has one thread, and there are `--jobs` of them side by side. Each method is run at all of its learning rates
+with the first seed, and at the best of them with the others. Finished runs are read back from --out, so a comparison
+that was interrupted goes on where it was. Prints a Markdown table. `arena.py` sweeps the rate of the matrices apart.
 """
 
 import argparse
-import json
-import subprocess
 import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.trials import Bench, Trial, finish
+
 RATES = (0.004, 0.008, 0.016)
 QUARTER, SIXTEENTH = (["--matrix_lr_ratio", ratio] for ratio in ("0.25", "0.0625"))
 LOW_RANK = ["--galore_scale", "0.25"]
@@ -131,52 +131,10 @@ METHODS: Methods = {  # title: optimizer, flags, learning rates
 }
 
 
-def run(args: argparse.Namespace, methods: Methods, method: str, *, lr: float, seed: int) -> dict:
-    """One training run. Returns its record: method, lr, seed, perplexity, seconds, refreshes."""
+def trial(methods: Methods, method: str, *, lr: float, seed: int, updates: int) -> Trial:
+    """The trial of a method at a learning rate."""
     optimizer, flags, _ = methods[method]
-    rank = ["--rank", str(args.rank)] if "galore" in optimizer or "--peft" in flags else []
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "torchrun_main.py", "--model_config", args.model_config, "--dataset", args.dataset]
-        command += ["--tokenizer", args.tokenizer, "--optimizer", optimizer, *flags, *rank, "--lr", str(lr)]
-        command += ["--batch_size", str(args.batch_size), "--num_training_steps", str(args.updates)]
-        command += ["--eval_tokens", str(args.eval_tokens), "--eval_every", str(args.updates), "--seed", str(seed)]
-        command += ["--num_threads", "1", "--workers", "0", "--wandb_mode", "disabled", "--save_dir", folder]
-        command += ["--compile"] * args.compile
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-        lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    end = lines[-1]
-    return {
-        "method": method,
-        "lr": lr,
-        "seed": seed,
-        "updates": args.updates,
-        "compile": args.compile,
-        "perplexity": end["perplexity"],
-        "refreshes": end.get("refreshes"),
-        "seconds": end["seconds"],
-        "commit": lines[0]["commit"],
-        "device": lines[0]["device"],
-        "versions": lines[0]["versions"],
-    }
-
-
-def key(record: dict) -> tuple:
-    return record["method"], record["lr"], record["seed"], record["updates"]
-
-
-def finish(args: argparse.Namespace, methods: Methods, wanted: list[tuple[str, float, int]]) -> list[dict]:
-    """Runs what is wanted and not yet in --out; returns all records of this length."""
-    out = Path(args.out)
-    done = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    known = {key(record) for record in done}
-    missing = [w for w in wanted if (*w, args.updates) not in known]
-    with ThreadPoolExecutor(args.jobs) as pool, out.open("a") as file:
-        for record in pool.map(lambda w: run(args, methods, w[0], lr=w[1], seed=w[2]), missing):
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            done.append(record)
-            print(f"{record['method']}, lr {record['lr']}: {record['perplexity']:.2f}", file=sys.stderr, flush=True)
-    return [record for record in done if record["updates"] == args.updates]
+    return Trial(method, (optimizer, *flags), lr, None, None, seed=seed, updates=updates)
 
 
 def best_rate(records: list[dict], method: str) -> float:
@@ -216,9 +174,15 @@ def main(methods: Methods = METHODS, *, doc: str | None = __doc__) -> int:
     if args.rates:
         methods = {title: (optimizer, flags, tuple(args.rates)) for title, (optimizer, flags, _) in methods.items()}
     first, *others = args.seeds
-    records = finish(args, methods, [(method, lr, first) for method in args.methods for lr in methods[method][2]])
-    records = finish(args, methods, [(m, best_rate(records, m), seed) for seed in others for m in args.methods])
-    print(table(records, args.methods))
+    shared = ("model_config", "dataset", "tokenizer", "rank", "batch_size", "eval_tokens", "compile")
+    bench = Bench(**{name: getattr(args, name) for name in shared}, evaluations=1)
+    each = partial(trial, methods, updates=args.updates)
+    swept = [each(method, lr=lr, seed=first) for method in args.methods for lr in methods[method][2]]
+    records = finish(lambda _: swept, bench, out=Path(args.out), jobs=args.jobs)
+    records = [record for record in records if record["updates"] == args.updates]
+    again = [each(method, lr=best_rate(records, method), seed=seed) for seed in others for method in args.methods]
+    records = finish(lambda _: again, bench, out=Path(args.out), jobs=args.jobs)
+    print(table([record for record in records if record["updates"] == args.updates], args.methods))
     return 0
 
 

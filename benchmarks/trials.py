@@ -1,4 +1,4 @@
-"""Training runs of a comparison: each with its method, rates, seed and length, several side by side, kept as JSON lines.
+"""Training runs of a comparison, several side by side, each with its method, rates, seed and length, as JSON lines.
 
 A trial is a call of torchrun_main.main with one thread, in a process that may have run others before. Finished ones are
 read back from the file, so a comparison that was interrupted goes on where it was; with a folder for the runs
@@ -109,16 +109,20 @@ def run_trial(trial: Trial, bench: Bench) -> dict[str, Any]:
 def read_run(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """What is kept of a run, from the lines of its metrics.jsonl."""
     start, end = lines[0], lines[-1]
-    updates = list({line["update"]: line for line in lines if line["event"] == "update"}.values())
+    updates = list({line["update"]: line for line in lines if line["event"] == "update" and _finite(line)}.values())
     step = max(1, len(updates) // POINTS)
     chunks = [updates[i : i + step] for i in range(0, len(updates), step)]
-    evaluations = [[line["update"], round(line["loss"], 5)] for line in lines if line["event"] == "eval"]
+    evaluations = [
+        [line["update"], round(line["loss"], 5)] for line in lines if line["event"] == "eval" and _finite(line)
+    ]
     finished = end["event"] == "end"
     return {
         "perplexity": end["perplexity"] if finished else None,
         "validation": evaluations,
         "training": [[chunk[-1]["update"], round(mean(line["loss"] for line in chunk), 5)] for chunk in chunks],
-        "tokens_per_second": round(median(line["tokens_per_second"] for line in updates[2:] or updates)),
+        "tokens_per_second": round(
+            median(line["tokens_per_second"] for line in updates[2:] or updates or [{"tokens_per_second": 0}])
+        ),
         "kept_bytes": end.get("kept_bytes"),
         "refreshes": end.get("refreshes"),
         "seconds": end.get("seconds"),
@@ -130,6 +134,11 @@ def read_run(lines: list[dict[str, Any]]) -> dict[str, Any]:
         "device": start["device"],
         "versions": start["versions"],
     }
+
+
+def _finite(line: dict[str, Any]) -> bool:
+    """Whether a loss is a number; of a run that has diverged it may be null or a word."""
+    return isinstance(line["loss"], float)
 
 
 def read_records(out: Path) -> list[dict[str, Any]]:
@@ -144,14 +153,12 @@ def finish(
     out: Path,
     jobs: int,
     seconds: float = float("inf"),
-    fresh: bool = False,
 ) -> list[dict[str, Any]]:
     """Runs trials until none is wanted that is not in `out`; returns all its records.
 
     wanted: from the records so far to the trials that are wanted next, the most urgent first.
     jobs: trials at a time.
     seconds: how long trials may begin; those that run then are ended without a record.
-    fresh: whether each trial has a process of its own.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     records, deadline = read_records(out), time.monotonic() + seconds
@@ -159,7 +166,7 @@ def finish(
     # Forked processes could not use CUDA. Each has one core's work: threads of its own would only wait for others.
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(jobs, mp_context=context, **{"max_tasks_per_child": 1} if fresh else {})
+    pool = ProcessPoolExecutor(jobs, mp_context=context)
     with out.open("a") as file:
         while True:
             known = {key_of(record) for record in records} | set(running.values())

@@ -45,9 +45,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def texts_of(args: argparse.Namespace) -> Iterator[str]:
     """The first training documents, in a shuffled order. Raises UserError if they are stored as tokens."""
-    source = open_documents(
-        args.dataset, split="train", seed=0, validation=args.validation, text_field=args.text_field
-    )
+    source = open_documents(args.dataset, split="train", seed=0, validation=args.validation, text_field=args.text_field)
     source.check()
     found = (each.text for each in source.read(epoch=0) if isinstance(each, Document))
     for _, text in zip(range(args.documents), found, strict=False):
