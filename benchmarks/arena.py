@@ -92,7 +92,7 @@ def _sweep(
     if before:
         best = best_of(before)
         start, beta2s = best["matrix_lr"], (best["beta2"],)
-    for beta2 in beta2s:
+    for beta2 in beta2s:  # each begins where the one before has found its best
         fits = (name, lr, updates, seed, beta2)
         found = {
             r["matrix_lr"]: math.inf if r["perplexity"] is None else r["perplexity"]
@@ -104,7 +104,11 @@ def _sweep(
             centre = min(found) / 2
         if abs(math.log2(centre / method.matrix_lr)) > MAX_STEPS:
             continue
-        yield from ((rate, beta2) for rate in (centre, centre / 2, centre * 2))
+        steps = (centre, centre / 2, centre * 2)
+        yield from ((rate, beta2) for rate in steps)
+        if not found.keys() >= set(steps):
+            break
+        start = centre
 
 
 def main() -> int:

@@ -109,7 +109,8 @@ def run_trial(trial: Trial, bench: Bench) -> dict[str, Any]:
 def read_run(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """What is kept of a run, from the lines of its metrics.jsonl."""
     start, end = lines[0], lines[-1]
-    updates = list({line["update"]: line for line in lines if line["event"] == "update" and _finite(line)}.values())
+    lines = [line for line in lines if line["event"] not in ("update", "eval") or _finite(line)]
+    updates = list({line["update"]: line for line in lines if line["event"] == "update"}.values())
     step = max(1, len(updates) // POINTS)
     chunks = [updates[i : i + step] for i in range(0, len(updates), step)]
     evaluations = [
@@ -120,7 +121,7 @@ def read_run(lines: list[dict[str, Any]]) -> dict[str, Any]:
         "perplexity": end["perplexity"] if finished else None,
         "validation": evaluations,
         "training": [[chunk[-1]["update"], round(mean(line["loss"] for line in chunk), 5)] for chunk in chunks],
-        "tokens_per_second": round(
+        "tokens_per_second": round(median(speeds)) if speeds else None,
             median(line["tokens_per_second"] for line in updates[2:] or updates or [{"tokens_per_second": 0}])
         ),
         "kept_bytes": end.get("kept_bytes"),
