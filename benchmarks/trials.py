@@ -122,8 +122,6 @@ def read_run(lines: list[dict[str, Any]]) -> dict[str, Any]:
         "validation": evaluations,
         "training": [[chunk[-1]["update"], round(mean(line["loss"] for line in chunk), 5)] for chunk in chunks],
         "tokens_per_second": round(median(speeds)) if speeds else None,
-            median(line["tokens_per_second"] for line in updates[2:] or updates or [{"tokens_per_second": 0}])
-        ),
         "kept_bytes": end.get("kept_bytes"),
         "refreshes": end.get("refreshes"),
         "seconds": end.get("seconds"),
