@@ -109,17 +109,14 @@ def run_trial(trial: Trial, bench: Bench) -> dict[str, Any]:
 def read_run(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """What is kept of a run, from the lines of its metrics.jsonl."""
     start, end = lines[0], lines[-1]
-    lines = [line for line in lines if line["event"] not in ("update", "eval") or _finite(line)]
+    lines = [line for line in lines if line["event"] not in ("update", "eval") or isinstance(line["loss"], float)]
     updates = list({line["update"]: line for line in lines if line["event"] == "update"}.values())
     step = max(1, len(updates) // POINTS)
     chunks = [updates[i : i + step] for i in range(0, len(updates), step)]
-    evaluations = [
-        [line["update"], round(line["loss"], 5)] for line in lines if line["event"] == "eval" and _finite(line)
-    ]
-    finished = end["event"] == "end"
+    speeds = [line["tokens_per_second"] for line in updates[2:] or updates]  # the first updates compile
     return {
-        "perplexity": end["perplexity"] if finished else None,
-        "validation": evaluations,
+        "perplexity": end["perplexity"] if end["event"] == "end" else None,
+        "validation": [[line["update"], round(line["loss"], 5)] for line in lines if line["event"] == "eval"],
         "training": [[chunk[-1]["update"], round(mean(line["loss"] for line in chunk), 5)] for chunk in chunks],
         "tokens_per_second": round(median(speeds)) if speeds else None,
         "kept_bytes": end.get("kept_bytes"),
@@ -133,11 +130,6 @@ def read_run(lines: list[dict[str, Any]]) -> dict[str, Any]:
         "device": start["device"],
         "versions": start["versions"],
     }
-
-
-def _finite(line: dict[str, Any]) -> bool:
-    """Whether a loss is a number; of a run that has diverged it may be null or a word."""
-    return isinstance(line["loss"], float)
 
 
 def read_records(out: Path) -> list[dict[str, Any]]:
