@@ -31,7 +31,7 @@ def train(method: str, *, how: str = "alone", dtype: torch.dtype = torch.float32
     """The weights after 8 updates. how: `alone`; `sent`, every sum by NCCL; `sharded`, by FSDP2."""
     torch.manual_seed(0)
     model, data = Model(width=256).to(dtype), batches(8)
-    settings = Settings(lr=0.01, rank=16, update_proj_gap=4, proj_type="right", subspace="svd")
+    settings = Settings(lr=0.01, rank=8, update_proj_gap=4, proj_type="right", subspace="svd")
     if method.startswith("q_"):
         quantize_linear_layers(model, select=lambda name: "mlp" in name, bits=8, seed=0)
         settings = Settings(**vars(settings) | {"proj_bits": 4})
