@@ -182,10 +182,16 @@ def _recipes() -> dict[str, Recipe]:
         "apollo": Recipe("APOLLO", matrix=SKETCH | {"lift": "apollo"}, projected=True),
         "apollo_mini": Recipe("APOLLO-Mini", matrix=SKETCH | {"rank": 1, "lift": "apollo_mini"}, projected=True),
         "muon": Recipe("Muon", matrix={"rule": "muon"}),
+        "muon8bit": Recipe("Muon", matrix={"rule": "muon"}, state_bits=8),
+        "galore_muon": Recipe("Muon", matrix={"rule": "muon"}, projected=True),
         "scale": Recipe(
             "SCALE", matrix={"rule": "scale"}, embedding={"rule": "scale_embedding"}, head={"rule": "scale_head"}
         ),
         "foam": Recipe("FOAM", matrix={"rule": "foam"}, uses=("beta1", "beta2", "scale")),
+        "foam3": Recipe("FOAM", matrix={"rule": "foam3"}, uses=("beta1", "beta2", "scale")),
+        "q_galore_muon8bit": Recipe(
+            "Muon", matrix={"rule": "muon"}, projected=True, state_bits=8, lazy_threshold=LAZY_THRESHOLD
+        ),
         "q_galore_adamw8bit": _everywhere("AdamW", projected=True, state_bits=8, lazy_threshold=LAZY_THRESHOLD),
     }
     per_layer = {f"{name}_per_layer": replace(recipe, per_layer=True) for name, recipe in ours.items()}

@@ -131,7 +131,7 @@ class ProjectionOptions:
         "is carried into the new basis; keep: both stay as they are (the reference); reset: both become zero",
         section=PROJECTION, choices=MOMENT_POLICIES, needs=("projected", "refreshed"))
     lift: str = option("none", "fira: add what the projection leaves out of the gradient to the update, scaled like "
-        "the rest; only for AdamW", section=PROJECTION, choices=LIFTS, flag="residual", flag_choices=RESIDUALS,
+        "the rest; only for AdamW and Muon", section=PROJECTION, choices=LIFTS, flag="residual", flag_choices=RESIDUALS,
         needs=("projected",))
     proj_lr: float | None = option(None, "step size of online PCA; it follows the schedule of the learning rate",
         unit="RATE", section=PROJECTION, range=at_least(0), shown="1 / --update_proj_gap",
@@ -281,8 +281,8 @@ def _check_projection(group: dict[str, Any]) -> None:
         return
     if not group["decoupled"]:
         raise ValueError("weight decay is decoupled wherever gradients are projected: leave out `decoupled`")
-    if group["lift"] == "fira" and (group["rule"] != "adam" or group["proj_type"] == "full"):
-        raise ValueError("the residual is recovered with Adam's rule and one projected side only")
+    if group["lift"] == "fira" and (group["rule"] not in ("adam", "muon") or group["proj_type"] == "full"):
+        raise ValueError("the residual is recovered with Adam's or Muon's rule and one projected side only")
     if any(p.ndim != 2 for p in group["params"]):
         raise ValueError("a group with a rank may hold matrices only")
     small = [p for p in group["params"] if min(p.shape) < group["rank"]]

@@ -211,7 +211,7 @@ class ParameterUpdate:
         """Counts the update and calls the kernel on the stored tensors. Returns the norm of R. ()"""
         state, group, clock, compiled = self.state, self.group, self.clock, self.engine.compiled
         wide = torch.promote_types(R.dtype, torch.float32)
-        options = group["betas"], group["eps"], group["scale"]
+        options = group["betas"], group["eps"], group["scale"] * self.rule.gain(self.projector.shape)
         clock.begin(state)
         if not clock.counts_moments(state):
             self.create_moments(wide, device=R.device)

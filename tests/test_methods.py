@@ -1,6 +1,7 @@
 """Other papers' optimizers on the same road: each beside its paper's equations in float64, and all of them at work."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -59,6 +60,34 @@ class Muon:
         self.W = self.W - LR * step - LR * DECAY * self.W
 
 
+class GaLoreMuon:
+    """Muon of R = P^T G, its momentum carried into each new basis; with a residual, scaled and limited as Fira's is."""
+
+    def __init__(self, W, *, basis, residual):
+        self.W, self.basis, self.residual = W.clone(), basis, residual
+        self.m, self.P, self.last = 0.0, None, None
+
+    def update(self, G):
+        wide = G.shape[0] < G.shape[1]
+        G = G if wide else G.T  # projected on the left
+        P = self.basis()
+        if self.P is not None:
+            self.m = P.T @ self.P @ self.m
+        self.P, R = P, P.T @ G
+        self.m = 0.95 * self.m + R
+        D = R + 0.95 * self.m
+        D = D / D.norm()
+        for _ in range(5):
+            D = 3.4445 * D - 4.7750 * D @ D.T @ D + 2.0315 * (D @ D.T) @ (D @ D.T) @ D
+        U = P @ D
+        if self.residual:
+            rest = (G - P @ R) * (D.norm(dim=0) / R.norm(dim=0))
+            norm = rest.norm() if self.last is None else min(rest.norm(), 1.01 * self.last)
+            U, self.last = U + rest * norm / rest.norm(), norm
+        U = 0.2 * math.sqrt(max(G.shape)) * (U if wide else U.T)
+        self.W = self.W - LR * SCALE * U - LR * DECAY * self.W
+
+
 class Scale:
     """Glentis et al. 2025, algorithm 1, for (out, in) matrices; momentum and columns of embeddings by kind."""
 
@@ -75,10 +104,10 @@ class Scale:
 class Foam:
     """arXiv 2512.07112, algorithm 1, with its averages and repeats as matrices A and E."""
 
-    def __init__(self, W):
-        n = W.shape[1]
-        self.E = torch.kron(torch.eye(n // 4, dtype=W.dtype), torch.ones(1, 4, dtype=W.dtype))
-        self.W, self.A, self.t, self.m, self.v = W.clone(), self.E.T / 4, 0, 0.0, 0.0
+    def __init__(self, W, *, level=2):
+        n, f = W.shape[1], math.gcd(W.shape[1], 2**level)
+        self.E = torch.kron(torch.eye(n // f, dtype=W.dtype), torch.ones(1, f, dtype=W.dtype))
+        self.W, self.A, self.t, self.m, self.v = W.clone(), self.E.T / f, 0, 0.0, 0.0
 
     def update(self, G):
         self.t += 1
@@ -101,18 +130,21 @@ def oracle_of(name, optimizer, p, kind):
     if name.startswith("apollo"):
         mini = name.startswith("apollo_mini")
         return Apollo(p.detach().double(), rank=1 if mini else 3, mini=mini, sketch=sketch_of(optimizer, p))
+    if name.startswith("galore_muon"):
+        residual = optimizer.updates[p].group["lift"] == "fira"
+        return GaLoreMuon(p.detach().double(), basis=sketch_of(optimizer, p), residual=residual)
     return ORACLES_HERE[name.removesuffix("_per_layer")](p.detach().double())
 
 
-ORACLES_HERE = {"muon": Muon, "scale": Scale, "foam": Foam}
+ORACLES_HERE = {"muon": Muon, "scale": Scale, "foam": Foam, "foam3": partial(Foam, level=3), "galore_muon": GaLoreMuon}
 NAMES = ["apollo", "apollo_mini", *ORACLES_HERE]
 
 
-def compare(name, *, kind="matrix", dtype=torch.float64, accumulation=1):
+def compare(name, *, kind="matrix", dtype=torch.float64, accumulation=1, **chosen):
     """Updates of a wide, a tall and a square parameter. Returns ours and the oracle's weights."""
     ours = [torch.nn.Parameter(p.detach().to(dtype)) for p in parameters()]
     group = ParameterGroup(kind, kind, tuple("abc"), tuple(ours))
-    settings = Settings(lr=LR, weight_decay=DECAY, scale=SCALE, rank=3, update_proj_gap=5)
+    settings = Settings(lr=LR, weight_decay=DECAY, scale=SCALE, rank=3, update_proj_gap=5, **chosen)
     optimizer = create_optimizer(name, groups=[group], settings=settings)
     oracles = [oracle_of(name, optimizer, p, kind) for p in ours]
     updates = create_updates(name, optimizer=optimizer, sync=GradSync(), accumulation=accumulation)
@@ -131,6 +163,12 @@ def test_it_is_the_papers(name, driven):
     assert largest_difference(*compare(name + driven)) < 1e-10
     assert largest_difference(*compare(name + driven, dtype=torch.float32)) < 1e-4
     assert largest_difference(*compare(name + driven, accumulation=4)) < 1e-10
+
+
+@pytest.mark.parametrize("driven", ["", "_per_layer"])
+def test_muon_in_a_subspace_recovers_the_residual(driven):
+    assert largest_difference(*compare("galore_muon" + driven, lift="fira")) < 1e-10
+    assert largest_difference(*compare("galore_muon" + driven, lift="fira", accumulation=4)) < 1e-10
 
 
 @pytest.mark.parametrize("kind", ["embedding", "head"])

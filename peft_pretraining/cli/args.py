@@ -185,8 +185,10 @@ def _check_residual(args: argparse.Namespace) -> None:
     recipe = find_recipe(args.optimizer)
     if args.residual == "none" or not recipe.projected:
         return
-    if recipe.rule != "adam":
-        raise UserError(f"--residual {args.residual} with --optimizer {args.optimizer}: only *galore_adamw* can.")
+    if recipe.rule not in ("adam", "muon"):
+        raise UserError(
+            f"--residual {args.residual} with --optimizer {args.optimizer}: only *galore_adamw* and *galore_muon* can."
+        )
     if args.proj_type == "full":
         raise UserError(f"--residual {args.residual} needs a side that is not projected: --proj_type full has none.")
     if recipe.per_layer and args.gradient_accumulation > 1 and args.accumulate_on == "device":

@@ -37,6 +37,7 @@ class Rule:
     betas: tuple[float, float] = (0.9, 0.999)  # usual decay rates
     decay: Callable[[int], float] | None = None  # decay rate of the second moment at update t, if it is not beta2
     finish: Callable[[Tensor], Tensor] | None = None  # last step, in the full space
+    gain: Callable[[torch.Size], float] = lambda shape: 1.0  # factor on the update, by the shape of the whole gradient
     matrices_only: bool = False  # whether vectors are refused
     separable: Literal["elements", "rows"] | None = None  # what can be updated one after the other; None: the whole
 
@@ -113,12 +114,20 @@ def muon_direction(R: Tensor, M: Moment, *, beta1: float, **unused: Any) -> Tens
     """Muon's direction: the momentum with its singular values made one, as far as five Newton-Schulz steps go.
 
     R: gradient (m, n). M: its momentum, updated in place; Nesterov's look-ahead goes in.
-    Returns 0.2 sqrt(max(m, n)) O, whose elements have the size that Adam's have.
-    Source: Jordan et al. 2024 (kellerjordan.github.io/posts/muon); the factor of Liu et al. 2025, arXiv 2502.16982.
+    Of a projected gradient it is Muon in the subspace: P O has the singular values of O.
+    Source: Jordan et al. 2024 (kellerjordan.github.io/posts/muon).
     """
     m = M.read().mul_(beta1).add_(R)
     M.write(m)
-    return orthogonalize(R + beta1 * m).mul_(0.2 * max(R.shape) ** 0.5)
+    return orthogonalize(R + beta1 * m)
+
+
+def muon_gain(shape: torch.Size) -> float:
+    """0.2 sqrt(max(m, n)): the elements of a full-rank update then have the size that Adam's have.
+
+    Source: Liu et al. 2025, arXiv 2502.16982, section 2.2.
+    """
+    return 0.2 * max(shape) ** 0.5
 
 
 def orthogonalize(X: Tensor, *, steps: int = 5) -> Tensor:
@@ -167,9 +176,9 @@ def foam_direction(
     return ((m / mass).unsqueeze(-1) + rest).div_(spread).flatten(1)
 
 
-def _blocks(shape: torch.Size) -> tuple[MomentKind, ...]:
-    """Moments of blocks of four elements, or of two or one where a row has no more factors of two."""
-    return _first_and_second(torch.Size((shape[0], shape[1] // math.gcd(shape[1], 4))))
+def _blocks(shape: torch.Size, *, level: int) -> tuple[MomentKind, ...]:
+    """Moments of blocks of 2**level elements, or of fewer where a row has no more factors of two."""
+    return _first_and_second(torch.Size((shape[0], shape[1] // math.gcd(shape[1], 2**level))))
 
 
 def _first(shape: torch.Size) -> tuple[MomentKind, ...]:
@@ -194,11 +203,12 @@ RULES = {
     "adam": Rule(adam_direction, _first_and_second, separable="elements"),
     "lion": Rule(lion_direction, _first, betas=(0.9, 0.99), finish=torch.sign, separable="elements"),
     "adafactor": Rule(adafactor_direction, _first_and_factors, decay=lambda t: 1 - t**-0.8),
-    "muon": Rule(muon_direction, _first, betas=(0.95, 0.0), matrices_only=True),
+    "muon": Rule(muon_direction, _first, betas=(0.95, 0.0), gain=muon_gain, matrices_only=True),
     "scale": Rule(normalized_direction, lambda shape: (), matrices_only=True, separable="rows"),
     "scale_embedding": Rule(partial(normalized_direction, dim=0), lambda shape: (), matrices_only=True),
     "scale_head": Rule(normalized_direction, _first, matrices_only=True, separable="rows"),
-    "foam": Rule(foam_direction, _blocks, betas=(0.9, 0.95), matrices_only=True, separable="rows"),
+    "foam": Rule(foam_direction, partial(_blocks, level=2), betas=(0.9, 0.95), matrices_only=True, separable="rows"),
+    "foam3": Rule(foam_direction, partial(_blocks, level=3), betas=(0.9, 0.95), matrices_only=True, separable="rows"),
     "sgd": Rule(sgd_direction, _first, separable="elements"),
     "descent": Rule(descent_direction, lambda shape: (), separable="elements"),
 }
