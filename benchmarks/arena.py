@@ -27,7 +27,8 @@ ELSEWHERE = ("--embedding_optimizer", "adamw")  # AdamW trains embedding, head a
 ITERATE = ("--update_proj_gap", "10")
 PUBLISHED = ("--subspace", "svd", "--update_proj_gap", "50", "--moments_on_refresh", "keep")
 ONLINE = ("--update_proj_gap", "200", "--proj_type", "continuous", "--proj_lr", "0.04")
-INT8 = ("--weight_quant", "--stochastic_round", "--proj_quant")
+WEIGHTS = ("--weight_quant", "--stochastic_round")
+INT8 = (*WEIGHTS, "--proj_quant")
 FIRA = ("--residual", "fira")
 ADAMS, NONE = (0.95, 0.999), (None,)
 MAX_STEPS = 8  # of a sweep away from where it began, in either direction
@@ -44,8 +45,9 @@ class Method(NamedTuple):
 METHODS: dict[str, Method] = {
     "AdamW": Method(("adamw",), 0.001),
     "8-bit AdamW": Method(("adamw8bit",), 0.001),
-    "8-bit AdamW, INT8 weights": Method(("adamw8bit", "--weight_quant", "--stochastic_round"), 0.001),
+    "8-bit AdamW, INT8 weights": Method(("adamw8bit", *WEIGHTS), 0.001),
     "Muon": Method(("muon",), 0.004),
+    "8-bit Muon, INT8 weights": Method(("muon8bit", *WEIGHTS), 0.004),
     "Lion": Method(("lion", *ELSEWHERE), 0.00025, (0.99,)),
     "Adafactor (torch)": Method(("adafactor",), 0.008, NONE),
     "SCALE": Method(("scale", *ELSEWHERE), 0.001),
@@ -59,8 +61,13 @@ METHODS: dict[str, Method] = {
     "APOLLO": Method(("apollo", "--update_proj_gap", "200"), 0.004),
     "APOLLO-Mini": Method(("apollo_mini", "--update_proj_gap", "200"), 0.004),
     "FOAM": Method(("foam",), 0.002),
+    "FOAM, blocks of 8": Method(("foam3",), 0.002),
+    "GaLore Muon": Method(("galore_muon", *ITERATE), 0.004),
+    "GaLore Muon, residual": Method(("galore_muon", *ITERATE, *FIRA), 0.004),
     "Q-GaLore": Method(("q_galore_adamw8bit_per_layer", *ITERATE, *INT8), 0.002),
     "Q-GaLore, residual": Method(("q_galore_adamw8bit", *ITERATE, *INT8, *FIRA), 0.002),
+    "Q-GaLore Muon": Method(("q_galore_muon8bit_per_layer", *ITERATE, *INT8), 0.004),
+    "Q-GaLore Muon, residual": Method(("q_galore_muon8bit", *ITERATE, *INT8, *FIRA), 0.004),
 }
 
 

@@ -157,7 +157,7 @@ def test_a_residual_is_recovered_only_where_that_is_possible():
     fira = ("--residual", "fira", "--optimizer")
     assert parse(*fira, "q_galore_adamw8bit_per_layer").residual == "fira"
     assert parse(*fira, "adamw").ignored == {"--residual": "with --optimizer adamw"}
-    assert "only *galore_adamw* can" in flags_refusal(*fira, "galore_lion")
+    assert "only *galore_adamw* and *galore_muon* can" in flags_refusal(*fira, "galore_lion")
     assert "--proj_type full" in flags_refusal(*fira, "galore_adamw", "--proj_type", "full")
     accumulated = (*fira, "galore_adamw_per_layer", "--gradient_accumulation", 4)
     assert "Take --accumulate_on host, --optimizer galore_adamw, or one micro-batch" in flags_refusal(*accumulated)

@@ -42,6 +42,7 @@ KINDS = {
     "foam": dict(optimizer="foam"),
     "scale": dict(optimizer="scale"),
     "muon": dict(optimizer="muon"),
+    "muon in a subspace": dict(optimizer="q_galore_muon8bit", int8=True, lift="fira"),
 }
 
 

@@ -219,7 +219,7 @@ def test_a_build_that_fails_leaves_nothing(tree: Path, tmp_path: Path, monkeypat
     def die(*_: object, **__: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pydocs, "_train_tokenizer", die)
+    monkeypatch.setattr(pydocs, "train_tokenizer", die)
     with pytest.raises(KeyboardInterrupt):
         pydocs.ensure_built(folder, roots={"": tree})
     assert {path.name for path in folder.parent.iterdir()} <= {"corpus.lock"}

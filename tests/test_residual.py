@@ -123,5 +123,5 @@ def test_it_needs_no_more_memory_at_its_peak_than_the_update_without():
 
 @pytest.mark.parametrize("settings", [dict(rule="lion"), dict(proj_type="full")], ids=str)
 def test_what_it_cannot_do_is_refused(settings):
-    with pytest.raises(ValueError, match="Adam's rule and one projected side"):
+    with pytest.raises(ValueError, match="Adam's or Muon's rule and one projected side"):
         optimizer_of(parameters(), **settings)
