@@ -87,10 +87,10 @@ def train(*, compile, optimizer, dtype, int8=False, accumulation=1, updates=7, *
 @pytest.mark.parametrize(
     "settings, dtype, tolerance",
     [
-        (GALORE, torch.float32, 1e-4),
-        pytest.param(GALORE, torch.bfloat16, 5e-3, marks=pytest.mark.slow),  # with the others, more than a minute
+        pytest.param(GALORE, torch.float32, 1e-4, marks=pytest.mark.slow),  # all four take more than a minute
+        pytest.param(GALORE, torch.bfloat16, 5e-3, marks=pytest.mark.slow),
         (Q_GALORE, torch.float32, 1e-3),
-        (Q_GALORE, torch.bfloat16, 5e-3),
+        pytest.param(Q_GALORE, torch.bfloat16, 5e-3, marks=pytest.mark.slow),
     ],
     ids=["galore-float32", "galore-bfloat16", "q_galore-float32", "q_galore-bfloat16"],
 )
