@@ -124,7 +124,14 @@ def main() -> int:
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--out", type=Path, required=True, help="JSON lines, one a trial")
     parser.add_argument("--work", type=Path, help="folder of unfinished runs, which then go on from their checkpoints")
-    for name, default in (("rank", 64), ("updates", 300), ("batch_size", 8), ("eval_tokens", 100_000), ("jobs", 1)):
+    for name, default in (
+        ("rank", 64),
+        ("updates", 300),
+        ("batch_size", 8),
+        ("eval_tokens", 100_000),
+        ("jobs", 1),
+        ("evaluations", 4),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--lr", type=float, default=0.008, help="learning rate of embedding, head and norms")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
@@ -133,7 +140,17 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=math.inf, help="how long this may go on")
     parser.add_argument("--compile", action="store_true", help="run with --compile: the same to rounding, and faster")
     args = parser.parse_args()
-    shared = ("model_config", "dataset", "tokenizer", "rank", "batch_size", "eval_tokens", "compile", "work")
+    shared = (
+        "model_config",
+        "dataset",
+        "tokenizer",
+        "rank",
+        "batch_size",
+        "eval_tokens",
+        "evaluations",
+        "compile",
+        "work",
+    )
     bench = Bench(**{name: getattr(args, name) for name in shared})
     ask = partial(
         wanted, methods=args.methods, lr=args.lr, updates=args.updates, seeds=args.seeds, begin_at=args.begin_at

@@ -96,7 +96,7 @@ class Recipe:
         chosen = {name: projection[name] for name in names if name in projection} if group.kind == "matrix" else {}
         rule = own.get("rule", "adam")
         state = {"betas": _betas(settings, rule), "state_bits": self.bits_of(group, settings)}
-        return _base_group(group, settings) | state | chosen | own
+        return _base_group(group, settings) | state | chosen | dict(own)
 
     def options_of(self, group: ParameterGroup, settings: Settings) -> Mapping[str, Any]:
         """The options that this recipe has for the kind of a group. None, where AdamW trains all but the matrices."""
