@@ -22,6 +22,8 @@ class Preset:
     perplexity: the published perplexity on C4; None if nothing is published.
     flags: the value of each flag by its name, as after parsing; paths are relative to the repository.
     measured: what we found with it, in words.
+    expected: the perplexity of our own run after so many updates, by their number, and the digest of its validation
+        documents, see training/expectation.py.
     """
 
     about: str
@@ -29,6 +31,7 @@ class Preset:
     perplexity: float | None
     flags: dict[str, Any]
     measured: str | None = None
+    expected: dict[str, Any] | None = None
 
     def describe(self) -> str:
         """In one line."""

@@ -24,6 +24,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -199,11 +200,14 @@ class LogSink(Sink):
         """See Sink."""
 
 
-def open_record(args: argparse.Namespace, *, save_dir: Path, wandb_id: str | None = None) -> Record:
+def open_record(
+    args: argparse.Namespace, *, save_dir: Path, wandb_id: str | None = None, last: Sequence[Sink] = ()
+) -> Record:
     """The record that the arguments ask for, on the main process.
 
     save_dir: the folder of metrics.jsonl.
     wandb_id: the id of the wandb run to continue, if there is one.
+    last: further sinks, which come after those of the arguments.
     """
     lines = JsonlSink(save_dir / "metrics.jsonl")
     wandb = _open_wandb(args, save_dir=save_dir, wandb_id=wandb_id)
@@ -212,8 +216,8 @@ def open_record(args: argparse.Namespace, *, save_dir: Path, wandb_id: str | Non
     boards = [TensorBoardSink(save_dir / "tensorboard")] if args.tensorboard else []
     pages = report_sinks(save_dir=save_dir, wanted=not args.no_report)
     if wandb is None:
-        return Record(lines, *boards, *pages, bar, log, wandb_id=wandb_id)
-    return Record(lines, *boards, *pages, WandbSink(wandb), bar, log, wandb_id=wandb.id)
+        return Record(lines, *boards, *pages, bar, log, *last, wandb_id=wandb_id)
+    return Record(lines, *boards, *pages, WandbSink(wandb), bar, log, *last, wandb_id=wandb.id)
 
 
 def finite(value: Any) -> Any:

@@ -30,6 +30,7 @@ from peft_pretraining.model.build import check_compiler, meta_model, prepare_mod
 from peft_pretraining.model.config import read_config
 from peft_pretraining.model.dtypes import DTYPES, resolve_dtype
 from peft_pretraining.model.sharding import Sharding, check_rows, is_sharded
+from peft_pretraining.training.expectation import expectation_sinks
 from peft_pretraining.training.interruption import Interruption
 from peft_pretraining.training.metrics import Record, open_record
 from peft_pretraining.training.provenance import circumstances, device_name
@@ -215,7 +216,10 @@ def open_run(plan: Plan, *, interruption: Interruption, cleanup: ExitStack) -> R
     updates = open_updates(args, model=model)
     writer = CheckpointWriter(save_dir, keep_last=args.keep_last, keep_every=args.keep_every)
     cleanup.callback(writer.wait)
-    record = open_record(args, save_dir=save_dir, wandb_id=saved.get("wandb_id")) if world.is_main else Record()
+    record = Record()
+    if world.is_main:
+        expected = expectation_sinks(args, validation=plan.validation_fingerprint)
+        record = open_record(args, save_dir=save_dir, wandb_id=saved.get("wandb_id"), last=expected)
     cleanup.callback(record.close)
     if world.is_main:
         begun_with_weights = plan.start.weights is not None  # else --continue_from is not part of the run
