@@ -4,10 +4,11 @@
         --tokenizer data/books-4096.model --updates 300 --seeds 0 1 2 --out benchmarks/results/arena_small.jsonl
 
 Embedding, head and norms are trained alike, by AdamW at --lr, in every row but those of published recipes that say
-otherwise. Of each method, the rate of the matrices is swept on a grid of factors of two until the best lies inside, for
-each beta2; then the best pair is run with the other seeds, which draw other weights and another order of the data, the
-same for all methods. Finished trials are read back from --out. `--begin_at N` begins each sweep at the best rate of the
-trials with N updates. Prints a Markdown table; see arena_tables.py for what it has.
+otherwise. Of each method, the rate of the matrices is swept on a grid of factors of two until the best lies inside; a
+second beta2 is tried at that rate, and swept if it is better there; then the best pair is run with the other seeds,
+which draw other weights and another order of the data, the same for all methods. `--begin_at N` begins each sweep at
+the best rate of the trials with N updates. `--factors` takes the recommended method with one thing changed at a time.
+Finished trials are read back from --out. Prints a Markdown table; see arena_tables.py for what it has.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.arena_tables import best_of, summary, sweeps
+from benchmarks.arena_tables import best_of, score, summary, sweeps
 from benchmarks.trials import Bench, Trial, finish
 
 ELSEWHERE = ("--embedding_optimizer", "adamw")  # AdamW trains embedding, head and norms
@@ -30,6 +31,7 @@ ONLINE = ("--update_proj_gap", "200", "--proj_type", "continuous", "--proj_lr", 
 WEIGHTS = ("--weight_quant", "--stochastic_round")
 INT8 = (*WEIGHTS, "--proj_quant")
 FIRA = ("--residual", "fira")
+AVERAGED = ("--subspace", "average")
 ADAMS, NONE = (0.95, 0.999), (None,)
 MAX_STEPS = 8  # of a sweep away from where it began, in either direction
 
@@ -62,13 +64,52 @@ METHODS: dict[str, Method] = {
     "APOLLO-Mini": Method(("apollo_mini", "--update_proj_gap", "200"), 0.004),
     "FOAM": Method(("foam",), 0.002),
     "FOAM, blocks of 8": Method(("foam3",), 0.002),
+    "GaLore, averaged bases": Method(("galore_adamw", *ITERATE, *AVERAGED), 0.002),
+    "GaLore, averaged bases, residual": Method(("galore_adamw", *ITERATE, *AVERAGED, *FIRA), 0.002),
     "GaLore Muon": Method(("galore_muon", *ITERATE), 0.004),
     "GaLore Muon, residual": Method(("galore_muon", *ITERATE, *FIRA), 0.004),
     "Q-GaLore": Method(("q_galore_adamw8bit_per_layer", *ITERATE, *INT8), 0.002),
     "Q-GaLore, residual": Method(("q_galore_adamw8bit", *ITERATE, *INT8, *FIRA), 0.002),
+    "Q-GaLore, averaged bases, residual": Method(("q_galore_adamw8bit", *ITERATE, *INT8, *AVERAGED, *FIRA), 0.002),
     "Q-GaLore Muon": Method(("q_galore_muon8bit_per_layer", *ITERATE, *INT8), 0.004),
     "Q-GaLore Muon, residual": Method(("q_galore_muon8bit", *ITERATE, *INT8, *FIRA), 0.004),
 }
+
+
+RECOMMENDED = "Q-GaLore, residual"
+
+
+def _without(*left_out: str) -> tuple[str, ...]:
+    return tuple(flag for flag in METHODS[RECOMMENDED].flags if flag not in left_out)
+
+
+def _factor(*more: str, of: tuple[str, ...] = METHODS[RECOMMENDED].flags) -> Method:
+    """The recommended method with other flags, of which the last counts."""
+    return Method((*of, *more), METHODS[RECOMMENDED].matrix_lr, (0.999,))
+
+
+FACTORS: dict[str, Method] = {  # what it is that pays: the recommended method with one thing changed
+    "as recommended": _factor(),
+    "exact singular vectors": _factor("--subspace", "svd"),
+    "random bases": _factor("--proj_type", "random"),
+    "gap 50": _factor("--update_proj_gap", "50"),
+    "gap 200": _factor("--update_proj_gap", "200"),
+    "never lazy": _factor("--cos_threshold", "1"),
+    "moments kept at a refresh": _factor("--moments_on_refresh", "keep"),
+    "moments reset at a refresh": _factor("--moments_on_refresh", "reset"),
+    "no residual": _factor(of=_without(*FIRA)),
+    "rank 16": _factor("--rank", "16"),
+    "rank 32": _factor("--rank", "32"),
+    "rank 128": _factor("--rank", "128"),
+    "rank 256": _factor("--rank", "256"),
+    "float weights": _factor(of=_without(*WEIGHTS)),
+    "weights rounded to nearest": _factor(of=_without("--stochastic_round")),
+    "4-bit weights": _factor("--weight_bits", "4"),
+    "float bases": _factor(of=_without("--proj_quant")),
+    "32-bit moments": _factor("--cos_threshold", "0.6", of=("galore_adamw", *_without("q_galore_adamw8bit"))),
+    "4-bit moments": _factor("--moments_bits", "4"),
+}
+ALL = METHODS | FACTORS
 
 
 def wanted(
@@ -78,7 +119,7 @@ def wanted(
     first, *others = seeds
     later = []
     for name in methods:
-        method = METHODS[name]
+        method = ALL[name]
         trial = partial(Trial, name, method.flags, lr, updates=updates)
         steps = list(_sweep(records, name, lr=lr, updates=updates, seed=first, begin_at=begin_at))
         yield from (trial(rate, beta2, first) for rate, beta2 in steps)
@@ -93,19 +134,24 @@ def _sweep(
     records: list[dict[str, Any]], name: str, *, lr: float, updates: int, seed: int, begin_at: int
 ) -> Iterator[tuple[float, float | None]]:
     """Pairs of a rate of the matrices and a beta2 that a sweep needs, as far as the records tell."""
-    method = METHODS[name]
+    method = ALL[name]
     start, beta2s = method.matrix_lr, method.beta2
     before = [r for r in records if (r["method"], r["lr"], r["updates"]) == (name, lr, begin_at)]
     if before:
         best = best_of(before)
         start, beta2s = best["matrix_lr"], (best["beta2"],)
-    for beta2 in beta2s:  # each begins where the one before has found its best
+    lowest = math.inf  # of the beta2 before
+    for number, beta2 in enumerate(beta2s):
         fits = (name, lr, updates, seed, beta2)
         found = {
-            r["matrix_lr"]: math.inf if r["perplexity"] is None else r["perplexity"]
+            r["matrix_lr"]: score(r)
             for r in records
             if (r["method"], r["lr"], r["updates"], r["seed"], r["beta2"]) == fits
         }
+        if number:  # a second beta2 is swept only if it is better at the best rate of the first
+            yield start, beta2
+            if found.get(start, math.inf) >= lowest:
+                break
         centre = min(found, key=lambda rate: found[rate]) if found else start
         if found and found[centre] == math.inf:  # all have diverged
             centre = min(found) / 2
@@ -115,7 +161,7 @@ def _sweep(
         yield from ((rate, beta2) for rate in steps)
         if not found.keys() >= set(steps):
             break
-        start = centre
+        start, lowest = centre, found[centre]
 
 
 def main() -> int:
@@ -135,11 +181,13 @@ def main() -> int:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--lr", type=float, default=0.008, help="learning rate of embedding, head and norms")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(ALL), metavar="METHOD")
+    parser.add_argument("--factors", action="store_true", help="of the recommended method, one thing changed at a time")
     parser.add_argument("--begin_at", type=int, default=0, metavar="N", help="begin at the best rates after N updates")
     parser.add_argument("--seconds", type=float, default=math.inf, help="how long this may go on")
     parser.add_argument("--compile", action="store_true", help="run with --compile: the same to rounding, and faster")
     args = parser.parse_args()
+    args.methods = list(FACTORS) if args.factors else args.methods
     shared = (
         "model_config",
         "dataset",
