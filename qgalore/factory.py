@@ -127,11 +127,17 @@ class Recipe:
         own = replace(settings, **{name: value for name, value in self.matrix.items() if hasattr(settings, name)})
         packed = f"INT{own.proj_bits} " if own.proj_bits else ""
         recovered = ", residual recovered" if own.lift == "fira" else ""
-        whole = self.per_layer and (own.proj_type in LEARNERS or LIFTS[own.lift].needs_whole)
+        whole = self.per_layer and (_always_learns(own) or LIFTS[own.lift].needs_whole)
         summed = ", micro-batches summed at full size" if whole else ""
         return (
             f"{title}, rank {own.rank} ({own.proj_type}), {packed}{_basis(own)}, scale {own.scale:g}{recovered}{summed}"
         )
+
+
+def _always_learns(settings: Settings) -> bool:
+    """Whether bases learn from every gradient, not from that of a refresh alone."""
+    averages = METHODS[settings.subspace].averages and settings.proj_type != "random"
+    return averages or settings.proj_type in LEARNERS
 
 
 def _basis(settings: Settings) -> str:

@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from qgalore.options import complete_group, learner_group
+from qgalore.basis_updates import create_learner
+from qgalore.options import complete_group
 from qgalore.outcome import Outcome
 from qgalore.resumable import ResumableOptimizer
 from qgalore.rules.lifts import LIFTS
@@ -20,7 +21,7 @@ from qgalore.subspace.probe import observers
 from qgalore.subspace.projector import LEARNERS, SMALLEST, Projector, is_spread, projection_sides
 from qgalore.subspace.schedule import RefreshSchedule, staggered_offset
 from qgalore.sync import GradSync
-from qgalore.update import BasisUpdate, Engine, ParameterUpdate
+from qgalore.update import Engine, ParameterUpdate
 
 
 class LowRankOptimizer(ResumableOptimizer):
@@ -126,10 +127,7 @@ class LowRankOptimizer(ResumableOptimizer):
                 engine=self._engine,
                 observer=watching[p],
             )
-            if projectors[p].learns:
-                learner = LEARNERS[group["proj_type"]]
-                options = learner_group(rule=learner.rule, state_bits=learner.bits, eps=group["eps"])
-                update.learner = BasisUpdate(update, group=options)
+            update.learner = create_learner(update)
 
     @torch.no_grad()
     def allocate(self) -> None:
@@ -276,6 +274,8 @@ def _check_shard(shard: Shard | None, projector: Projector, group: dict[str, Any
         raise ValueError(f"{what} cannot be updated with the lift {group['lift']}, which needs norms of all rows")
     if projector.learns:
         raise ValueError(f"{what} cannot have a basis that learns (proj_type {group['proj_type']})")
+    if projector.averages:
+        raise ValueError(f"{what} cannot have bases from an average of its gradients (subspace {group['subspace']})")
     if projector.sides not in ((), ("right",)):
         raise ValueError(f"{what} can be projected on the right only: proj_type 'right', not '{group['proj_type']}'")
     for kind in rule.moments(projector.projected_shape):

@@ -18,7 +18,11 @@ from qgalore.rules.rules import RULES
 from qgalore.subspace.bases import METHODS
 from qgalore.subspace.projector import PROJ_TYPES
 
-SUBSPACE_METHODS = ("iterate", "svd")  # what --subspace may name; other methods come with a proj_type or a recipe
+SUBSPACE_METHODS = (
+    "iterate",
+    "svd",
+    "average",
+)  # what --subspace may name; other methods come with a proj_type or a recipe
 RESIDUALS = ("none", "fira")  # what --residual may name; other lifts come with a recipe
 
 
@@ -125,7 +129,8 @@ class ProjectionOptions:
         "shorter side also with continuous (the basis learns by online PCA with AdamW, or with the optimizer in the "
         "name) and random (the basis is drawn)", section=PROJECTION, choices=PROJ_TYPES, needs=("projected",))
     subspace: str = option("iterate", "how a basis is computed. iterate: warm orthogonal iteration; svd: exact "
-        "singular vectors at every refresh", section=PROJECTION, choices=METHODS, flag_choices=SUBSPACE_METHODS,
+        "singular vectors at every refresh; average: warm orthogonal iteration with the average over all updates, "
+        "which needs the whole gradient of each, and one projected side", section=PROJECTION, choices=METHODS, flag_choices=SUBSPACE_METHODS,
         needs=("projected", "computed"))
     moments_on_refresh: str = option("project", "what happens to the moments at a refresh. project: the first moment "
         "is carried into the new basis; keep: both stay as they are (the reference); reset: both become zero",
@@ -283,6 +288,8 @@ def _check_projection(group: dict[str, Any]) -> None:
         raise ValueError("weight decay is decoupled wherever gradients are projected: leave out `decoupled`")
     if group["lift"] == "fira" and (group["rule"] not in ("adam", "muon") or group["proj_type"] == "full"):
         raise ValueError("the residual is recovered with Adam's or Muon's rule and one projected side only")
+    if METHODS[group["subspace"]].averages and group["proj_type"] == "full":
+        raise ValueError(f"the subspace '{group['subspace']}' has one projected side: leave out the proj_type 'full'")
     if any(p.ndim != 2 for p in group["params"]):
         raise ValueError("a group with a rank may hold matrices only")
     small = [p for p in group["params"] if min(p.shape) < group["rank"]]

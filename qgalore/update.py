@@ -35,7 +35,6 @@ from qgalore.storage.quantized_weight import open_weight
 from qgalore.storage.rounding import mix_seed
 from qgalore.storage.stored import Stored
 from qgalore.subspace.observer import Observer
-from qgalore.subspace.online_pca import pca_gradient
 from qgalore.subspace.projector import Projector, Turn
 
 
@@ -105,7 +104,7 @@ class ParameterUpdate:
 
     @property
     def always_whole(self) -> bool:
-        """Whether every update needs G: p is not projected, its basis learns, or its lift uses G."""
+        """Whether every update needs G: p is not projected, its basis learns from all of them, or its lift uses G."""
         return not self.projector.sides or self.learner is not None or self.lift.needs_whole
 
     def prepare(self, G: Tensor) -> Tensor:
@@ -132,7 +131,7 @@ class ParameterUpdate:
         R = R.to(torch.promote_types(R.dtype, torch.float32)) if self.projector.sides else R
         self.engine.norms[self.p] = self._run(R, open_weight(self.p), G=G if self.whole else None)
         torch.autograd.graph.increment_version(self.p)  # autograd does not see the writing of a QuantizedWeight's parts
-        if self.learner is not None and self.steps > 1:  # the first basis is new
+        if self.learner is not None:
             self.learner.learn(G, R)
 
     def begin(self) -> bool:
@@ -187,7 +186,10 @@ class ParameterUpdate:
         self._due, state = False, self.state
         # Bases are kept in the dtype of the weight, although sums over micro-batches may be float32.
         with self.observer.refreshing(self.projector, state):
-            turn = self.projector.refresh(G.to(self.p.dtype), state, step=self.steps + 1, shard=self.shard)
+            average = None if self.learner is None else self.learner.average()
+            turn = self.projector.refresh(
+                G.to(self.p.dtype), state, step=self.steps + 1, shard=self.shard, average=average
+            )
             if turn is not None and self.clock.counts_moments(state):
                 self._follow(turn)
 
@@ -268,7 +270,7 @@ class ParameterUpdate:
 
 
 class BasisUpdate(ParameterUpdate):
-    """The updates of a basis that learns: a weight that is not projected, with moments of its own.
+    """The updates of what a basis learns from every gradient, see basis_updates.py: a tensor of the basis' shape.
 
     Its moments and counts are in the state of the parameter, with the side before their names: `right.exp_avg`.
     """
@@ -282,18 +284,21 @@ class BasisUpdate(ParameterUpdate):
         self.clock = Clock(self.prefix)
 
     def learn(self, G: Tensor, R: Tensor) -> None:
-        """One step of online PCA, after the basis has been used. Its step size follows the learning rate's schedule.
+        """Learns from a gradient after the basis has been used.
 
         G: the whole gradient, (m, n).
-        R: its projection.
+        R: its projection, float32 or wider.
         """
-        options, projector = self.of.group, self.of.projector
-        basis, G = projector.open(self.state)[self.side], G.to(self.p.dtype)
-        G, R = (G, R) if self.side == "right" else (G.mT, R.mT)
-        gradient = pca_gradient(G, R, basis.read(R.dtype), reg=options["proj_reg"])
-        peak = 1 / options["update_proj_gap"] if options["proj_lr"] is None else options["proj_lr"]
-        self.group["lr"] = peak * (options["lr"] / options["peak_lr"] if options["peak_lr"] else 1.0)
-        self._run(gradient, basis)
+        raise NotImplementedError
+
+    def average(self) -> Tensor | None:
+        """What a refresh computes the next basis from, see BasisMethod; None if that is the gradient."""
+        return None
+
+    def facing(self, G: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
+        """G and R with the basis on the right: G in the parameter's dtype, (k, l), and R, (k, r)."""
+        G = G.to(self.p.dtype)
+        return (G, R) if self.side == "right" else (G.mT, R.mT)
 
 
 def _fingerprint(p: Tensor) -> int:

@@ -19,6 +19,7 @@ from peft_pretraining.schedules import check_schedule
 from qgalore.factory import Recipe, find_recipe
 from qgalore.options import GROUP_OPTIONS, Settings, declared
 from qgalore.rules.rules import RULES
+from qgalore.subspace.bases import METHODS
 from qgalore.subspace.projector import LEARNERS, SIDE_TYPES, SMALLEST
 
 
@@ -54,6 +55,7 @@ def parse_args(argv: list[str] | None = None, *, world_size: int = 1) -> argpars
     _complete_optimizer(args, given)
     _complete_batch(args, world_size)
     _complete_int8_matmul(args, given)
+    _check_subspace(args)
     _check_residual(args)
     _check_adapters(args)
     _complete_parallel(args, given)
@@ -200,6 +202,14 @@ def _check_residual(args: argparse.Namespace) -> None:
         )
 
 
+def _check_subspace(args: argparse.Namespace) -> None:
+    """Whether bases can be computed as asked."""
+    if find_recipe(args.optimizer).projected and METHODS[args.subspace].averages and args.proj_type == "full":
+        raise UserError(
+            f"--subspace {args.subspace} with --proj_type full: an average is of one projected side. Take --proj_type std."
+        )
+
+
 def _check_adapters(args: argparse.Namespace) -> None:
     """Whether --peft can be had with the rest."""
     if args.peft is None:
@@ -240,6 +250,8 @@ def _complete_parallel(args: argparse.Namespace, given: argparse.Namespace) -> N
             f"{mode} with --proj_type {args.proj_type}: rows are spread over the processes, so matrices are "
             "projected on the right. Leave it out, or take --proj_type right."
         )
+    if recipe.projected and METHODS[args.subspace].averages:
+        raise UserError(f"{mode} with --subspace {args.subspace}, which needs all rows of a gradient. Leave it out.")
     if recipe.projected:
         args.proj_type = "right"
     if args.check_replicas:

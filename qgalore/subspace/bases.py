@@ -128,19 +128,22 @@ class BasisMethod:
     """One way to compute a basis at a refresh.
 
     title: its name in the log.
-    compute: (G, old, *, rank, share, seed, draw, shard) -> basis (m, r), where
+    compute: (G, old, *, rank, share, seed, draw, shard, average) -> basis (m, r), where
         G: (m, n), the whole gradient.
         old: (m, r), the basis so far; None at the first refresh.
         share: how far to turn from the old basis, in (0, 1]; see RefreshSchedule.share.
         seed: 64 bits, the same at every refresh of this parameter.
         draw: 64 bits, new at each refresh.
         shard: where the columns of G that this rank has belong; None if it has all.
+        average: (m, r), the average of G G^T old over the updates so far; None unless `averages`, and before the first.
     sees_gradient: whether G's values matter; if not, any tensor of G's shape will do.
+    averages: whether it takes the average, which every update adds to and needs the whole gradient for.
     """
 
     title: str
     compute: Callable[..., Tensor]
     sees_gradient: bool = True
+    averages: bool = False
 
 
 def iterated(
@@ -150,6 +153,18 @@ def iterated(
     if old is None:
         return randomized_basis(G, rank=rank, seed=seed, shard=shard)
     basis = iterate_basis(G, old, shard=shard)
+    return turn_towards(basis, basis=old, share=share) if share < 1 else basis
+
+
+def averaged(G: Tensor, old: Tensor | None, *, share: float, average: Tensor | None = None, **others: Any) -> Tensor:
+    """One warm orthogonal iteration with the average of G G^T, of which `average` is the product with the basis.
+
+    One gradient is mostly noise, and so are its leading directions; those of the average are not (docs/notebook.md).
+    Source: Vyas et al. 2024, "SOAP", arXiv 2409.11321, algorithm 4, for r columns in the place of a whole eigenbasis.
+    """
+    if old is None or average is None:
+        return iterated(G, old, share=share, **others)
+    basis = orthonormalize(average)
     return turn_towards(basis, basis=old, share=share) if share < 1 else basis
 
 
@@ -176,6 +191,7 @@ def gaussian(G: Tensor, old: Tensor | None, *, rank: int, draw: int, **unused: A
 METHODS = {
     "iterate": BasisMethod("orthogonal iteration", iterated),
     "svd": BasisMethod("exact SVD", exact),
+    "average": BasisMethod("averaged gradients", averaged, averages=True),
     "gaussian": BasisMethod("random sketches", gaussian, sees_gradient=False),
     "random": BasisMethod("random bases", random_orthonormal, sees_gradient=False),
 }

@@ -107,6 +107,11 @@ class Projector:
         return bool(self.sides) and self._method.sees_gradient
 
     @property
+    def averages(self) -> bool:
+        """Whether bases are computed from an average over the gradients of all updates."""
+        return bool(self.sides) and self._method.averages and not self.learns
+
+    @property
     def _method(self) -> BasisMethod:
         return METHODS[self.method]
 
@@ -152,15 +157,24 @@ class Projector:
             return False
         return self.schedule.due(state, step=step)
 
-    def refresh(self, G: Tensor, state: dict[str, Any], *, step: int, shard: Shard | None = None) -> Turn | None:
+    def refresh(
+        self,
+        G: Tensor,
+        state: dict[str, Any],
+        *,
+        step: int,
+        shard: Shard | None = None,
+        average: Tensor | None = None,
+    ) -> Turn | None:
         """Computes the bases from G (m, n) and counts the refresh in the schedule.
 
         shard: where the rows of G belong, if other ranks have more of them.
+        average: see BasisMethod.
         Returns the change of coordinates, or None if the bases stayed or are the first ones.
         If the gradient is not finite or a factorization fails, the old basis stays, `failed_refreshes` counts it, and
         there is a warning.
         """
-        turns = {side: self._refresh_side(G, state, side, shard=shard) for side in self.sides}
+        turns = {side: self._refresh_side(G, state, side, shard=shard, average=average) for side in self.sides}
         turn = Turn(**turns) if any(T is not None for T in turns.values()) else None
         # Reading the overlap waits for the device, so only a lazy schedule does it.
         overlap = float(turn.overlap) if turn is not None and self.schedule.lazy else None
@@ -200,13 +214,16 @@ class Projector:
             U = U @ bases["right"].mT
         return U.to(D.dtype)
 
-    def _refresh_side(self, G: Tensor, state: dict[str, Any], side: str, *, shard: Shard | None) -> Tensor | None:
+    def _refresh_side(
+        self, G: Tensor, state: dict[str, Any], side: str, *, shard: Shard | None, average: Tensor | None
+    ) -> Tensor | None:
         """Replaces one basis. Returns P_new^T P_old (r, r), or None if it is the first one or stays."""
         bases = self.open(state)
         old = self._as_used(bases[side]) if side in bases else None
         draw = mix_seed(self.seed, side == "left", state.get("refreshes", 0))
         G = G if side == "left" else G.mT
-        new = self._compute(G, old, share=self.schedule.share(state), draw=draw, shard=shard)
+        share = self.schedule.share(state)
+        new = self._compute(G, old, share=share, draw=draw, shard=shard, average=average)
         if new is None:
             state["failed_refreshes"] = state.get("failed_refreshes", 0) + 1
             warnings.warn(
@@ -225,12 +242,16 @@ class Projector:
         """The values of a basis as products use them, in the dtype of the arithmetic in the subspace."""
         return basis.read(self.dtype).to(self.wide)
 
-    def _compute(self, G: Tensor, old: Tensor | None, *, share: float, draw: int, shard: Shard | None) -> Tensor | None:
+    def _compute(
+        self, G: Tensor, old: Tensor | None, *, share: float, draw: int, shard: Shard | None, average: Tensor | None
+    ) -> Tensor | None:
         """The left basis (m, r) of G, or None if it cannot be computed."""
         if self._method.sees_gradient and not _all_finite(G, shard=shard):
             return None
         try:
-            basis = self._method.compute(G, old, rank=self.rank, share=share, seed=self.seed, draw=draw, shard=shard)
+            basis = self._method.compute(
+                G, old, rank=self.rank, share=share, seed=self.seed, draw=draw, shard=shard, average=average
+            )
         except torch.linalg.LinAlgError:
             return None
         return basis if basis.isfinite().all() else None

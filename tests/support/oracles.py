@@ -167,3 +167,38 @@ class GaLore:
         (gradient,) = torch.autograd.grad(missed, Q)
         new = old - self.step_size * self.learner.finish(self.learner.step(gradient))
         self.P, self.Q = (new, self.Q) if self.left else (self.P, new)
+
+
+class AveragedGaLore(GaLore):
+    """The same with bases from S, the average of G G^T P with decay b = 1 - 1 / min(gap, 10), each term over its trace.
+
+    The first basis is `drawn`; each later one is the Gram-Schmidt basis of S, or part of the way there at short gaps.
+    """
+
+    def __init__(self, W: torch.Tensor, *, gap: int, **options):
+        super().__init__(W, **options)
+        assert self.left != self.right
+        self.S, self.b, self.share = 0.0, 1 - 1 / min(gap, 10), min(1.0, gap / 10)
+
+    def update(self, G: torch.Tensor) -> None:
+        super().update(G)
+        G, P = (G, self.P) if self.left else (G.T, self.Q)
+        term = G @ G.T @ P
+        self.S = self.b * self.S + (1 - self.b) * term / (P.T @ term).trace()
+
+    def basis(self, old: torch.Tensor | None, G: torch.Tensor) -> torch.Tensor:
+        if old is None:
+            return super().basis(old, G)
+        new = gram_schmidt(self.S)
+        return new if self.share == 1 else gram_schmidt((1 - self.share) * old + self.share * new)
+
+
+def gram_schmidt(Y: torch.Tensor) -> torch.Tensor:
+    """The columns of Y (m, r), each without the ones before it, of norm 1."""
+    columns: list[torch.Tensor] = []
+    for column in Y.unbind(1):
+        for _ in range(2):  # once more, for the last bits
+            for earlier in columns:
+                column = column - earlier * (earlier @ column)
+        columns.append(column / column.norm())
+    return torch.stack(columns, dim=1)
