@@ -130,8 +130,8 @@ class ProjectionOptions:
         "name) and random (the basis is drawn)", section=PROJECTION, choices=PROJ_TYPES, needs=("projected",))
     subspace: str = option("iterate", "how a basis is computed. iterate: warm orthogonal iteration; svd: exact "
         "singular vectors at every refresh; average: warm orthogonal iteration with the average over all updates, "
-        "which needs the whole gradient of each, and one projected side", section=PROJECTION, choices=METHODS, flag_choices=SUBSPACE_METHODS,
-        needs=("projected", "computed"))
+        "which needs the whole gradient of each, and one projected side", section=PROJECTION, choices=METHODS,
+        flag_choices=SUBSPACE_METHODS, needs=("projected", "computed"))
     moments_on_refresh: str = option("project", "what happens to the moments at a refresh. project: the first moment "
         "is carried into the new basis; keep: both stay as they are (the reference); reset: both become zero",
         section=PROJECTION, choices=MOMENT_POLICIES, needs=("projected", "refreshed"))

@@ -35,6 +35,7 @@ KINDS = {
     "fira": dict(optimizer="q_galore_adamw8bit", int8=True, lift="fira"),
     "4-bit moments": Q_GALORE | dict(moments_bits=4),
     "online pca": dict(optimizer="galore_adamw", proj_type="continuous"),
+    "average": dict(optimizer="q_galore_adamw8bit", int8=True, subspace="average"),
     "both sides": dict(optimizer="galore_adamw8bit", proj_type="full"),
     "adafactor": dict(optimizer="galore_adafactor"),
     "lion": dict(optimizer="galore_lion"),

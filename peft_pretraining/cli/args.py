@@ -202,9 +202,11 @@ def _check_residual(args: argparse.Namespace) -> None:
 
 def _check_subspace(args: argparse.Namespace) -> None:
     """Whether bases can be computed as asked."""
-    if find_recipe(args.optimizer).projected and METHODS[args.subspace].averages and args.proj_type == "full":
+    recipe = find_recipe(args.optimizer)
+    chosen = recipe.projected and "subspace" not in recipe.matrix
+    if chosen and METHODS[args.subspace].averages and args.proj_type == "full":
         raise UserError(
-            f"--subspace {args.subspace} with --proj_type full: an average is of one projected side. Take --proj_type std."
+            f"--subspace {args.subspace} with --proj_type full: it has one projected side. Take --proj_type std."
         )
 
 
