@@ -159,6 +159,25 @@ def test_an_average_of_gradients_is_compiled_once_beside_the_weights():
     assert relative_error(compiled, eager) < 0.05
 
 
+def test_skipped_updates_are_compiled_once_beside_the_others():
+    """Weights in float64, so that nothing is rounded: the alignment is the same, and the steps that it scales."""
+    found, generator = [], torch.Generator().manual_seed(3)
+    gradients = [torch.randn(64, 48, generator=generator, dtype=torch.float64) for _ in range(6)]
+    for compile in (False, True):
+        p = torch.nn.Parameter(torch.zeros(64, 48, dtype=torch.float64))
+        optimizer = LowRankOptimizer([{"params": [p], "skip_updates": "magma"}], lr=0.1, compile=compile)
+        moved = []
+        for G in gradients:
+            before, p.grad = p.detach().clone(), G.clone()
+            optimizer.step()
+            moved.append(not torch.equal(p, before))
+        found.append((moved, p.detach(), optimizer.state[p]["alignment"]))
+    assert compiles() == 2
+    (eager_moved, eager, eager_s), (moved, compiled, s) = found
+    assert moved == eager_moved and 0 < sum(moved) < 6
+    assert relative_error(compiled, eager) < 1e-10 and relative_error(s, eager_s) < 1e-12
+
+
 def test_a_basis_that_learns_is_compiled_once_beside_the_weights():
     """Lion's sign for the weights, 8-bit Adam for an INT4 basis, its noise from the same bits: three steps of learning,
     with a step size of their own each. Few of the basis' codes differ, by one."""

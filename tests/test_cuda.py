@@ -36,6 +36,8 @@ KINDS = {
     "4-bit moments": Q_GALORE | dict(moments_bits=4),
     "online pca": dict(optimizer="galore_adamw", proj_type="continuous"),
     "average": dict(optimizer="q_galore_adamw8bit", int8=True, subspace="average"),
+    "magma": dict(optimizer="q_galore_adamw8bit", int8=True, skip_updates="magma"),
+    "magma, full rank": dict(optimizer="adamw8bit", int8=True, skip_updates="magma"),
     "both sides": dict(optimizer="galore_adamw8bit", proj_type="full"),
     "adafactor": dict(optimizer="galore_adafactor"),
     "lion": dict(optimizer="galore_lion"),

@@ -175,6 +175,8 @@ def refusal(method: str, settings: dict, *, width: int = 64, bits: int = 0) -> s
         ("galore_adamw", {"proj_type": "full"}, "can be projected on the right only"),
         ("galore_adamw", {"proj_type": "continuous"}, "cannot have a basis that learns"),
         ("galore_adamw", {"proj_type": "right", "subspace": "average"}, "cannot have bases from an average"),
+        ("adamw8bit", {"skip_updates": "magma"}, "cannot be updated with skip_updates 'magma'"),
+        ("adamw8bit", {"skip_updates": "skip"}, ""),
         ("galore_adamw", {"proj_type": "right", "lift": "fira"}, "cannot be updated with the lift fira"),
         ("apollo", {}, "cannot be updated with the lift apollo"),
         ("galore_adamw8bit", {"proj_type": "right", "rank": 50}, "multiple of 256. Moments in 32 bits have no blocks"),
