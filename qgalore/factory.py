@@ -18,6 +18,7 @@ from qgalore.param_groups import ParameterGroup
 from qgalore.per_layer import PerLayerUpdates
 from qgalore.rules.lifts import LIFTS
 from qgalore.rules.rules import RULES
+from qgalore.rules.skips import SKIPS
 from qgalore.subspace.bases import METHODS
 from qgalore.subspace.projector import LEARNERS
 from qgalore.sync import GradSync
@@ -96,7 +97,8 @@ class Recipe:
         chosen = {name: projection[name] for name in names if name in projection} if group.kind == "matrix" else {}
         rule = own.get("rule", "adam")
         state = {"betas": _betas(settings, rule), "state_bits": self.bits_of(group, settings)}
-        return _base_group(group, settings) | state | chosen | dict(own)
+        skips = {"skip_updates": settings.skip_updates} if group.kind == "matrix" else {}
+        return _base_group(group, settings) | state | skips | chosen | dict(own)
 
     def options_of(self, group: ParameterGroup, settings: Settings) -> Mapping[str, Any]:
         """The options that this recipe has for the kind of a group. None, where AdamW trains all but the matrices."""
@@ -122,6 +124,8 @@ class Recipe:
         title = f"{bits}-bit {title}" if bits != 32 else title
         if matrix and settings.matrix_lr_ratio != 1:
             title += f" at {settings.matrix_lr_ratio:g} x lr"
+        if matrix and self.low_rank_engine and SKIPS[settings.skip_updates].title:
+            title += f" and {SKIPS[settings.skip_updates].title}"
         if not (self.projected and matrix):
             return f"{title}, {unprojected}"
         own = replace(settings, **{name: value for name, value in self.matrix.items() if hasattr(settings, name)})

@@ -20,6 +20,7 @@ from qgalore.clock import Clock
 from qgalore.rules.lifts import Lift, Way
 from qgalore.rules.moments import Moment
 from qgalore.rules.rules import Rule
+from qgalore.rules.skips import align
 from qgalore.storage.chunks import COMPILED_ELEMENTS, PRODUCT_ROWS, on_cpu, row_chunks
 from qgalore.storage.rounding import Seed, seed_tensors
 from qgalore.storage.stored import Stored
@@ -29,7 +30,7 @@ from qgalore.subspace.projector import Projector
 class StepValues(NamedTuple):
     """The numbers of one update."""
 
-    lr: float | Tensor  # step size
+    lr: float | Tensor | None  # step size; None where the weight stays as it is
     shrink: float | Tensor  # factor on the weight, by decoupled weight decay
     mass: float | Tensor  # see rules
     mass_sq: float | Tensor
@@ -39,13 +40,22 @@ class StepValues(NamedTuple):
     clip: float | Tensor | None = None  # maximum norm of the projected gradient; None disables clipping
 
     @classmethod
-    def of(cls, group: dict[str, Any], rule: Rule, clock: Clock, state: dict[str, Any], *, seed: int) -> "StepValues":
-        """The values for an update that the clock has counted."""
-        lr, weight_decay = group["lr"], group["weight_decay"]
+    def of(
+        cls,
+        group: dict[str, Any],
+        rule: Rule,
+        clock: Clock,
+        state: dict[str, Any],
+        *,
+        lr: float | None,
+        seed: int,
+    ) -> "StepValues":
+        """The values for an update that the clock has counted. lr: see above."""
+        weight_decay = group["weight_decay"]
         mass, mass_sq = clock.masses(state) if group["correct_bias"] else (1.0, 1.0)
         return cls(
             lr=lr,
-            shrink=1 - lr * weight_decay * group["decoupled"],
+            shrink=1 - (lr or 0) * weight_decay * group["decoupled"],
             mass=mass,
             mass_sq=mass_sq,
             seed=seed,
@@ -74,6 +84,7 @@ class UpdateConstants(NamedTuple):
     betas: tuple[float, float]
     eps: float
     scale: float  # factor on the update
+    aligned: bool = False  # whether the step size is multiplied by the alignment, see rules.skips
 
 
 def write_update(
@@ -87,7 +98,7 @@ def write_update(
     whole_norm: Callable[[Tensor], Tensor] | None = None,
     **others: Any,
 ) -> Tensor:
-    """Writes moments, weight and `last`, or nothing at all if the gradient is not finite.
+    """Writes moments, weight, `last` and `alignment`, or nothing at all if the gradient is not finite.
 
     R: the projected gradient (r or m, r or n); all arithmetic is float32 or wider.
     weight: the weight (m, n).
@@ -98,7 +109,7 @@ def write_update(
     Returns the norm of R before clipping, (); of a shard, that of its own rows.
 
     A weight that is not projected is written a few rows at a time if its rule allows it: embedding and head are the
-    largest tensors of a model, and their temporaries would be the peak of its memory.
+    largest tensors of a model, and their temporaries would be the peak of its memory. An alignment is one of all rows.
     """
     own_norm = torch.linalg.vector_norm(R, dtype=torch.promote_types(R.dtype, torch.float32))
     norm = own_norm if whole_norm is None else whole_norm(own_norm)
@@ -111,10 +122,10 @@ def write_update(
     projected, separable = bool(constants.projector.sides), constants.rule.separable
     if separable == "elements":
         R, weight, moments = _in_blocks(R, weight, moments, projected=projected)
-    if projected or separable is None or R.ndim != 2:
+    if projected or separable is None or R.ndim != 2 or constants.aligned:
         kernel(R, weight, moments, step=step, **shared)
         return own_norm
-    compiled = isinstance(step.lr, Tensor)
+    compiled = isinstance(step.mass, Tensor)
     for rows in _chunks(R, moments, elements=COMPILED_ELEMENTS if compiled else None):
         part, own, seed = weight.rows(rows), [moment.rows(rows) for moment in moments], step.seed
         if compiled:
@@ -151,17 +162,19 @@ def write_rows(
     *,
     finite: Tensor | None,
     last: Tensor | None = None,
+    alignment: Tensor | None = None,
     **others: Any,
 ) -> None:
-    """Writes moments, weight and `last` from R.
+    """Writes moments, weight, `last` and `alignment` from R.
 
     finite: () bool, whether to leave them as they are after all; None if that is known already. On a GPU a value cannot
         be looked at without waiting for it. In compiled code the copies take no memory.
-    last, others: see _write.
+    last, alignment, others: see _write.
     """
     written = [tensor for moment in moments for tensor in moment.stored.parts.values()]
-    with _unless_bad(written if last is None else [*written, last], finite):
-        _write(R, weight, moments, last=last, finite=finite, **others)
+    written += [scalar for scalar in (last, alignment) if scalar is not None]
+    with _unless_bad(written, finite):
+        _write(R, weight, moments, last=last, alignment=alignment, finite=finite, **others)
 
 
 @contextmanager
@@ -188,6 +201,7 @@ def _write(
     constants: UpdateConstants,
     G: Tensor | None = None,
     last: Tensor | None = None,
+    alignment: Tensor | None = None,
     watch: Callable[[], AbstractContextManager] = nullcontext,
 ) -> None:
     """
@@ -195,9 +209,10 @@ def _write(
     finite: see write_rows; of the weight, a few rows at a time are kept for it.
     bases: the bases, see Projector.open.
     G, last: arguments of the lift, see rules.lifts.
+    alignment: see rules.skips; None unless the step size is multiplied by it.
     watch: makes a context that measures the time of the way back, in eager code.
     """
-    projector, rule, lift, _, _, scale = constants
+    projector, rule, lift, _, _, scale, _ = constants
     raw = R = R.to(torch.promote_types(R.dtype, torch.float32))
     if step.coupled_decay is not None:
         R = _add_(R.clone(), weight.read(R.dtype), factor=step.coupled_decay)
@@ -208,6 +223,12 @@ def _write(
         way = Way(projector, projector.read(bases), last)
         # Clipping would scale G and R alike, so the lift gets both unclipped.
         lifted = lift.function(D, raw, G, way)
+    lr, shrink = step.lr, step.shrink
+    if alignment is not None:
+        f = align(R, moments[0], alignment)
+        lr, shrink = None if lr is None else lr * f, 1 - (1 - shrink) * f
+    if lr is None:
+        return
     direction, phi = (factor if factor is None or scale == 1 else factor * scale for factor in lifted)
     for rows in _product_chunks(weight) if projector.sides else [slice(None)]:
         with watch():
@@ -216,7 +237,7 @@ def _write(
             U = rule.finish(U)
         part = weight.rows(rows)
         with _unless_bad(list(part.parts.values()), finite):
-            part.write(_add_(part.read(R.dtype) * step.shrink, U, factor=-step.lr), seed=step.seed)
+            part.write(_add_(part.read(R.dtype) * shrink, U, factor=-lr), seed=step.seed)
 
 
 def _product_chunks(weight: Stored) -> Iterator[slice]:

@@ -13,6 +13,7 @@ from qgalore.resumable import ResumableOptimizer
 from qgalore.rules.lifts import LIFTS
 from qgalore.rules.moments import moment_codec
 from qgalore.rules.rules import RULES
+from qgalore.rules.skips import SKIPS
 from qgalore.sharding import Shard, as_dtensor, local, shard_of
 from qgalore.storage.blockwise import BLOCK, Blockwise, row_multiple
 from qgalore.storage.dynamic8 import upgrade_moments
@@ -22,6 +23,9 @@ from qgalore.subspace.projector import LEARNERS, SMALLEST, Projector, is_spread,
 from qgalore.subspace.schedule import RefreshSchedule, staggered_offset
 from qgalore.sync import GradSync
 from qgalore.update import Engine, ParameterUpdate
+
+# Numbers that are kept as tensors.
+REMEMBERED = {lift.remembers for lift in LIFTS.values()} | {skip.remembers for skip in SKIPS.values()}
 
 
 class LowRankOptimizer(ResumableOptimizer):
@@ -82,7 +86,7 @@ class LowRankOptimizer(ResumableOptimizer):
         return upgrade_moments(state)
 
     def load_value(self, value: Any, *, key: str, p: Tensor) -> Any:
-        if torch.is_tensor(value) and value.ndim == 0 and key not in (lift.remembers for lift in LIFTS.values()):
+        if torch.is_tensor(value) and value.ndim == 0 and key not in REMEMBERED:
             return value.item()  # some savers make tensors of numbers
         return super().load_value(value, key=key, p=p)
 
@@ -140,8 +144,8 @@ class LowRankOptimizer(ResumableOptimizer):
             projector.allocate(state, device=p.device)
             for each in [update] if update.learner is None else [update, update.learner]:
                 each.create_moments(wide, device=p.device)
-            if update.lift.remembers:
-                state[update.lift.remembers] = torch.zeros((), dtype=wide, device=p.device)
+            for name in (update.lift.remembers, update.skip.remembers):
+                update.remembered(name, wide, device=p.device)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -272,6 +276,9 @@ def _check_shard(shard: Shard | None, projector: Projector, group: dict[str, Any
         raise ValueError(f"{what} cannot be updated by the rule {group['rule']}, which needs all of them")
     if group["lift"] != "none":
         raise ValueError(f"{what} cannot be updated with the lift {group['lift']}, which needs norms of all rows")
+    if SKIPS[group["skip_updates"]].remembers:
+        skips = group["skip_updates"]
+        raise ValueError(f"{what} cannot be updated with skip_updates '{skips}', which compares all rows")
     if projector.learns:
         raise ValueError(f"{what} cannot have a basis that learns (proj_type {group['proj_type']})")
     if projector.averages:

@@ -12,9 +12,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
+
 from qgalore.rules.lifts import LIFTS
 from qgalore.rules.moments import MOMENT_POLICIES
 from qgalore.rules.rules import RULES
+from qgalore.rules.skips import SKIPS
 from qgalore.subspace.bases import METHODS
 from qgalore.subspace.projector import PROJ_TYPES
 
@@ -130,8 +133,8 @@ class ProjectionOptions:
         "name) and random (the basis is drawn)", section=PROJECTION, choices=PROJ_TYPES, needs=("projected",))
     subspace: str = option("iterate", "how a basis is computed. iterate: warm orthogonal iteration; svd: exact "
         "singular vectors at every refresh; average: warm orthogonal iteration with the average over all updates, "
-        "which needs the whole gradient of each, and one projected side", section=PROJECTION, choices=METHODS, flag_choices=SUBSPACE_METHODS,
-        needs=("projected", "computed"))
+        "which needs the whole gradient of each, and one projected side", section=PROJECTION, choices=METHODS,
+        flag_choices=SUBSPACE_METHODS, needs=("projected", "computed"))
     moments_on_refresh: str = option("project", "what happens to the moments at a refresh. project: the first moment "
         "is carried into the new basis; keep: both stay as they are (the reference); reset: both become zero",
         section=PROJECTION, choices=MOMENT_POLICIES, needs=("projected", "refreshed"))
@@ -165,6 +168,8 @@ class GroupOptions:
     state_bits: int = option(32, "bits of the moments, 4, 8 or 32", range=one_of(4, 8, 32))
     decoupled: bool = option(True, "whether weight decay is decoupled; if not, it is added to the gradient")
     correct_bias: bool = option(True, "whether moments are divided by the sums of their weights, as in Adam")
+    skip_updates: str = option("none", "skip, magma: a coin decides in each update whether a weight moves; see "
+        "rules.skips", choices=SKIPS)
     clip: float = option(0.0, "maximum norm of the gradient of each parameter, as projected; 0: no limit",
         range=at_least(0))
     lr: float = option(1e-3, "step size", range=at_least(0))
@@ -188,6 +193,9 @@ class Settings(ProjectionOptions):
     embedding_optimizer: str = option("own", "what trains embedding, head and norms. own: the optimizer itself, as its "
         "paper does; adamw: AdamW, as galore_adamw and muon do, so that optimizers differ in the matrices alone",
         section=OPTIMIZER, choices=("own", "adamw"), needs=("elsewhere",))
+    skip_updates: str = option("none", "skip (SkipUpdate): in each update a coin decides for each attention and MLP "
+        "matrix whether it moves, twice as far; magma: the same, as far as its gradient agrees with its momentum",
+        section=OPTIMIZER, choices=SKIPS, needs=("skips",))
     moments_bits: int = option(8, "bits of the moments of an optimizer that keeps them in 8 bits, 8 or 4; of embedding "
         "and head see --embedding_state_bits", unit="BITS", section=QUANTIZATION, range=one_of(4, 8),
         needs=("moments8",))
@@ -245,7 +253,19 @@ def complete_group(group: Mapping[str, Any]) -> dict[str, Any]:
     if RULES[group["rule"]].matrices_only and any(p.ndim != 2 for p in group["params"]):
         raise ValueError(f"a group with the rule {group['rule']} may hold matrices only")
     _check_projection(group)
+    if SKIPS[group["skip_updates"]].remembers and not has_momentum(group["rule"]):
+        raise ValueError(
+            f"skip_updates '{group['skip_updates']}' compares each gradient with a momentum of its size, which the "
+            f"rule {group['rule']} does not keep"
+        )
     return group
+
+
+def has_momentum(rule: str) -> bool:
+    """Whether the first moment of a rule averages gradients, or directions, and is of their size."""
+    shape = torch.Size((4, 4))
+    kinds = RULES[rule].moments(shape)
+    return bool(kinds) and kinds[0].signed and kinds[0].shape == shape
 
 
 def learner_group(*, rule: str, state_bits: int, eps: float) -> dict[str, Any]:

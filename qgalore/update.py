@@ -5,7 +5,7 @@
     R = P^T G Q                      projector   ranks exchange R instead of G
     D = rule(R, moments)             rule        Adam, Lion, ...: moments are read, updated in float32, written back
     U = lift(D, R, G)                lift        back to (m, n): P D Q^T, or with the residual, ...
-    w = w * (1 - lr * weight_decay) - lr * scale * U      in float32
+    w = w * (1 - lr * weight_decay) - lr * scale * U      in float32, unless a coin says that w is skipped (skips)
     weight.write(w, seed)            codec       rounds
     P learns from G                  learner     online PCA: the basis is a weight with an update of its own
 
@@ -30,6 +30,7 @@ from qgalore.kernel import StepValues, UpdateConstants, write_rows, write_update
 from qgalore.rules.lifts import LIFTS, Lift
 from qgalore.rules.moments import Moment, create_moments, follow_basis, open_moments
 from qgalore.rules.rules import RULES, Rule
+from qgalore.rules.skips import SKIPS, Skip
 from qgalore.sharding import Shard, shard_of
 from qgalore.storage.quantized_weight import open_weight
 from qgalore.storage.rounding import mix_seed
@@ -84,6 +85,7 @@ class ParameterUpdate:
         self._states = states
         self.rule: Rule = RULES[group["rule"]]
         self.lift: Lift = LIFTS[group["lift"]]
+        self.skip: Skip = SKIPS[group["skip_updates"]]
         self.shard = shard_of(p)
         self.kinds = self.rule.moments(projector.projected_shape)
         self.seed, self.prefix = engine.seed, ""
@@ -220,26 +222,27 @@ class ParameterUpdate:
         clock.tick(state, betas=group["betas"], decay=self.rule.decay)
         noise = self.seed, clock.steps(state), self.index
         seed = mix_seed(*noise, False)
-        step = StepValues.of(group, self.rule, clock, state, seed=mix_seed(*noise))
-        needs_whole, name = self.lift.needs_whole, self.lift.remembers
-        # Writing a quantized weight may round it anew; at a learning rate of 0 it must stay as it is.
-        still = None if group["lr"] else {part: tensor.clone() for part, tensor in weight.parts.items()}
-        norm = write_update(
+        lr = self.skip.lr(group["lr"], seed=mix_seed(*noise, 2))  # 0 and 1 are in the seeds of moments
+        step = StepValues.of(group, self.rule, clock, state, lr=lr, seed=mix_seed(*noise))
+        needs_whole = self.lift.needs_whole
+        return write_update(
             R,
             weight,
             self._moments(wide, seed=seed, compiled=compiled),
             kernel=self.engine.kernel,
             bases=self.projector.open(state),
             step=step.as_tensors(wide) if compiled else step,
-            constants=UpdateConstants(self.projector, self.rule, self.lift, *options),
+            constants=UpdateConstants(self.projector, self.rule, self.lift, *options, bool(self.skip.remembers)),
             G=G.to(self.p.dtype) if G is not None and needs_whole else None,
-            last=state.setdefault(name, R.new_zeros((), dtype=wide)) if name else None,
+            last=self.remembered(self.lift.remembers, wide, device=R.device),
+            alignment=self.remembered(self.skip.remembers, wide, device=R.device),
             watch=nullcontext if compiled else self.observer.lifting,
             whole_norm=self.shard.norm if self.shard is not None and step.clip is not None else None,
         )
-        for part, tensor in (still or {}).items():
-            weight.parts[part].copy_(tensor)
-        return norm
+
+    def remembered(self, name: str | None, dtype: torch.dtype, *, device: torch.device) -> Tensor | None:
+        """The number of that name that a lift or a skip keeps in the state, 0 at first; None without a name. ()"""
+        return self.state.setdefault(name, torch.zeros((), dtype=dtype, device=device)) if name else None
 
     def create_moments(self, dtype: torch.dtype, *, device: torch.device) -> None:
         """Puts moments of zeros into the state. dtype: that of the gradients which they average."""

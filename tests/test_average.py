@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from support.command_line import flags_refusal
 from support.gradients import gradients, largest_difference, parameters
 from support.oracles import AveragedGaLore
-from support.command_line import flags_refusal
 from support.training import Training
 
 from peft_pretraining.checkpoint.files import write_checkpoint
@@ -131,5 +131,5 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="one projected side"):
         LowRankOptimizer([{"params": [p], "rank": 2, "subspace": "average", "proj_type": "full"}])
     flags = ("--optimizer", "galore_adamw", "--subspace", "average")
-    assert "one projected side" in flags_refusal(*flags, "--proj_type", "full")
+    assert "it has one projected side" in flags_refusal(*flags, "--proj_type", "full")
     assert "--parallel fsdp with --subspace average" in flags_refusal(*flags, "--parallel", "fsdp", world_size=2)

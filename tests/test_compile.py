@@ -10,6 +10,7 @@ import json
 
 import pytest
 import torch
+from support.gradients import relative_error
 from support.runs import losses, record, torchrun
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig
@@ -137,6 +138,44 @@ def test_one_update_writes_what_eager_code_writes(simulation, settings):
     for name, eager in found[0].items():
         few = 5 if name == "exp_avg_sq.codes" else 2
         assert ((found[1][name].float() - eager.float()).abs() > 1e-4).sum() <= few, name
+
+
+def test_an_average_of_gradients_is_compiled_once_beside_the_weights():
+    """With a basis from it at the third update; few of its 8-bit codes differ, by one."""
+    found, generator = [], torch.Generator().manual_seed(3)
+    gradients = [torch.randn(128, 128, generator=generator) for _ in range(4)]
+    for compile in (False, True):
+        p = torch.nn.Parameter(torch.zeros(128, 128))
+        settings = dict(rank=32, subspace="average", state_bits=8, proj_bits=4)
+        optimizer = LowRankOptimizer([{"params": [p], "update_proj_gap": 2, **settings}], lr=0.1, compile=compile)
+        for G in gradients:
+            p.grad = G.clone()
+            optimizer.step()
+        assert optimizer.state[p]["refreshes"] == 2
+        found.append((p.detach(), optimizer.state[p]["right.average.codes"].int()))
+    assert compiles() == 2
+    (eager, eager_codes), (compiled, codes) = found
+    assert (codes - eager_codes).abs().max() <= 1 and (codes != eager_codes).float().mean() < 0.01
+    assert relative_error(compiled, eager) < 0.05
+
+
+def test_skipped_updates_are_compiled_once_beside_the_others():
+    """Weights in float64, so that nothing is rounded: the alignment is the same, and the steps that it scales."""
+    found, generator = [], torch.Generator().manual_seed(3)
+    gradients = [torch.randn(64, 48, generator=generator, dtype=torch.float64) for _ in range(6)]
+    for compile in (False, True):
+        p = torch.nn.Parameter(torch.zeros(64, 48, dtype=torch.float64))
+        optimizer = LowRankOptimizer([{"params": [p], "skip_updates": "magma"}], lr=0.1, compile=compile)
+        moved = []
+        for G in gradients:
+            before, p.grad = p.detach().clone(), G.clone()
+            optimizer.step()
+            moved.append(not torch.equal(p, before))
+        found.append((moved, p.detach(), optimizer.state[p]["alignment"]))
+    assert compiles() == 2
+    (eager_moved, eager, eager_s), (moved, compiled, s) = found
+    assert moved == eager_moved and 0 < sum(moved) < 6
+    assert relative_error(compiled, eager) < 1e-10 and relative_error(s, eager_s) < 1e-12
 
 
 def test_a_basis_that_learns_is_compiled_once_beside_the_weights():

@@ -31,10 +31,15 @@ METHODS = {
     "galore_adafactor": {},
     "galore_adamw, continuous": {"proj_type": "continuous"},
     "galore_adamw_per_layer, continuous": {"proj_type": "continuous"},
+    "galore_adamw, average": {"subspace": "average"},
+    "galore_adamw_per_layer, average": {"subspace": "average"},
     "galore_adamw, random": {"proj_type": "random"},
     "galore_adamw, both sides": {"proj_type": "full"},
     "galore_adamw, fira": {"lift": "fira"},
     "galore_adamw_per_layer, fira": {"lift": "fira"},
+    "adamw8bit, magma": {"skip_updates": "magma"},
+    "galore_adamw, magma": {"skip_updates": "magma"},
+    "galore_adamw_per_layer, skip": {"skip_updates": "skip"},
     "foam": {},
     "apollo": {},
     "muon": {},
@@ -52,7 +57,7 @@ def build(method: str, model: nn.Module, *, accumulation: int) -> WholeModelUpda
         at_rank_size=name != "adamw" and (name.endswith("per_layer") or not clip),
         order=reversed(list(model.parameters())),
     )
-    chosen = Settings(lr=0.01, rank=RANK, update_proj_gap=GAP, subspace="svd", **settings)
+    chosen = Settings(lr=0.01, rank=RANK, update_proj_gap=GAP, **{"subspace": "svd"} | settings)
     optimizer = create_optimizer(name, groups=split_parameters(model), settings=chosen, sync=sync)
     return create_updates(name, optimizer=optimizer, sync=sync, accumulation=accumulation, clip=clip)
 

@@ -17,8 +17,9 @@ from peft_pretraining.errors import Parser, UserError
 from peft_pretraining.model.adapters import LORA_KINDS
 from peft_pretraining.schedules import check_schedule
 from qgalore.factory import Recipe, find_recipe
-from qgalore.options import GROUP_OPTIONS, Settings, declared
+from qgalore.options import GROUP_OPTIONS, Settings, declared, has_momentum
 from qgalore.rules.rules import RULES
+from qgalore.rules.skips import SKIPS
 from qgalore.subspace.bases import METHODS
 from qgalore.subspace.projector import LEARNERS, SIDE_TYPES, SMALLEST
 
@@ -56,6 +57,7 @@ def parse_args(argv: list[str] | None = None, *, world_size: int = 1) -> argpars
     _complete_batch(args, world_size)
     _complete_int8_matmul(args, given)
     _check_subspace(args)
+    _check_skips(args)
     _check_residual(args)
     _check_adapters(args)
     _complete_parallel(args, given)
@@ -204,9 +206,28 @@ def _check_residual(args: argparse.Namespace) -> None:
 
 def _check_subspace(args: argparse.Namespace) -> None:
     """Whether bases can be computed as asked."""
-    if find_recipe(args.optimizer).projected and METHODS[args.subspace].averages and args.proj_type == "full":
+    recipe = find_recipe(args.optimizer)
+    chosen = recipe.projected and "subspace" not in recipe.matrix
+    if chosen and METHODS[args.subspace].averages and args.proj_type == "full":
         raise UserError(
-            f"--subspace {args.subspace} with --proj_type full: an average is of one projected side. Take --proj_type std."
+            f"--subspace {args.subspace} with --proj_type full: it has one projected side. Take --proj_type std."
+        )
+
+
+def _check_skips(args: argparse.Namespace) -> None:
+    """Whether updates can be skipped as asked."""
+    recipe = find_recipe(args.optimizer)
+    if not recipe.low_rank_engine or not SKIPS[args.skip_updates].remembers:
+        return
+    if not has_momentum(recipe.rule):
+        raise UserError(
+            f"--skip_updates {args.skip_updates} with --optimizer {args.optimizer}, which keeps no momentum of a "
+            "matrix' size to compare gradients with. Take --skip_updates skip."
+        )
+    if args.parallel != "ddp":
+        raise UserError(
+            f"--parallel {args.parallel} with --skip_updates {args.skip_updates}, which compares all rows of a matrix. "
+            "Take --skip_updates skip."
         )
 
 
@@ -296,6 +317,7 @@ def _conditions(args: argparse.Namespace, recipe: Recipe) -> dict[str, tuple[boo
     learns, lora = args.proj_type in LEARNERS, args.peft in LORA_KINDS
     return {
         "projected": (recipe.projected, optimizer),
+        "skips": (recipe.low_rank_engine, optimizer),
         "per_layer": (recipe.per_layer, optimizer),
         "rank": (recipe.projected or args.peft is not None, optimizer),
         "scaled": ((recipe.projected and RULES[recipe.rule].finish is None) or "scale" in recipe.uses, optimizer),
