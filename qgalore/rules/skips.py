@@ -44,8 +44,8 @@ def align(R: Tensor, M: Moment, s: Tensor) -> Tensor:
 
     R: the gradient, as the rule sees it, float32 or wider.
     M: its momentum after this update, as many elements.
-    s: (1,) R's dtype, written in place. 0 means that there is none yet: the first value is then taken as it is. The
-        descriptions of the paper that we have do not say where s begins.
+    s: (1,) R's dtype, written in place. 0 means that there is none yet: the first value is then taken as it is,
+        which is our choice: it needs no correction of a bias.
     """
     r, m = (X / torch.linalg.vector_norm(X).clamp_min(MIN_NORM) for X in (R.flatten(), M.read().flatten()))
     fresh = torch.sigmoid((r * m).sum() / TEMPERATURE)
