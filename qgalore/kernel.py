@@ -209,7 +209,7 @@ def _write(
     finite: see write_rows; of the weight, a few rows at a time are kept for it.
     bases: the bases, see Projector.open.
     G, last: arguments of the lift, see rules.lifts.
-    alignment: see rules.skips; None unless the step size is multiplied by it.
+    alignment: (1,), see rules.skips; None unless the step size is multiplied by it.
     watch: makes a context that measures the time of the way back, in eager code.
     """
     projector, rule, lift, _, _, scale, _ = constants

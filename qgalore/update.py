@@ -225,6 +225,8 @@ class ParameterUpdate:
         lr = self.skip.lr(group["lr"], seed=mix_seed(*noise, 2))  # 0 and 1 are in the seeds of moments
         step = StepValues.of(group, self.rule, clock, state, lr=lr, seed=mix_seed(*noise))
         needs_whole = self.lift.needs_whole
+        # As a vector of one: compiled by torch 2.13, writing to a 0-d float64 tensor on the CPU is lost.
+        alignment = self.remembered(self.skip.remembers, wide, device=R.device)
         return write_update(
             R,
             weight,
@@ -235,7 +237,7 @@ class ParameterUpdate:
             constants=UpdateConstants(self.projector, self.rule, self.lift, *options, bool(self.skip.remembers)),
             G=G.to(self.p.dtype) if G is not None and needs_whole else None,
             last=self.remembered(self.lift.remembers, wide, device=R.device),
-            alignment=self.remembered(self.skip.remembers, wide, device=R.device),
+            alignment=None if alignment is None else alignment.view(1),
             watch=nullcontext if compiled else self.observer.lifting,
             whole_norm=self.shard.norm if self.shard is not None and step.clip is not None else None,
         )

@@ -23,6 +23,8 @@ CASES = {
     "q_galore": ["--optimizer", "q_galore_adamw8bit", "--rank", "16", *INT8],
     "q_galore per layer": ["--optimizer", "q_galore_adamw8bit_per_layer", "--rank", "16", *INT8],
     "fira": ["--optimizer", "q_galore_adamw8bit", "--rank", "16", *INT8, "--residual", "fira"],
+    "average": ["--optimizer", "galore_adamw8bit", "--rank", "32", "--subspace", "average"],
+    "magma": ["--optimizer", "adamw8bit", "--weight_quant", "--stochastic_round", "--skip_updates", "magma"],
     "online pca": ["--optimizer", "galore_adamw", "--rank", "16", "--proj_type", "continuous"],
     "foam": ["--optimizer", "foam"],
 }

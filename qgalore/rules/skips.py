@@ -38,14 +38,14 @@ class Skip:
 
 
 def align(R: Tensor, M: Moment, s: Tensor) -> Tensor:
-    """The factor f of Magma: how well gradients have lately agreed with their momentum. ()
+    """The factor f of Magma: how well gradients have lately agreed with their momentum. (1,)
 
         s <- 0.9 s + 0.1 sigmoid(cos(M, R) / 2)
 
     R: the gradient, as the rule sees it, float32 or wider.
     M: its momentum after this update, as many elements.
-    s: () R's dtype, written in place. 0 means that there is none yet: the first value is then taken as it is, since the
-        paper does not say where s begins.
+    s: (1,) R's dtype, written in place. 0 means that there is none yet: the first value is then taken as it is,
+        which is our choice: it needs no correction of a bias.
     """
     r, m = (X / torch.linalg.vector_norm(X).clamp_min(MIN_NORM) for X in (R.flatten(), M.read().flatten()))
     fresh = torch.sigmoid((r * m).sum() / TEMPERATURE)
