@@ -66,6 +66,8 @@ METHODS: dict[str, Method] = {
     "FOAM, blocks of 8": Method(("foam3",), 0.002),
     "GaLore, averaged bases": Method(("galore_adamw", *ITERATE, *AVERAGED), 0.002),
     "GaLore, averaged bases, residual": Method(("galore_adamw", *ITERATE, *AVERAGED, *FIRA), 0.002),
+    "GaLore, residual, SkipUpdate": Method(("galore_adamw", *ITERATE, *FIRA, "--skip_updates", "skip"), 0.002),
+    "GaLore, residual, Magma": Method(("galore_adamw", *ITERATE, *FIRA, "--skip_updates", "magma"), 0.002),
     "GaLore Muon": Method(("galore_muon", *ITERATE), 0.004),
     "GaLore Muon, residual": Method(("galore_muon", *ITERATE, *FIRA), 0.004),
     "Q-GaLore": Method(("q_galore_adamw8bit_per_layer", *ITERATE, *INT8), 0.002),
