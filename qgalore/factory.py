@@ -14,7 +14,7 @@ import torch
 from qgalore.master_weights import MasterWeights
 from qgalore.optimizer import LowRankOptimizer
 from qgalore.options import ProjectionOptions, Settings, declared
-from qgalore.param_groups import ParameterGroup
+from qgalore.param_groups import ParameterGroup, read_ratios, split_by_rank
 from qgalore.per_layer import PerLayerUpdates
 from qgalore.rules.lifts import LIFTS
 from qgalore.rules.rules import RULES
@@ -64,13 +64,23 @@ class Recipe:
         """Whether embedding, head or norms have another rule than Adam's."""
         return any(kind.get("rule", "adam") != "adam" for kind in (self.embedding, self.head, self.norm))
 
+    def split(self, groups: Sequence[ParameterGroup], settings: Settings) -> Sequence[ParameterGroup]:
+        """The groups with the matrices split by rank. Raises ValueError if a part of --rank_ratio fits no name."""
+        ratios = read_ratios(settings.rank_ratio)
+        return split_by_rank(groups, ratios) if ratios and self.ranked else groups
+
+    @property
+    def ranked(self) -> bool:
+        """Whether a user chooses the rank."""
+        return self.projected and "rank" not in self.matrix
+
     def build(
         self, groups: Sequence[ParameterGroup], settings: Settings, sync: GradSync | None
     ) -> torch.optim.Optimizer:
         if self.torch_class is not None:
             return self._build_torch(self.torch_class, groups, settings)
         return LowRankOptimizer(
-            [self._group(group, settings) for group in groups],
+            [self._group(group, settings) for group in self.split(groups, settings)],
             lr=settings.lr,
             eps=settings.eps,
             weight_decay=settings.weight_decay,
@@ -97,8 +107,11 @@ class Recipe:
         chosen = {name: projection[name] for name in names if name in projection} if group.kind == "matrix" else {}
         rule = own.get("rule", "adam")
         state = {"betas": _betas(settings, rule), "state_bits": self.bits_of(group, settings)}
-        skips = {"skip_updates": settings.skip_updates} if group.kind == "matrix" else {}
-        return _base_group(group, settings) | state | skips | chosen | dict(own)
+        if "rank" in chosen:
+            chosen["rank"] = _rank(group, settings)
+        if group.kind == "matrix":
+            chosen |= {"skip_updates": settings.skip_updates, "error_feedback": settings.error_feedback}
+        return _base_group(group, settings) | state | chosen | dict(own)
 
     def options_of(self, group: ParameterGroup, settings: Settings) -> Mapping[str, Any]:
         """The options that this recipe has for the kind of a group. None, where AdamW trains all but the matrices."""
@@ -126,6 +139,8 @@ class Recipe:
             title += f" at {settings.matrix_lr_ratio:g} x lr"
         if matrix and self.low_rank_engine and SKIPS[settings.skip_updates].title:
             title += f" and {SKIPS[settings.skip_updates].title}"
+        if matrix and settings.error_feedback != "none":
+            title += ", rounding errors fed back"
         if not (self.projected and matrix):
             return f"{title}, {unprojected}"
         own = replace(settings, **{name: value for name, value in self.matrix.items() if hasattr(settings, name)})
@@ -133,9 +148,12 @@ class Recipe:
         recovered = ", residual recovered" if own.lift == "fira" else ""
         whole = self.per_layer and (_always_learns(own) or LIFTS[own.lift].needs_whole)
         summed = ", micro-batches summed at full size" if whole else ""
-        return (
-            f"{title}, rank {own.rank} ({own.proj_type}), {packed}{_basis(own)}, scale {own.scale:g}{recovered}{summed}"
-        )
+        basis = f"rank {_rank(group, own)} ({own.proj_type}), {packed}{_basis(own)}"
+        return f"{title}, {basis}, scale {own.scale:g}{recovered}{summed}"
+
+
+def _rank(group: ParameterGroup, settings: Settings) -> int:
+    return max(1, round(settings.rank * group.rank_ratio))
 
 
 def _always_learns(settings: Settings) -> bool:

@@ -85,6 +85,7 @@ class UpdateConstants(NamedTuple):
     eps: float
     scale: float  # factor on the update
     aligned: bool = False  # whether the step size is multiplied by the alignment, see rules.skips
+    absorbs: bool = False  # whether the first moment takes the rounding error of the weight in
 
 
 def write_update(
@@ -212,7 +213,7 @@ def _write(
     alignment: (1,), see rules.skips; None unless the step size is multiplied by it.
     watch: makes a context that measures the time of the way back, in eager code.
     """
-    projector, rule, lift, _, _, scale, _ = constants
+    projector, rule, lift, scale = constants.projector, constants.rule, constants.lift, constants.scale
     raw = R = R.to(torch.promote_types(R.dtype, torch.float32))
     if step.coupled_decay is not None:
         R = _add_(R.clone(), weight.read(R.dtype), factor=step.coupled_decay)
@@ -237,7 +238,19 @@ def _write(
             U = rule.finish(U)
         part = weight.rows(rows)
         with _unless_bad(list(part.parts.values()), finite):
-            part.write(_add_(part.read(R.dtype) * shrink, U, factor=-lr), seed=step.seed)
+            values = _add_(part.read(R.dtype) * shrink, U, factor=-lr)
+            part.write(values, seed=step.seed)
+            if constants.absorbs:
+                _absorb(values - part.read(R.dtype), moments, step=step, constants=constants)
+
+
+def _absorb(error: Tensor, moments: Sequence[Moment], *, step: StepValues, constants: UpdateConstants) -> None:
+    """The rule takes the rounding error of the weight, of which the moments are, into the first moment."""
+    assert constants.rule.absorb is not None
+    constants.rule.absorb(
+        error.reshape(moments[0].stored.shape), *moments, beta1=constants.betas[0], eps=constants.eps, mass=step.mass,
+        mass_sq=step.mass_sq, lr=step.lr * constants.scale,
+    )  # fmt: skip
 
 
 def _product_chunks(weight: Stored) -> Iterator[slice]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from qgalore.param_groups import read_ratios
 from qgalore.rules.lifts import LIFTS
 from qgalore.rules.moments import MOMENT_POLICIES
 from qgalore.rules.rules import RULES
@@ -21,11 +22,8 @@ from qgalore.rules.skips import SKIPS
 from qgalore.subspace.bases import METHODS
 from qgalore.subspace.projector import PROJ_TYPES
 
-SUBSPACE_METHODS = (
-    "iterate",
-    "svd",
-    "average",
-)  # what --subspace may name; other methods come with a proj_type or a recipe
+FEEDBACKS = ("none", "eco")  # what becomes of the rounding error of a weight
+SUBSPACE_METHODS = ("iterate", "svd", "average")  # what --subspace may name; others come with a proj_type or a recipe
 RESIDUALS = ("none", "fira")  # what --residual may name; other lifts come with a recipe
 
 
@@ -51,6 +49,16 @@ ABOVE_0 = Range(lambda value: 0 < value < math.inf, "must be above 0")
 DECAY_RATE = Range(lambda value: 0 <= value < 1, "must lie in [0, 1)")
 SHARE = Range(lambda value: 0 <= value <= 1, "must lie in [0, 1]")
 GROUP_SIZE = Range(lambda value: value >= 1 or value == -1, "must be above 0, or -1")
+
+
+def _reads(text: str) -> bool:
+    try:
+        return bool(read_ratios(text))
+    except ValueError:
+        return False
+
+
+RATIOS = Range(_reads, "must be parts of names with factors above 0, such as q_proj=0.5,down_proj=2")
 
 
 def one_of(*values: Any) -> Range:
@@ -174,6 +182,8 @@ class GroupOptions:
         range=at_least(0))
     lr: float = option(1e-3, "step size", range=at_least(0))
     weight_decay: float = option(0.0, "weight decay, see `decoupled`", range=at_least(0))
+    error_feedback: str = option("none", "eco: the first moment takes the rounding error of the weight in",
+        choices=FEEDBACKS)
     eps: float = option(1e-8, "added to Adam's divisor", range=at_least(0))
 
 
@@ -196,6 +206,11 @@ class Settings(ProjectionOptions):
     skip_updates: str = option("none", "skip (SkipUpdate): in each update a coin decides for each attention and MLP "
         "matrix whether it moves, twice as far; magma: the same, as far as its gradient agrees with its momentum",
         section=OPTIMIZER, choices=SKIPS, needs=("skips",))
+    error_feedback: str = option("none", "eco: what quantized attention and MLP weights lose by rounding goes into the "
+        "first moment, and so into later updates; for adamw8bit", section=QUANTIZATION, choices=FEEDBACKS)
+    rank_ratio: str | None = option(None, "factors on --rank by parts of names, such as q_proj=0.5,down_proj=2; where "
+        "several parts fit a name, the last one counts", unit="PART=FACTOR,...", section=PROJECTION, range=RATIOS,
+        shown="none", needs=("ranked",))
     moments_bits: int = option(8, "bits of the moments of an optimizer that keeps them in 8 bits, 8 or 4; of embedding "
         "and head see --embedding_state_bits", unit="BITS", section=QUANTIZATION, range=one_of(4, 8),
         needs=("moments8",))
@@ -252,6 +267,7 @@ def complete_group(group: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError("complex parameters are not supported: torch.view_as_real gives a real view of one")
     if RULES[group["rule"]].matrices_only and any(p.ndim != 2 for p in group["params"]):
         raise ValueError(f"a group with the rule {group['rule']} may hold matrices only")
+    _check_feedback(group)
     _check_projection(group)
     if SKIPS[group["skip_updates"]].remembers and not has_momentum(group["rule"]):
         raise ValueError(
@@ -299,6 +315,18 @@ def unknown_option(name: str, *, of: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"Did you mean '{close[0]}'? " if close else ""
     return f"unknown option '{name}' of {of}. {hint}Known: {', '.join(known)}."
+
+
+def _check_feedback(group: dict[str, Any]) -> None:
+    if group["error_feedback"] == "none":
+        return
+    if RULES[group["rule"]].absorb is None or group["rank"] is not None or not group["betas"][0]:
+        raise ValueError(
+            f"error_feedback = {group['error_feedback']} needs Adam's rule with beta1 above 0, and no rank: "
+            "a projected moment has no room for the rounding error of a whole weight"
+        )
+    if group["skip_updates"] != "none":
+        raise ValueError("error_feedback and skip_updates exclude each other: a share of 0 would divide by zero")
 
 
 def _check_projection(group: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """Groups of a model's parameters by kind: each trainable parameter is in exactly one group."""
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -19,6 +20,7 @@ class ParameterGroup:
     name: str  # the kind's name in the log
     names: tuple[str, ...]
     parameters: tuple[nn.Parameter, ...]
+    rank_ratio: float = 1.0  # factor on the rank, where gradients are projected
 
     @property
     def elements(self) -> int:
@@ -63,6 +65,50 @@ def split_parameters(
     if not groups:
         raise ValueError("the model has no trainable parameter")
     return groups
+
+
+def read_ratios(text: str | None) -> dict[str, float]:
+    """`q_proj=0.5,down_proj=2` as a dict; None is an empty one. Raises ValueError for anything else."""
+    found = {}
+    for pair in [] if text is None else text.split(","):
+        name, _, value = (part.strip() for part in pair.partition("="))
+        if not name or not 0 < float(value) < math.inf:
+            raise ValueError(f"'{pair}' is no part of a name with a factor above 0")
+        found[name] = float(value)
+    return found
+
+
+def split_by_rank(groups: Sequence[ParameterGroup], ratios: Mapping[str, float]) -> tuple[ParameterGroup, ...]:
+    """The groups, with the matrices in one group for each rank.
+
+    ratios: factors on the rank by parts of names. Where several parts fit a name, the last one counts.
+    Raises ValueError that lists the names, if a part fits none.
+    """
+    names = [name for group in groups if group.kind == "matrix" for name in group.names]
+    for part in ratios:
+        if not any(part in name for name in names):
+            kinds = sorted({".".join(name.removesuffix(".weight").split(".")[-2:]) for name in names})
+            raise ValueError(f"rank_ratio: no matrix has '{part}' in its name. The matrices are {', '.join(kinds)}")
+    return tuple(each for group in groups for each in (_by_ratio(group, ratios) if group.kind == "matrix" else [group]))
+
+
+def _by_ratio(group: ParameterGroup, ratios: Mapping[str, float]) -> list[ParameterGroup]:
+    """The matrices of a group by the factor on their rank, in the order in which factors come up."""
+    members: dict[float, list[tuple[str, nn.Parameter]]] = {}
+    parts: dict[float, list[str]] = {}
+    for name, parameter in zip(group.names, group.parameters, strict=True):
+        part = next((part for part in reversed(list(ratios)) if part in name), None)
+        ratio = 1.0 if part is None else ratios[part]
+        members.setdefault(ratio, []).append((name, parameter))
+        own = parts.setdefault(ratio, [])
+        if part is not None and part not in own:
+            own.append(part)
+    split = []
+    for ratio, pairs in members.items():
+        names, parameters = zip(*pairs, strict=True)
+        title = f"{group.name}: {', '.join(parts[ratio])}" if ratio != 1 else group.name
+        split.append(replace(group, name=title, names=names, parameters=parameters, rank_ratio=ratio))
+    return split
 
 
 def make_groups(model: nn.Module, *, rank: int, **options: Any) -> list[dict[str, Any]]:

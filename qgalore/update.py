@@ -227,6 +227,7 @@ class ParameterUpdate:
         needs_whole = self.lift.needs_whole
         # As a vector of one: compiled by torch 2.13, writing to a 0-d float64 tensor on the CPU is lost.
         alignment = self.remembered(self.skip.remembers, wide, device=R.device)
+        absorbs = group["error_feedback"] != "none" and bool(group["lr"])  # at a rate of 0 there is no error
         return write_update(
             R,
             weight,
@@ -234,7 +235,9 @@ class ParameterUpdate:
             kernel=self.engine.kernel,
             bases=self.projector.open(state),
             step=step.as_tensors(wide) if compiled else step,
-            constants=UpdateConstants(self.projector, self.rule, self.lift, *options, bool(self.skip.remembers)),
+            constants=UpdateConstants(
+                self.projector, self.rule, self.lift, *options, aligned=bool(self.skip.remembers), absorbs=absorbs
+            ),
             G=G.to(self.p.dtype) if G is not None and needs_whole else None,
             last=self.remembered(self.lift.remembers, wide, device=R.device),
             alignment=None if alignment is None else alignment.view(1),

@@ -41,6 +41,7 @@ KINDS = {
     "both sides": dict(optimizer="galore_adamw8bit", proj_type="full"),
     "adafactor": dict(optimizer="galore_adafactor"),
     "lion": dict(optimizer="galore_lion"),
+    "eco": dict(optimizer="adamw8bit", int8=True, error_feedback="eco"),
     "apollo": dict(optimizer="apollo"),
     "foam": dict(optimizer="foam"),
     "scale": dict(optimizer="scale"),

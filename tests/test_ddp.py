@@ -40,6 +40,7 @@ METHODS = {
     "adamw8bit, magma": {"skip_updates": "magma"},
     "galore_adamw, magma": {"skip_updates": "magma"},
     "galore_adamw_per_layer, skip": {"skip_updates": "skip"},
+    "adamw8bit, eco": {"error_feedback": "eco", "int8": True},
     "foam": {},
     "apollo": {},
     "muon": {},

@@ -59,6 +59,7 @@ def parse_args(argv: list[str] | None = None, *, world_size: int = 1) -> argpars
     _check_subspace(args)
     _check_skips(args)
     _check_residual(args)
+    _check_feedback(args)
     _check_adapters(args)
     _complete_parallel(args, given)
     _complete_restarts(args)
@@ -231,6 +232,22 @@ def _check_skips(args: argparse.Namespace) -> None:
         )
 
 
+def _check_feedback(args: argparse.Namespace) -> None:
+    """Whether the first moment can take the rounding error of the weights in."""
+    recipe, told = find_recipe(args.optimizer), f"--error_feedback {args.error_feedback}"
+    if args.error_feedback == "none":
+        return
+    if not recipe.low_rank_engine or recipe.projected or RULES[recipe.rule].absorb is None or args.beta1 == 0:
+        raise UserError(
+            f"{told} with --optimizer {args.optimizer}: it needs Adam's first moment of every weight, with --beta1 "
+            "above 0. Take --optimizer adamw8bit."
+        )
+    if not args.weight_quant:
+        raise UserError(f"{told} without --weight_quant: there is no rounding error to feed back. Add --weight_quant.")
+    if args.skip_updates != "none":
+        raise UserError(f"{told} with --skip_updates {args.skip_updates}: leave one of them out.")
+
+
 def _check_adapters(args: argparse.Namespace) -> None:
     """Whether --peft can be had with the rest."""
     if args.peft is None:
@@ -325,6 +342,7 @@ def _conditions(args: argparse.Namespace, recipe: Recipe) -> dict[str, tuple[boo
         "beta2": ("beta2" in recipe.uses, optimizer),
         "elsewhere": (recipe.rule_elsewhere, optimizer),
         "moments8": (recipe.state_bits == 8, optimizer),
+        "ranked": (recipe.ranked, optimizer),
         "sided": (args.proj_type in (*SIDE_TYPES, SMALLEST), proj_type),
         "learns": (learns, proj_type),
         "refreshed": (not learns, proj_type),

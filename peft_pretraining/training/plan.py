@@ -159,7 +159,11 @@ def describe_groups(model: nn.Module, args: argparse.Namespace) -> list[dict[str
     recipe, settings, adapters = find_recipe(args.optimizer), settings_of(args), Adapters.of(vars(args))
     matrices = "full rank" if adapters is None else adapters.describe()
     rows = []
-    for group in split_parameters(model):
+    try:
+        split = recipe.split(split_parameters(model), settings)
+    except ValueError as error:
+        raise UserError(f"--{error}.") from None
+    for group in split:
         unprojected = matrices if group.kind == "matrix" else "full rank"
         bits = args.weight_bits if group.kind == "matrix" else args.embedding_weight_bits
         quantized = args.weight_quant and bits is not None and group.kind != "norm"

@@ -39,6 +39,7 @@ class Rule:
     finish: Callable[[Tensor], Tensor] | None = None  # last step, in the full space
     gain: Callable[[torch.Size], float] = lambda shape: 1.0  # factor on the update, by the shape of the whole gradient
     matrices_only: bool = False  # whether vectors are refused
+    absorb: Callable[..., None] | None = None  # takes a rounding error of the weight into the first moment
     separable: Literal["elements", "rows"] | None = None  # what can be updated one after the other; None: the whole
 
 
@@ -56,6 +57,24 @@ def adam_direction(
     M.write(m)
     V.write(v)
     return (m / mass).div_((v / mass_sq).sqrt_().add_(eps))
+
+
+def adam_absorb(
+    e: Tensor, M: Moment, V: Moment, *, beta1: float, eps: float, mass: Number, mass_sq: Number, lr: Number
+) -> None:
+    """Takes the rounding error of a weight into Adam's first moment, which gives it to later updates.
+
+        m <- m + (1 - 1 / beta1) (sqrt(v^) + eps) mass / lr * e          v^ = v / mass_sq
+
+    e: what the weight should be, minus what it is, M's shape, float32 or float64.
+    M, V: the moments after this update; M is updated in place.
+    lr: the step size, above 0; with the factor on the update.
+    An error adds (1 - beta1) e to the next update, beta1 times that to the one after, and e to all of them together.
+    Source: Nikdan et al. 2026, "ECO", arXiv 2601.22101: the error of the last update is taken for that of this one, so
+    that it need not be kept.
+    """
+    divisor = (V.read() / mass_sq).sqrt_().add_(eps)
+    M.write(M.read().add_(e * divisor * (mass * (1 - 1 / beta1) / lr)))
 
 
 def lion_direction(R: Tensor, M: Moment, *, beta1: float, beta2: float, **unused: Any) -> Tensor:
@@ -200,7 +219,7 @@ def _first_and_factors(shape: torch.Size) -> tuple[MomentKind, ...]:
 
 
 RULES = {
-    "adam": Rule(adam_direction, _first_and_second, separable="elements"),
+    "adam": Rule(adam_direction, _first_and_second, absorb=adam_absorb, separable="elements"),
     "lion": Rule(lion_direction, _first, betas=(0.9, 0.99), finish=torch.sign, separable="elements"),
     "adafactor": Rule(adafactor_direction, _first_and_factors, decay=lambda t: 1 - t**-0.8),
     "muon": Rule(muon_direction, _first, betas=(0.95, 0.0), gain=muon_gain, matrices_only=True),
