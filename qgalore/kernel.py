@@ -241,15 +241,17 @@ def _write(
             values = _add_(part.read(R.dtype) * shrink, U, factor=-lr)
             part.write(values, seed=step.seed)
             if constants.absorbs:
-                _absorb(values - part.read(R.dtype), moments, step=step, constants=constants)
+                _absorb(values - part.read(R.dtype), moments, lr=lr, step=step, constants=constants)
 
 
-def _absorb(error: Tensor, moments: Sequence[Moment], *, step: StepValues, constants: UpdateConstants) -> None:
+def _absorb(
+    error: Tensor, moments: Sequence[Moment], *, lr: float | Tensor, step: StepValues, constants: UpdateConstants
+) -> None:
     """The rule takes the rounding error of the weight, of which the moments are, into the first moment."""
     assert constants.rule.absorb is not None
     constants.rule.absorb(
         error.reshape(moments[0].stored.shape), *moments, beta1=constants.betas[0], eps=constants.eps, mass=step.mass,
-        mass_sq=step.mass_sq, lr=step.lr * constants.scale,
+        mass_sq=step.mass_sq, lr=lr * constants.scale,
     )  # fmt: skip
 
 
