@@ -15,6 +15,7 @@ from typing import Any
 from peft_pretraining.model.adapters import KINDS
 from qgalore.factory import OPTIMIZERS
 from qgalore.options import (
+    ABOVE_0,
     GROUP_SIZE,
     OPTIMIZER,
     PROJECTION,
@@ -113,6 +114,9 @@ class RunOptions:
         "layer, in host memory", section=MODEL, needs=("recomputes",), may_change=True)
     use_hf_model: bool = option(False, "accepted for the reference's scripts; it has no effect, because the model "
         "always comes from transformers", section=MODEL)
+    task: str = option("pretrain", "what is learned. pretrain: the next token of texts; sft (supervised fine-tuning): "
+        "the answers in dialogues, which --dataset and --validation then hold, by the tokenizer's chat template",
+        section=DATA, choices=("pretrain", "sft"))
     dataset: str = option("c4", "training text. c4: streamed from the Hugging Face hub; pydocs: documentation of the "
         "installed Python packages, without a download; a path: a folder with train (and validation) in its files' "
         "names, a file, or a quoted glob of .jsonl, .json, .ndjson or .txt files (also .gz and .zst) or .parquet "
@@ -124,12 +128,13 @@ class RunOptions:
         "without such names", unit="PATH", section=DATA,
         shown="the dataset's validation files, else one document in a hundred")
     tokenizer: str | None = option(None, "tokenizer: a sentencepiece .model file, a transformers folder, or a name "
-        "on the hub", unit="NAME|PATH", section=DATA, shown="t5-base; for pydocs its own",
+        "on the hub", unit="NAME|PATH", section=DATA, shown="t5-base; for pydocs its own; for sft that of --continue_from",
         may_change=True)
     max_length: int = option(256, "tokens in a sequence", unit="TOKENS", section=DATA, range=at_least(2))
     packing: str = option("concat", "how documents become sequences. concat: joined by EOS tokens and cut, without "
-        "padding or loss; truncate: one document per sequence, cut or padded, as the reference does", section=DATA,
-        choices=("concat", "truncate"))
+        "padding or loss; truncate: one document per sequence, cut or padded, as the reference does; whole: as many "
+        "dialogues of --task sft as fit, none of which sees another", section=DATA,
+        choices=("concat", "truncate", "whole"), shown="concat; for sft whole")
     workers: int = option(1, "processes per rank that read and tokenize; 0: the training process does it",
         unit="PROCESSES", section=DATA, range=at_least(0), may_change=True)
     batch_size: int | None = option(None, "sequences in a micro-batch of one process", unit="SEQUENCES",
@@ -146,6 +151,9 @@ class RunOptions:
         range=at_least(1))
     max_train_tokens: int | None = option(None, "tokens to train on, instead of --num_training_steps; K, M and B are "
         "understood", unit="TOKENS", section=TRAINING, range=at_least(1), parse=parse_count,
+        shown="as many as --num_training_steps take", may_change=True)
+    num_train_epochs: float | None = option(None, "passes over the dialogues of --task sft, instead of "
+        "--num_training_steps; they are counted at the start", unit="EPOCHS", section=TRAINING, range=ABOVE_0,
         shown="as many as --num_training_steps take", may_change=True)
     grad_clipping: float = option(0.0, "maximum norm of the gradients: global, or per parameter with a per-layer "
         "optimizer; 0: no clipping", unit="NORM", section=TRAINING, range=at_least(0))
@@ -176,12 +184,14 @@ class RunOptions:
         shown="0; for --peft relora a tenth of a cycle, at most 100")
 
     peft: str | None = option(None, "what replaces the attention and MLP matrices; embeddings, norms and head train "
-        "in full. lora: frozen initial weights plus a product of rank --rank; relora: the same, merged and restarted "
+        "in full, unless --peft_only. lora: frozen initial weights plus a product of rank --rank; relora: the same, merged and restarted "
         "every --reset_every; low_rank: the product alone", section=ADAPTERS, choices=KINDS, shown="none")
     peft_alpha: int = option(32, "factor on the product of lora and relora, divided by --rank", unit="FACTOR",
         section=ADAPTERS, range=at_least(1), needs=("peft", "lora"))
     reset_every: int | None = option(None, "updates from one reset of relora to the next; its paper has 5000 in a "
         "run of 20,000", unit="UPDATES", section=ADAPTERS, range=at_least(2), shown="none", needs=("peft",))
+    peft_only: bool | None = option(None, "train the factors of lora alone, so that embeddings, norms and head stay "
+        "as they are; for --task sft that is the default", section=ADAPTERS, needs=("peft", "lora"))
     weight_quant: bool = option(False, "keep the attention and MLP weights in --weight_bits, without another copy",
         section=QUANTIZATION)
     weight_bits: int = option(8, "bits of a quantized weight, 8 or 4", unit="BITS", section=QUANTIZATION,

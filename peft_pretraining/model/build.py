@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from peft_pretraining.errors import UserError
-from peft_pretraining.model.adapters import Adapters, draw_factors, insert, is_factor
+from peft_pretraining.model.adapters import BASE, Adapters, draw_factors, insert, is_factor
 from peft_pretraining.model.attention import attention_for
 from peft_pretraining.model.family import family_of
 from peft_pretraining.model.offload import offload_inputs
@@ -159,7 +159,7 @@ def weight_quantizer(args: argparse.Namespace, *, groups: Sequence[ParameterGrou
     bits = {"matrix": args.weight_bits, "embedding": args.embedding_weight_bits, "head": args.embedding_weight_bits}
 
     def finish(name: str, module: nn.Module) -> None:
-        kind = kinds.get(f"{name}.weight", "")
+        kind = kinds.get(f"{name.removesuffix(BASE)}.weight", "")
         if bits.get(kind) is not None:
             quantize_module_weight(
                 module,

@@ -53,26 +53,46 @@ SHARDED = "_sharded_token_loss"  # the attribute of a model that FSDP2 has sprea
 CHUNK_ELEMENTS = 1 << 24  # logits held at once: 64 MB in float32, 512 rows of a vocabulary of 32000
 
 
-def token_loss_sum(model: PreTrainedModel, input_ids: Tensor, targets: Tensor) -> Tensor:
+def token_loss_sum(
+    model: PreTrainedModel, input_ids: Tensor, targets: Tensor, positions: Tensor | None = None
+) -> Tensor:
     """The SUM of the next-token cross-entropies, in nats, over the targets that are not IGNORED.
 
     input_ids: (B, L) int64.
     targets: (B, L) int64, already shifted: targets[b, t] follows input_ids[b, t].
+    positions: (B, L) int64, the place of each token in its document, of which a sequence holds several: none of them
+        sees another. None for sequences that are one text.
     Returns a float32 scalar. Divide it by the number of targets of the whole update before backward.
     """
     root = vars(model).get(SHARDED)
-    return loss_of_whole(model, input_ids, targets) if root is None else root(input_ids, targets)
+    if root is not None:
+        return root(input_ids, targets, positions)
+    return loss_of_whole(model, input_ids, targets, positions)
 
 
-def loss_of_whole(model: PreTrainedModel, input_ids: Tensor, targets: Tensor) -> Tensor:
+def loss_of_whole(
+    model: PreTrainedModel, input_ids: Tensor, targets: Tensor, positions: Tensor | None = None
+) -> Tensor:
     """token_loss_sum of a model whose weights are at hand."""
-    # No attention mask: the sequences are full, and without one SDPA takes its causal kernel.
+    # No attention mask where a sequence is one text: without one SDPA takes its causal kernel.
+    packed = {} if positions is None else {"position_ids": positions, "attention_mask": block_mask(positions)}
     family = family_of(model.config)
-    hidden = family.part("body", model)(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, L, hidden)
+    body = family.part("body", model)
+    hidden = body(input_ids=input_ids, use_cache=False, **packed).last_hidden_state  # (B, L, hidden)
     weight = family.part("head", model).weight
     if isinstance(weight, QuantizedWeight):
         weight = weight.dequantize()  # for this call
     return head_loss_sum(hidden.flatten(0, 1), weight, targets.flatten())
+
+
+def block_mask(positions: Tensor) -> Tensor:
+    """Which token sees which: earlier ones of its own document, and itself. A document begins where the place is 0.
+
+    positions: (B, L) int64.
+    Returns (B, 1, L, L) bool, rows for the tokens that look. transformers passes a mask of this shape on as it is.
+    """
+    document = (positions == 0).cumsum(1)  # (B, L), counted from 1
+    return (document[:, None, :, None] == document[:, None, None, :]).tril_()
 
 
 def accumulate_gradients(
@@ -84,7 +104,7 @@ def accumulate_gradients(
     """
     loss = torch.zeros((), device=device)
     for batch in batches:
-        share = token_loss_sum(model, batch.input_ids, batch.targets) / targets
+        share = token_loss_sum(model, batch.input_ids, batch.targets, batch.positions) / targets
         share.backward()
         loss += share.detach()
     return loss
