@@ -103,8 +103,8 @@ def _check_task(args: argparse.Namespace, chosen: Mapping[str, Any]) -> None:
     """
     if args.task == "sft" and args.packing == "concat":
         raise UserError(
-            "--packing concat with --task sft: dialogues would see each other. Take whole, or truncate, which puts one in "
-            "a sequence."
+            "--packing concat with --task sft: dialogues would see each other. Take whole, or truncate for one in each "
+            "sequence."
         )
     if args.task == "pretrain" and args.packing == "whole":
         raise UserError("--packing whole is for the dialogues of --task sft. Take concat or truncate.")

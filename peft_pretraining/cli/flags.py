@@ -128,8 +128,8 @@ class RunOptions:
         "without such names", unit="PATH", section=DATA,
         shown="the dataset's validation files, else one document in a hundred")
     tokenizer: str | None = option(None, "tokenizer: a sentencepiece .model file, a transformers folder, or a name "
-        "on the hub", unit="NAME|PATH", section=DATA, shown="t5-base; for pydocs its own; for sft that of --continue_from",
-        may_change=True)
+        "on the hub", unit="NAME|PATH", section=DATA,
+        shown="t5-base; for pydocs its own; for sft that of --continue_from", may_change=True)
     max_length: int = option(256, "tokens in a sequence", unit="TOKENS", section=DATA, range=at_least(2))
     packing: str = option("concat", "how documents become sequences. concat: joined by EOS tokens and cut, without "
         "padding or loss; truncate: one document per sequence, cut or padded, as the reference does; whole: as many "
@@ -184,8 +184,9 @@ class RunOptions:
         shown="0; for --peft relora a tenth of a cycle, at most 100")
 
     peft: str | None = option(None, "what replaces the attention and MLP matrices; embeddings, norms and head train "
-        "in full, unless --peft_only. lora: frozen initial weights plus a product of rank --rank; relora: the same, merged and restarted "
-        "every --reset_every; low_rank: the product alone", section=ADAPTERS, choices=KINDS, shown="none")
+        "in full, unless --peft_only. lora: frozen initial weights plus a product of rank --rank; relora: the same, "
+        "merged and restarted every --reset_every; low_rank: the product alone", section=ADAPTERS, choices=KINDS,
+        shown="none")
     peft_alpha: int = option(32, "factor on the product of lora and relora, divided by --rank", unit="FACTOR",
         section=ADAPTERS, range=at_least(1), needs=("peft", "lora"))
     reset_every: int | None = option(None, "updates from one reset of relora to the next; its paper has 5000 in a "

@@ -139,8 +139,8 @@ class Truncate:
         """The sequence of the document, from its first piece."""
         if piece.learned is not None:
             if fits := self.fitting.fit(piece):
-                tokens = to_sequence(fits.ids, length=self.length, pad_id=self.pad_id, learned=fits.learned)
-                yield Sequence(tokens, piece.position.after(), too_long=self.fitting.take())
+                row = to_sequence(fits.ids, length=self.length, pad_id=self.pad_id, learned=fits.learned)
+                yield Sequence(row, piece.position.after(), too_long=self.fitting.take())
         elif piece.position.piece == 0:
             tokens = [*piece.ids[: self.length].tolist(), *[self.eos_id] * piece.last][: self.length]
             yield Sequence(to_sequence(tokens, length=self.length, pad_id=self.pad_id), piece.position.after())

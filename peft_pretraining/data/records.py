@@ -11,7 +11,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -213,7 +213,7 @@ def _parquet_records(path: Path, start: int, text_field: str | None) -> Iterator
     try:
         with path.open("rb") as raw, pyarrow.parquet.ParquetFile(raw) as file:
             names = file.schema_arrow.names
-            column, *inner = [text_field] if text_field in names or text_field is None else text_field.split(".")
+            column, *inner = _column(text_field, names)
             if column is not None and column not in names:
                 yield Record(b"", path, 1, f'{path} has no "{text_field}" column (columns: {", ".join(names)}).')
                 return
@@ -236,7 +236,12 @@ def _parquet_records(path: Path, start: int, text_field: str | None) -> Iterator
         raise _Damaged(max(row, start - 1), error) from error
 
 
-def _cells(column: Any, inner: list[str]) -> list[Any]:
+def _column(text_field: str | None, names: list[str]) -> tuple[Any, ...]:
+    """The column that holds a field, and the names that lead to it from there; None for all columns."""
+    return (text_field,) if text_field is None or text_field in names else tuple(text_field.split("."))
+
+
+def _cells(column: Any, inner: Sequence[str]) -> list[Any]:
     """Text as bytes, so that one cell of bad UTF-8 spoils only itself; other kinds as they are. Null is no text."""
     import pyarrow
 

@@ -5,10 +5,10 @@
     low_rank   W = B A                     no W0; both factors are trained
 
 Embedding, norms, biases and head train in full, or with `only` stay as they are, which is usual in fine-tuning. W0 of
-LoRA may be quantized: it is never written (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, there in NF4). Sources: Hu et al. 2021 (arXiv 2106.09685), Lialin et al. 2023 (arXiv
-2307.05695), Kamalakara et al. 2022 (arXiv 2209.13569). As in GaLore's tables, ReLoRA has no full-rank warm start; but
-where those have a dropout of 0.05 before A, there is none here. ReLoRA's paper prunes the optimizer's state by 99%;
-here it goes whole.
+LoRA may be quantized: it is never written (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, there in NF4). Sources: Hu et
+al. 2021 (arXiv 2106.09685), Lialin et al. 2023 (arXiv 2307.05695), Kamalakara et al. 2022 (arXiv 2209.13569). As in
+GaLore's tables, ReLoRA has no full-rank warm start; but where those have a dropout of 0.05 before A, there is none
+here. ReLoRA's paper prunes the optimizer's state by 99%; here it goes whole.
 
 LoRA's modules are peft's, which is imported only to build them. The factors have the dtype of the model.
 """

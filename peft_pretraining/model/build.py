@@ -160,7 +160,8 @@ def weight_quantizer(args: argparse.Namespace, *, groups: Sequence[ParameterGrou
 
     def finish(name: str, module: nn.Module) -> None:
         kind = kinds.get(f"{name.removesuffix(BASE)}.weight", "")
-        if bits.get(kind) is not None:
+        own = "weight" in dict(module.named_parameters(recurse=False))  # around W0, LoRA's module shows it as its own
+        if own and bits.get(kind) is not None:
             quantize_module_weight(
                 module,
                 bits=bits[kind],
