@@ -107,12 +107,10 @@ def insert(model: PreTrainedModel, adapters: Adapters) -> None:
 
     Raises UserError if the package peft is needed and missing.
     """
-    names = [name for group in split_parameters(model) if group.kind == "matrix" for name in group.names]
-    ranks = {name: min(adapters.rank, *model.get_parameter(name).shape) for name in names}
     if adapters.kind in LORA_KINDS:
-        _insert_lora(model, ranks, alpha=adapters.alpha)
+        _insert_lora(model, adapters)
     else:
-        for name, rank in ranks.items():
+        for name, rank in _ranks(model, adapters).items():
             module = name.removesuffix(".weight")
             linear = model.get_submodule(module)
             assert isinstance(linear, nn.Linear)
@@ -121,20 +119,36 @@ def insert(model: PreTrainedModel, adapters: Adapters) -> None:
         p.requires_grad_(is_factor(name) if adapters.only else not name.endswith(f"{BASE}.weight"))
 
 
-def _insert_lora(model: PreTrainedModel, ranks: Mapping[str, int], *, alpha: int) -> None:
+def _ranks(model: PreTrainedModel, adapters: Adapters) -> dict[str, int]:
+    """The rank of each matrix's factors, by the name of its weight in a model without adapters."""
+    names = [name for group in split_parameters(model) if group.kind == "matrix" for name in group.names]
+    return {name: min(adapters.rank, *model.get_parameter(name).shape) for name in names}
+
+
+def lora_config(model: PreTrainedModel, adapters: Adapters, **options: Any) -> Any:
+    """peft's configuration of the adapters of a model, which has none yet. options: further fields of it.
+
+    Raises UserError if the package peft is missing.
+    """
     try:
-        from peft import LoraConfig, inject_adapter_in_model
+        from peft import LoraConfig
     except ImportError as error:
         raise UserError(f"--peft lora and relora need the package peft ({error}): pip install peft.") from error
     # Layers are alike: q_proj and its kin say which rank.
-    by_kind = {name.split(".")[-2]: rank for name, rank in ranks.items()}
-    config = LoraConfig(
+    by_kind = {name.split(".")[-2]: rank for name, rank in _ranks(model, adapters).items()}
+    return LoraConfig(
         r=max(by_kind.values()),
-        lora_alpha=alpha,
+        lora_alpha=adapters.alpha,
         target_modules=list(by_kind),
         rank_pattern=by_kind,
-        init_lora_weights=False,
+        **options,
     )
+
+
+def _insert_lora(model: PreTrainedModel, adapters: Adapters) -> None:
+    config = lora_config(model, adapters, init_lora_weights=False)
+    from peft import inject_adapter_in_model
+
     dtype = model.dtype
     with torch.device("meta"):
         inject_adapter_in_model(config, model)
