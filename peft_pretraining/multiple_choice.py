@@ -1,6 +1,6 @@
-"""Few-shot multiple choice by likelihood, in MMLU's files: `python -m peft_pretraining.multiple_choice MODEL DATA`.
+"""Few-shot multiple choice by likelihood, in MMLU's files: `python -m peft_pretraining.multiple_choice --model DIR --data DIR`.
 
-DATA has the folders dev, val and test with a file SUBJECT_dev.csv, SUBJECT_val.csv, SUBJECT_test.csv for each subject,
+--data has the folders dev, val and test with a file SUBJECT_dev.csv, SUBJECT_val.csv, SUBJECT_test.csv for each subject,
 whose rows are question, A, B, C, D, answer. The prompt is that of Hendrycks et al. 2021 (arXiv 2009.03300), whose
 evaluation also takes the letter that is the most likely to follow it:
 
@@ -216,10 +216,9 @@ def summarize(scores: dict[str, Score]) -> dict[str, object]:
 def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m peft_pretraining.multiple_choice", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add(
-        "model", type=Path, metavar="MODEL", help="a transformers folder, a checkpoint, or a run: its newest checkpoint"
-    )
-    add("data", type=Path, metavar="DATA", help="the folder that has dev, val and test")
+    found = "a transformers folder, a checkpoint, or a run: its newest checkpoint"
+    add("--model", type=Path, required=True, metavar="DIR", help=found)
+    add("--data", type=Path, required=True, metavar="DIR", help="the folder that has dev, val and test")
     add("--split", choices=("test", "val", "dev"), default="test", help="the questions to be asked (default: test)")
     add("--shots", type=int, default=SHOTS, metavar="N", help=f"answered questions of dev in front (default: {SHOTS})")
     add("--subjects", metavar="A,B", help="only these (default: all)")
@@ -260,8 +259,10 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     result = {"model": str(args.model), "split": args.split, "shots": args.shots} | summarize(scores)
     rows = [{"subject": name, "questions": s.questions, "accuracy": f"{s.accuracy:.4f}"} for name, s in scores.items()]
     print(format_table(rows))
-    print(f"accuracy {result['accuracy']:.4f} over {result['questions']} questions; {result['mean_of_subjects']:.4f} as "
-          f"the mean of {len(scores)} subjects")  # fmt: skip
+    print(
+        f"accuracy {result['accuracy']:.4f} over {result['questions']} questions; "
+        f"{result['mean_of_subjects']:.4f} as the mean of {len(scores)} subjects"
+    )
     if args.output:
         args.output.write_text(json.dumps(result, indent=2) + "\n")
     return result
