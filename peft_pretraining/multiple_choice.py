@@ -1,8 +1,9 @@
-"""Few-shot multiple choice by likelihood, in MMLU's files: `python -m peft_pretraining.multiple_choice --model DIR --data DIR`.
+"""Few-shot multiple choice by likelihood, on files in MMLU's format.
 
---data has the folders dev, val and test with a file SUBJECT_dev.csv, SUBJECT_val.csv, SUBJECT_test.csv for each subject,
-whose rows are question, A, B, C, D, answer. The prompt is that of Hendrycks et al. 2021 (arXiv 2009.03300), whose
-evaluation also takes the letter that is the most likely to follow it:
+`python -m peft_pretraining.multiple_choice --model DIR --data DIR`: --data has the folders dev, val and test, and in
+each a file SUBJECT_dev.csv, SUBJECT_val.csv or SUBJECT_test.csv a subject, whose rows are question, A, B, C, D, answer.
+The prompt is that of Hendrycks et al. 2021 (arXiv 2009.03300), whose evaluation also takes the letter that is the most
+likely to follow it:
 
     The following are multiple choice questions (with answers) about SUBJECT.
 
