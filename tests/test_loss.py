@@ -155,3 +155,26 @@ def test_chunks_suit_the_vocabulary():
     assert rows_per_chunk(32_000) == 512
     assert rows_per_chunk(4_096) == 4_096
     assert rows_per_chunk(1_000_000) == 64
+
+
+class Shapes(TorchDispatchMode):
+    """Notes the shapes of all that is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.seen |= {tuple(result.shape)} if isinstance(result, torch.Tensor) else set()
+        return result
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_frozen_head_has_no_gradient_and_none_is_computed(frozen):
+    h, weight, targets = operands()
+    (d_h,) = torch.autograd.grad(whole_loss(h, weight, targets), h)
+    with Shapes() as shapes:
+        head_loss_sum(h, weight.detach() if frozen else weight, targets, chunk_rows=16).backward()
+    torch.testing.assert_close(h.grad, d_h, rtol=1e-10, atol=1e-10)
+    assert ((VOCAB, HIDDEN) in shapes.seen) == (not frozen)

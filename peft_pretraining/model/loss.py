@@ -49,6 +49,7 @@ from qgalore.storage.chunks import on_cpu, row_chunks
 from qgalore.storage.quantized_weight import QuantizedWeight
 
 PRODUCT_ELEMENTS = 1 << 22  # of dW, made at once before they are added
+Gradients = tuple[Tensor, Tensor | None]  # dH, and dW where the head is trained
 SHARDED = "_sharded_token_loss"  # the attribute of a model that FSDP2 has spread: the module whose forward is its loss
 CHUNK_ELEMENTS = 1 << 24  # logits held at once: 64 MB in float32, 512 rows of a vocabulary of 32000
 
@@ -131,12 +132,15 @@ def rows_per_chunk(vocab_size: int) -> int:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Makes the gradients in forward. They are the caller's only copy, so backward runs once."""
+    """Makes the gradients in forward. They are the caller's only copy, so backward runs once.
+
+    That of a frozen weight is not made: dW in float32 would be the largest tensor of fine-tuning with adapters.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int) -> Tensor:
         d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=_wide(weight.dtype))
+        d_weight = torch.zeros_like(weight, dtype=_wide(weight.dtype)) if ctx.needs_input_grad[1] else None
         ctx.gradients = d_hidden, d_weight
         loss = _head_loss(hidden, weight, targets, chunk_rows, gradients=ctx.gradients)
         ctx.finite = loss.isfinite()
@@ -144,19 +148,20 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         if ctx.gradients is None:
             raise RuntimeError("head_loss_sum: backward a second time; its gradients were handed over the first time")
         (d_hidden, d_weight), ctx.gradients = ctx.gradients, None
         # Whoever sums gradients over the ranks must learn of a loss that is not finite.
         d_loss = torch.where(ctx.finite, d_loss, math.nan)
-        return d_hidden.mul_(d_loss), d_weight.mul_(d_loss).to(d_hidden.dtype), None, None
+        d_weight = None if d_weight is None else d_weight.mul_(d_loss).to(d_hidden.dtype)
+        return d_hidden.mul_(d_loss), d_weight, None, None
 
 
 def _head_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int, *, gradients: tuple[Tensor, Tensor] | None
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int, *, gradients: Gradients | None
 ) -> Tensor:
-    """The loss. Where `gradients` = (d_hidden, d_weight) are given, fills the first and adds to the second."""
+    """The loss. Where `gradients` = (d_hidden, d_weight) are given, fills the first and adds to the second, if any."""
     loss = torch.zeros((), dtype=_wide(hidden.dtype), device=hidden.device)
     # Allocated once: large CPU tensors are fresh pages each time, and touching those costs more than the products.
     product = hidden.new_empty(min(chunk_rows, len(hidden)), len(weight))  # (chunk, vocab)
@@ -178,7 +183,7 @@ def _chunk_loss(
     *,
     product: Tensor,
     logits: Tensor,
-    gradients: tuple[Tensor, Tensor] | None,
+    gradients: Gradients | None,
 ) -> Tensor:
     """_head_loss of one chunk.
 
@@ -197,8 +202,9 @@ def _chunk_loss(
         z *= counted / total
         dz = product.copy_(z.scatter_add_(1, target, -counted.to(z.dtype)))  # (chunk, vocab)
         torch.mm(dz, weight, out=d_hidden)
-        for words in row_chunks(*d_weight.shape, device=dz.device, elements=PRODUCT_ELEMENTS):
-            _add_(d_weight[words], dz[:, words].T @ hidden)
+        if d_weight is not None:
+            for words in row_chunks(*d_weight.shape, device=dz.device, elements=PRODUCT_ELEMENTS):
+                _add_(d_weight[words], dz[:, words].T @ hidden)
     return ((total.log() - chosen) * counted).sum()
 
 
