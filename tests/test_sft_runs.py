@@ -1,57 +1,28 @@
 """Runs of --task sft: begun with a transformers folder, cut in two, on two ranks, in epochs, quantized, exported."""
 
 import json
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 from support.command_line import refusal
-from support.dialogues import CHATML, VOCABULARY, make_chat_folder, sums, turns, write_dialogues
+from support.dialogues import CHATML, sums, turns, write_dialogues
 from support.ranks import run_on_two_ranks
 from support.resumed_runs import INT8, LOW_RANK, assert_halves_make_a_whole
-from support.runs import losses, record, run
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from support.runs import ROOT, losses, record, run
+from support.tuned import Tuned, make_tuned
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import torchrun_main
 from peft_pretraining.checkpoint.weights import load_initial_weights
 from peft_pretraining.export.__main__ import command_line as export
-from peft_pretraining.model.build import build_model
 from peft_pretraining.multiple_choice import open_model
 
 QLORA = dict(optimizer="adamw", peft="lora", rank=8, weight_quant=True, weight_bits=4, weight_group_size=16)
 
 
-@dataclass(frozen=True)
-class Tuned:
-    """A transformers folder with a chat template, and dialogues of small sums, for runs of seconds."""
-
-    base: Path
-    data: Path
-
-    def flags(self, save_dir: Path, **more: object) -> list[str]:
-        """The command line of a short run. A flag with True is a switch; None leaves a flag out."""
-        flags = dict(
-            task="sft", continue_from=self.base, model_config=self.base / "config.json", tokenizer=self.base,
-            dataset=self.data, max_length=192, batch_size=4, num_training_steps=6, lr=0.01, eval_tokens="1K", workers=0,
-            num_threads=1, dtype="float32", wandb_mode="disabled", no_report=True, save_dir=save_dir,
-        )  # fmt: skip
-        given = {name: value for name, value in (flags | more).items() if value is not None}
-        return [part for name, value in given.items() for part in ([f"--{name}"] + [str(value)] * (value is not True))]
-
-
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory) -> Tuned:
-    folder = tmp_path_factory.mktemp("tuned")
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256,
-    )  # fmt: skip
-    make_chat_folder(folder / "base")
-    build_model(config, device="cpu", dtype=torch.float32, seed=3).save_pretrained(folder / "base")
-    write_dialogues(folder / "data" / "train.jsonl", sums(120))
-    write_dialogues(folder / "data" / "valid.jsonl", sums(12, first=200))
-    return Tuned(folder / "base", folder / "data")
+    return make_tuned(tmp_path_factory.mktemp("tuned"))
 
 
 @pytest.mark.parametrize("packing", ["whole", "truncate"])
@@ -133,7 +104,7 @@ def test_lora_trains_its_factors_alone_and_leaves_as_a_model_and_as_adapters(tun
     run(tuned, tmp_path / "full", optimizer="adamw", num_training_steps=1)
     capsys.readouterr()
     message = refusal([tmp_path / "full", tmp_path / "none", "--adapters"], capsys, program=export)
-    assert "--adapters is for runs of --peft lora --peft_only" in message and not (tmp_path / "none").exists()
+    assert "--adapters is for runs of --peft lora --freeze_others" in message and not (tmp_path / "none").exists()
 
 
 def test_qlora_keeps_4_bits_and_exports_what_it_computes(tuned, tmp_path, capsys):
@@ -149,6 +120,20 @@ def test_qlora_keeps_4_bits_and_exports_what_it_computes(tuned, tmp_path, capsys
     model, _ = open_model(tmp_path / "run", device=torch.device("cpu"), dtype=torch.float32)
     for name, weight in AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).named_parameters():
         assert torch.equal(weight, model.get_parameter(name)), name
+
+
+def test_all_but_the_matrices_can_stay_as_they_are(tuned, tmp_path):
+    """Also of GaLore: they have no moments, and a run goes on without them."""
+    method = dict(optimizer="q_galore_adamw8bit_per_layer", freeze_others=True, **LOW_RANK, **INT8)
+    assert_halves_make_a_whole(tuned, tmp_path, **method)
+    (start,) = record(tmp_path / "whole", "start")
+    assert [group["name"] for group in start["groups"]] == ["attention and MLP", "frozen"]
+    before, after = (
+        dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_parameters())
+        for folder in (tuned.base, tmp_path / "whole" / "model")
+    )
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same == {name for name in before if "self_attn" not in name and "mlp" not in name}
 
 
 def test_dialogues_that_are_too_long_are_counted(tuned, tmp_path):
@@ -191,3 +176,21 @@ def test_a_text_is_no_dialogue(tuned, tmp_path, capsys):
     path.write_text(json.dumps({"text": "a"}) + "\n")
     message = refusal(tuned.flags(tmp_path / "out", dataset=path, validation=path), capsys)
     assert f"{path} line 1: no dialogue (fields: text)" in message
+
+
+def test_commands_of_the_page_run(tuned, tmp_path):
+    """As they stand there, with shorter arguments after them."""
+    page = (ROOT / "docs" / "finetuning.md").read_text()
+    commands = [line.split() for line in page.splitlines() if "torchrun_main.py --task sft" in line]
+    assert len(commands) == 2
+    for number, words in enumerate(commands):
+        more = tuned.flags(tmp_path / str(number), model_config=None, tokenizer=None, num_training_steps=2)
+        assert torchrun_main.command_line([*words[words.index("torchrun_main.py") + 1 :], *more]) == 0
+        assert len(losses(tmp_path / str(number))) == 2
+
+
+@pytest.mark.slow
+def test_compiled_packed_dialogues_have_the_losses_of_eager_ones(tuned, tmp_path):
+    run(tuned, tmp_path / "eager", optimizer="adamw", activation_checkpointing=True)
+    run(tuned, tmp_path / "compiled", optimizer="adamw", activation_checkpointing=True, compile=True)
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), abs=1e-3)

@@ -115,8 +115,8 @@ def _check_task(args: argparse.Namespace, chosen: Mapping[str, Any]) -> None:
         )
     if any(chosen.get(name) is not None for name in LENGTHS if name != "num_train_epochs"):
         args.num_train_epochs = None
-    if args.peft_only is None:
-        args.peft_only = args.task == "sft" and args.peft in LORA_KINDS
+    if args.freeze_others is None:
+        args.freeze_others = args.task == "sft" and args.peft in LORA_KINDS
 
 
 def default_tokenizer(dataset: str) -> str:
@@ -276,6 +276,8 @@ def _complete_parallel(args: argparse.Namespace, given: argparse.Namespace) -> N
     if args.parallel == "ddp":
         return
     mode = f"--parallel {args.parallel}"
+    if args.freeze_others:
+        raise UserError(f"{mode} with --freeze_others: rows of frozen weights are not spread. Leave one of them out.")
     recipe, told = find_recipe(args.optimizer), f"{mode} with --optimizer {args.optimizer}"
     if args.peft is not None:
         raise UserError(f"{mode} with --peft {args.peft}: adapters are small. Leave out --parallel.")

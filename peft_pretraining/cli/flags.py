@@ -143,6 +143,9 @@ class RunOptions:
         "16GiB or auto; chooses --batch_size and what saves memory without changing results, where they are not given, "
         "by planning; what changes results only if --allow_changed names it", unit="MEMORY", section=TRAINING,
         parse=parse_memory, shown="nothing is chosen", may_change=True)
+    freeze_others: bool | None = option(None, "leave embeddings, norms and head as they are: only the attention and "
+        "MLP matrices are trained, or the factors that --peft puts in their place; the default for --peft lora with "
+        "--task sft", section=TRAINING)
     gradient_accumulation: int | None = option(None, "micro-batches per update and process", unit="MICRO-BATCHES",
         section=TRAINING, range=at_least(1), shown="as --total_batch_size implies, else 1", may_change=True)
     total_batch_size: int | None = option(None, "sequences per update, over all processes", unit="SEQUENCES",
@@ -184,15 +187,13 @@ class RunOptions:
         shown="0; for --peft relora a tenth of a cycle, at most 100")
 
     peft: str | None = option(None, "what replaces the attention and MLP matrices; embeddings, norms and head train "
-        "in full, unless --peft_only. lora: frozen initial weights plus a product of rank --rank; relora: the same, "
-        "merged and restarted every --reset_every; low_rank: the product alone", section=ADAPTERS, choices=KINDS,
-        shown="none")
+        "in full, unless --freeze_others. lora: frozen initial weights plus a product of rank --rank; relora: the "
+        "same, merged and restarted every --reset_every; low_rank: the product alone", section=ADAPTERS,
+        choices=KINDS, shown="none")
     peft_alpha: int = option(32, "factor on the product of lora and relora, divided by --rank", unit="FACTOR",
         section=ADAPTERS, range=at_least(1), needs=("peft", "lora"))
     reset_every: int | None = option(None, "updates from one reset of relora to the next; its paper has 5000 in a "
         "run of 20,000", unit="UPDATES", section=ADAPTERS, range=at_least(2), shown="none", needs=("peft",))
-    peft_only: bool | None = option(None, "train the factors of lora alone, so that embeddings, norms and head stay "
-        "as they are; for --task sft that is the default", section=ADAPTERS, needs=("peft", "lora"))
     weight_quant: bool = option(False, "keep the attention and MLP weights in --weight_bits, without another copy",
         section=QUANTIZATION)
     weight_bits: int = option(8, "bits of a quantized weight, 8 or 4", unit="BITS", section=QUANTIZATION,

@@ -141,7 +141,9 @@ def chat_tokenizer(tokenizer: Tokenizer, *, vocab_size: int) -> TransformersToke
     if not inner.is_fast:
         raise UserError(f"--tokenizer {tokenizer.name}: --task sft needs a folder with a tokenizer.json.")
     if not inner.chat_template:
-        logger.info(f"{tokenizer.name} has no chat template: turns get headings such as '### user:', see docs/data.md")
+        logger.info(
+            f"{tokenizer.name} has no chat template: turns get headings such as '### user:', see docs/finetuning.md"
+        )
         inner.chat_template = DEFAULT_TEMPLATE
     dialogue = ChatTemplate(tokenizer).render(SAMPLE)
     (ids, learned), *_ = encode_dialogues(tokenizer, [dialogue])

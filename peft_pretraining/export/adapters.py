@@ -30,8 +30,8 @@ def export_adapters(checkpoint: Path, out: Path) -> None:
     adapters = Adapters.of(args)
     if adapters is None or adapters.kind != "lora" or not adapters.only:
         raise UserError(
-            f"{opened.folder}: --adapters is for runs of --peft lora --peft_only, which train nothing else. Leave it "
-            "out for a model with everything merged."
+            f"{opened.folder}: --adapters is for runs of --peft lora --freeze_others, which train nothing else. Leave "
+            "it out for a model with everything merged."
         )
     weights = open_checkpoint(opened.folder)
     base = args.get("continue_from")

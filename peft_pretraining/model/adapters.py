@@ -59,7 +59,7 @@ class Adapters:
         """The adapters that the arguments of a run, or those in a checkpoint, ask for; None for no adapters."""
         if args.get("peft") is None:
             return None
-        return cls(args["peft"], args["rank"], args["peft_alpha"], args["reset_every"], bool(args.get("peft_only")))
+        return cls(args["peft"], args["rank"], args["peft_alpha"], args["reset_every"], bool(args.get("freeze_others")))
 
     def describe(self) -> str:
         """A description in a few words, for the table of parameter groups."""

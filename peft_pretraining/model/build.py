@@ -127,11 +127,20 @@ def prepare_model(
         finish=weight_quantizer(args, groups=split_parameters(meta_model(config))) if args.weight_quant else None,
         layer_done=done,
     )
+    freeze_by_flags(model, args)
     if sharding is not None:
         sharding.shard_rest(model)
     if args.compile:
         compile_layers(model)
     return model
+
+
+def freeze_by_flags(model: PreTrainedModel, args: argparse.Namespace) -> None:
+    """Freezes all but the matrices with --freeze_others. Adapters have seen to it themselves."""
+    if args.freeze_others and args.peft is None:
+        for group in split_parameters(model):
+            for p in group.parameters:
+                p.requires_grad_(group.kind == "matrix")
 
 
 def check_compiler(device: torch.device) -> None:

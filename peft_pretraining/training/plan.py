@@ -29,7 +29,7 @@ from peft_pretraining.distributed import World
 from peft_pretraining.errors import UserError
 from peft_pretraining.export.tokenizer import to_transformers
 from peft_pretraining.model.adapters import Adapters
-from peft_pretraining.model.build import check_compiler, meta_model, prepare_model
+from peft_pretraining.model.build import check_compiler, freeze_by_flags, meta_model, prepare_model
 from peft_pretraining.model.config import read_config
 from peft_pretraining.model.dtypes import DTYPES, resolve_dtype
 from peft_pretraining.model.sharding import Sharding, check_rows, is_sharded
@@ -86,6 +86,7 @@ def make_plan(args: argparse.Namespace, *, world: World, cleanup: ExitStack) -> 
     if args.num_train_epochs is not None:
         set_length(args, updates=updates_of_epochs(args, config=config))
     structure = meta_model(config, adapters=Adapters.of(vars(args)))
+    freeze_by_flags(structure, args)
     groups = describe_groups(structure, args)
     check_sharding(args, model=structure, ranks=world.rows_over(args.parallel))
     log_plan(args, groups=groups, dtype=dtype, world=world)
@@ -192,11 +193,8 @@ def describe_groups(model: nn.Module, args: argparse.Namespace) -> list[dict[str
         quantized = args.weight_quant and adapters is None and bits is not None and group.kind != "norm"
         weights = f"INT{bits} weights, " if quantized else ""
         rows.append((group, weights + recipe.describe(group, settings, unprojected=unprojected)))
-    kept = (
-        "nothing"
-        if adapters is None
-        else adapters.describe_frozen(bits=args.weight_bits if args.weight_quant else None)
-    )
+    bits = args.weight_bits if args.weight_quant else None
+    kept = "nothing" if adapters is None else adapters.describe_frozen(bits=bits)
     rows += [(group, kept) for group in frozen_parameters(model)]
     return [
         {"name": group.name, "tensors": len(group.parameters), "elements": group.elements, "trained_by": trained_by}
