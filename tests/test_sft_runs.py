@@ -37,10 +37,11 @@ def test_quantized_adapters_go_on_exactly_too(tuned, tmp_path):
     assert_halves_make_a_whole(tuned, tmp_path, **QLORA)
 
 
-def test_two_ranks_have_the_losses_of_one(tuned, tmp_path):
-    flags = dict(num_training_steps=4, optimizer="adamw")
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_two_ranks_have_the_losses_of_one(tuned, tmp_path, parallel):
+    flags = dict(num_training_steps=4, optimizer="galore_adamw", rank=8, proj_type="right")
     run(tuned, tmp_path / "one", **flags)
-    done = run_on_two_ranks(tuned.flags(tmp_path / "two", **flags | dict(batch_size=2)))
+    done = run_on_two_ranks(tuned.flags(tmp_path / "two", **flags | dict(batch_size=2, parallel=parallel)))
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=2e-5)
 

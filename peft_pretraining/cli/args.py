@@ -349,6 +349,7 @@ def _conditions(args: argparse.Namespace, recipe: Recipe) -> dict[str, tuple[boo
         "computed": (args.proj_type != "random", proj_type),
         "packed": (args.proj_quant, "without --proj_quant"),
         "lazy": (args.cos_threshold is not None or recipe.lazy_threshold is not None, "without --cos_threshold"),
+        "texts": (args.task == "pretrain", f"with --task {args.task}"),
         "weight_quant": (args.weight_quant, "without --weight_quant"),
         "recomputes": (args.activation_checkpointing, "without --activation_checkpointing"),
         "peft": (args.peft is not None, "without --peft"),

@@ -123,7 +123,7 @@ class RunOptions:
         "files; or a folder of tokens from scripts/tokenize_corpus.py",
         unit="NAME|PATH", section=DATA, may_change=True)
     text_field: str = option("text", "field or column of local files that holds the text; dots lead into nested "
-        "objects", unit="NAME", section=DATA)
+        "objects", unit="NAME", section=DATA, needs=("texts",))
     validation: str | None = option(None, "validation text, given like --dataset; all files of a folder "
         "without such names", unit="PATH", section=DATA,
         shown="the dataset's validation files, else one document in a hundred")

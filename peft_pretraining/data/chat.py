@@ -10,7 +10,6 @@ learned if any of its characters belong to an answer.
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -120,11 +119,10 @@ def _learned(offsets: Sequence[tuple[int, int]], answers: Sequence[tuple[int, in
 
     offsets: begin and end of each token in the text.
     """
-    ends = [end for _, end in answers]
+    begins, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T  # (n,)
     learned = np.zeros(len(offsets), dtype=bool)
-    for i, (begin, end) in enumerate(offsets):
-        answer = bisect.bisect_right(ends, begin)  # the first one that ends behind the token's begin
-        learned[i] = answer < len(answers) and max(begin, answers[answer][0]) < end
+    for begin, end in answers:
+        learned |= (begins < end) & (ends > begin)
     return learned
 
 

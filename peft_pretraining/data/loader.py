@@ -152,7 +152,7 @@ def _collate(
         yield replace(
             Batch.of(tokens, epoch=max(sequence.position.epoch for sequence in chosen)),
             position=replace(progress, readers=tuple(positions), sequences=had),
-            too_long=reduce(TooLong.plus, (sequence.too_long for sequence in chosen)),
+            too_long=reduce(TooLong.plus, (one.too_long for one in chosen if any(one.too_long)), TooLong()),
             skipped=tuple(reason for sequence in chosen for reason in sequence.skipped),
         )
 

@@ -20,7 +20,7 @@ Packing = Literal["concat", "truncate", "whole"]
 
 CHUNK = 64  # documents given to the tokenizer at a time
 PIECE = 1_000_000  # characters: a longer document is tokenized in pieces, a chunk is no longer by more than one
-MAX_LEFT_OUT = 1000  # dialogues in a row that are too long, after which none may ever fit
+MAX_LEFT_OUT = 200  # dialogues in a row that are too long, after which none may ever fit
 
 
 class Piece(NamedTuple):
