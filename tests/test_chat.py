@@ -18,6 +18,13 @@ LLAMA2 = (
     "{% elif message.role == 'assistant' %}{{ ' ' + message.content + ' ' + eos_token }}"
     "{% else %}{{ raise_exception('Only user and assistant take turns') }}{% endif %}{% endfor %}"
 )
+# ChatML again, with the assistant's part marked.
+MARKED = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}"
+    "{% if message.role == 'assistant' %}{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message.content + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 # In the image of Qwen 3's: thoughts are dropped as soon as the dialogue goes on.
 FORGETFUL = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}"
@@ -54,6 +61,17 @@ def test_token_ids_are_those_of_transformers(chat):
     assert ids.tolist() == theirs
     asked = chat.tokenizer.apply_chat_template(messages[:2], add_generation_prompt=True, return_dict=True)["input_ids"]
     assert ids[: len(asked)].tolist() == asked and not learned[: len(asked)].any() and learned[len(asked)]
+
+
+def test_the_mask_is_the_one_that_a_marked_template_gives_transformers(tmp_path):
+    """Templates with {% generation %} say themselves what is learned; the prompts say the same here."""
+    chat = load_chat(make_chat_folder(tmp_path / "marked", template=MARKED))
+    messages = turns("system", "s", "user", "q", "assistant", "first", "user", "r", "assistant", "second")
+    ((ids, learned),) = encode_dialogues(chat, [ChatTemplate(chat).render(messages)])
+    options = dict(tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    theirs = chat.tokenizer.apply_chat_template(messages, **options)
+    assert sum(theirs["assistant_masks"]) == len("first") + len("second") + 2
+    assert theirs["input_ids"] == ids.tolist() and theirs["assistant_masks"] == learned.astype(int).tolist()
 
 
 def test_calls_of_tools_are_learned_and_their_results_are_not(chat):
