@@ -135,7 +135,8 @@ def test_a_dialogue_that_is_too_long_ends_after_the_last_answer_that_fits():
     whole = Whole(length=9, pad_id=0)
     assert list(whole.add(dialogue(3, 2, 3, 2))) == []  # 10 ids take 9 places
     (full,) = whole.add(dialogue(3, 2, 3, 3, place=1))
-    assert full.tokens[0].tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9] and full.too_long == TooLong(shortened=1)
+    assert full.tokens[0].tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9] and full.too_long == TooLong()
+    assert whole.too_long == TooLong(shortened=1)
     (rest,) = whole.end()
     assert rest[1].tolist() == [IGNORED, IGNORED, 4, 5] + [IGNORED] * 5
 
@@ -143,8 +144,8 @@ def test_a_dialogue_that_is_too_long_ends_after_the_last_answer_that_fits():
 def test_answers_are_whole_or_their_dialogue_is_left_out():
     packers = Whole(length=6, pad_id=0), Truncate(length=6, eos_id=0, pad_id=0)
     for packer in packers:
-        assert list(packer.add(dialogue(6, 2))) == [] and packer.fitting.take() == TooLong(left_out=1)
-        assert list(packer.end()) == []
+        assert list(packer.add(dialogue(6, 2))) == list(packer.end()) == []
+    assert packers[0].too_long == packers[1].fitting.take() == TooLong(left_out=1)
     (kept,) = packers[1].add(dialogue(5, 2, 1, 4, place=3))
     assert kept.tokens.tolist() == [[1, 2, 3, 4, 5, 6], [IGNORED] * 4 + [6, 7]]
     assert kept.position == Position(document=4) and kept.too_long == TooLong(shortened=1)
@@ -170,6 +171,8 @@ def test_a_packed_sequence_to_the_token():
         [0, 1, 2, 0, 1, 0, 1, 2, 3, 4],
     ]
     assert sequence.position == Position(document=7), "the next dialogue is read again"
+    (sequence,) = whole.add(dialogue(4, 4)._replace(position=Position(epoch=1)))
+    assert (sequence.epoch, sequence.position.epoch) == (0, 1), "whose epoch does not count yet"
 
 
 def test_a_mask_of_blocks():
@@ -218,15 +221,17 @@ def test_a_run_goes_on_in_mid_epoch_where_it_was(opened, chat, packing):
     """With bad and long dialogues on the way, each of which is counted once."""
     records = sums(150)
     records[20], records[40] = {"text": "bad"}, {"messages": turns("user", "x" * 300, "assistant", "long")}
+    for i in range(60, 100, 4):
+        records[i]["messages"] += turns("user", "x" * 200, "assistant", "too long")
     open_ = partial(train_batches, opened(records), chat, batch_size=2, max_length=LENGTH, packing=packing)
     straight = take(open_(), 80)
-    position = straight[10].position.to_json()
-    json.dumps(position)
-    resumed = take(open_(resume=position), 69)
-    assert told(resumed) == told(straight[11:])
-    assert [b.skipped for b in resumed] == [b.skipped for b in straight[11:]]
-    assert [b.too_long for b in resumed] == [b.too_long for b in straight[11:]]
-    assert any(b.skipped for b in straight) and sum(b.too_long[1] for b in straight)
+    for done in (11, 17, 30):
+        position = json.loads(json.dumps(straight[done - 1].position.to_json()))
+        resumed = take(open_(resume=position), 80 - done)
+        assert told(resumed) == told(straight[done:])
+        assert [b.skipped for b in resumed] == [b.skipped for b in straight[done:]]
+        assert [b.too_long for b in resumed] == [b.too_long for b in straight[done:]]
+    assert any(b.skipped for b in straight) and all(map(any, zip(*(b.too_long for b in straight), strict=True)))
 
 
 @pytest.mark.parametrize("packing", ["whole", "truncate"])

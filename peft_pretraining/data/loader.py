@@ -150,7 +150,7 @@ def _collate(
         had += batch_size * step
         tokens = torch.from_numpy(np.stack([sequence.tokens for sequence in chosen]))  # (B, 2, L) int32
         yield replace(
-            Batch.of(tokens, epoch=max(sequence.position.epoch for sequence in chosen)),
+            Batch.of(tokens, epoch=max(one.position.epoch if one.epoch is None else one.epoch for one in chosen)),
             position=replace(progress, readers=tuple(positions), sequences=had),
             too_long=reduce(TooLong.plus, (one.too_long for one in chosen if any(one.too_long)), TooLong()),
             skipped=tuple(reason for sequence in chosen for reason in sequence.skipped),

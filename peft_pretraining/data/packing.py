@@ -57,12 +57,15 @@ class Sequence(NamedTuple):
     tokens: (2, L) int32, input ids above targets; or (3, L), with the place of each id in its dialogue below.
     position: position of the reader after this sequence.
     skipped: one line for each document that was skipped since the reader's previous sequence.
+    too_long: dialogues that were too long since then.
+    epoch: the latest epoch that a document of it comes from; None for that of the position.
     """
 
     tokens: np.ndarray
     position: Position
     skipped: tuple[str, ...] = ()
     too_long: TooLong = TooLong()
+    epoch: int | None = None
 
 
 class Packer(Protocol):
@@ -166,6 +169,7 @@ class Whole:
         self.pad_id = pad_id
         self.fitting = Fitting(length)
         self.waiting: list[Piece] = []
+        self.too_long = TooLong()  # among those that wait, and those left out between them
 
     def add(self, piece: Piece) -> Iterator[Sequence]:
         """The sequence of what waits, if the piece does not fit beside it.
@@ -173,12 +177,14 @@ class Whole:
         Its position is where the piece begins. So nothing waits in a run that goes on from there.
         """
         fits = self.fitting.fit(piece)
-        if fits is None:
-            return
-        if sum(len(each.ids) - 1 for each in self.waiting) + len(fits.ids) - 1 > self.length:
-            yield Sequence(self._tokens(), piece.position, too_long=self.fitting.take())
-            self.waiting = []
-        self.waiting.append(fits)
+        if fits and sum(len(each.ids) - 1 for each in (*self.waiting, fits)) > self.length:
+            epoch = self.waiting[-1].position.epoch
+            yield Sequence(self._tokens(), piece.position, too_long=self.too_long, epoch=epoch)
+            self.waiting, self.too_long = [], TooLong()
+        # Counted with its own sequence: a run that goes on before it counts it again.
+        self.too_long = self.too_long.plus(self.fitting.take())
+        if fits:
+            self.waiting.append(fits)
 
     def end(self) -> Iterator[np.ndarray]:
         """See Packer."""
