@@ -41,7 +41,7 @@ from peft_pretraining.training.memory_report import log_memory, watch_memory
 from peft_pretraining.training.metrics import set_up_log
 from peft_pretraining.training.plan import make_plan, open_model, open_run, open_validation
 from peft_pretraining.training.replicas import check_replicas
-from peft_pretraining.training.report import evaluate_and_log, log_step, report_end
+from peft_pretraining.training.report import count_too_long, evaluate_and_log, log_step, report_end
 from peft_pretraining.training.run import Run, State
 from peft_pretraining.training.saving import begin, give_up, last_checkpoint, leave_time_to_save, save, save_result
 from qgalore.factory import set_lr
@@ -136,13 +136,15 @@ def train_step(run: Run) -> None:
     skipped = [line for batch in micro_batches for line in batch.skipped]
     leave_time_to_save(run, update_seconds=time.monotonic() - began)
     # One all-reduce for everything that the ranks must agree on.
-    told = torch.tensor([float(loss), run.interruption.requested, len(skipped)], dtype=torch.float64)
-    total, stops, bad_documents = run.world.sum(told).tolist()
+    too_long = [sum(counts) for counts in zip(*(batch.too_long for batch in micro_batches), strict=True)]
+    told = torch.tensor([float(loss), run.interruption.requested, len(skipped), *too_long], dtype=torch.float64)
+    total, stops, bad_documents, *too_long = run.world.sum(told).tolist()
     run.stopping = stops > 0
     log_step(run, loss=total, outcome=outcome, batch=micro_batches[-1], targets=targets, began=began)
     if run.memory is not None:
         evaluated = state.evaluation is not None
         run.memory.after_update(run.record, update=state.update, optimizer=run.updates.optimizer, evaluated=evaluated)
+    count_too_long(run, *map(int, too_long))
     react(run, loss=total, outcome=outcome, skipped=skipped, bad_documents=bad_documents > 0)
 
 

@@ -267,7 +267,12 @@ def test_relora_completes_the_schedule():
 
 def test_what_cannot_be_had_with_adapters_is_refused():
     assert "which projects gradients" in flags_refusal("--peft", "lora", "--optimizer", "galore_adamw")
-    assert "--weight_quant" in flags_refusal("--peft", "lora", "--optimizer", "adamw8bit", "--weight_quant")
+    for kind, more in (("low_rank", ()), ("relora", ("--reset_every", 9))):
+        refused = flags_refusal("--peft", kind, "--optimizer", "adamw8bit", "--weight_quant", *more)
+        assert "only the weights below lora stay as they are" in refused
+    for flag in ("--embedding_weight_bits 8", "--int8_matmul all"):
+        refused = flags_refusal("--peft", "lora", "--optimizer", "adamw8bit", "--weight_quant", *flag.split())
+        assert f"{flag} with --peft lora: only the matrices are quantized" in refused
     assert "--peft relora needs --reset_every" in flags_refusal("--peft", "relora")
     assert "only --peft relora resets" in flags_refusal("--peft", "lora", "--reset_every", 10)
     assert flags_refusal("--peft", "relora", "--reset_every", 1).startswith("--reset_every 1: must be at least 2")

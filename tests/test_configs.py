@@ -28,7 +28,16 @@ SHAPES = {  # hidden, intermediate, layers, heads, vocabulary, longest sequence
 
 
 def test_the_table_names_every_file():
-    assert {path.name for path in CONFIGS.glob("*.json")} == {f"llama_{size}.json" for size in SHAPES}
+    named = {f"llama_{size}.json" for size in SHAPES} | {"llama3_8b.json"}
+    assert {path.name for path in CONFIGS.glob("*.json")} == named
+
+
+def test_llama_3_has_fewer_keys_than_queries():
+    """8,030,261,248 parameters, as the published model has."""
+    model = meta_model(read_config(CONFIGS / "llama3_8b.json"))
+    assert sum(p.numel() for p in model.parameters()) == 8_030_261_248
+    assert model.model.layers[0].self_attn.k_proj.weight.shape == (1024, 4096)
+    assert model.config.rope_parameters["rope_theta"] == 500_000
 
 
 @pytest.mark.parametrize("size", SHAPES)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 
-from peft_pretraining.batch import IGNORED
+from peft_pretraining.batch import IGNORED, Batch
 from peft_pretraining.errors import UserError
 from peft_pretraining.model.build import build_model
 from peft_pretraining.training.evaluate import evaluate, perplexity
@@ -32,7 +32,7 @@ class Bigrams(nn.Module):
 
 
 def batch(inputs, targets):
-    return SimpleNamespace(input_ids=torch.tensor(inputs), targets=torch.tensor(targets))
+    return Batch(torch.tensor(inputs), torch.tensor(targets), epoch=0)
 
 
 # Seven targets with probability 1/2, then one with 1/20 and one ignored: a mean of batch means would be 1.84.
@@ -65,7 +65,7 @@ def test_a_head_of_zeros_has_the_perplexity_of_the_vocabulary():
     model = build_model(config, device="cpu", dtype=torch.float32, seed=0)
     nn.init.zeros_(model.lm_head.weight)
     tokens = torch.randint(0, 101, (3, 21))
-    result = evaluate(model, [SimpleNamespace(input_ids=tokens[:, :-1], targets=tokens[:, 1:])])
+    result = evaluate(model, [Batch(tokens[:, :-1], tokens[:, 1:], epoch=0)])
     assert result.tokens == 60
     assert result.perplexity == pytest.approx(101, rel=1e-5)
     assert model.training

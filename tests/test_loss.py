@@ -155,3 +155,22 @@ def test_chunks_suit_the_vocabulary():
     assert rows_per_chunk(32_000) == 512
     assert rows_per_chunk(4_096) == 4_096
     assert rows_per_chunk(1_000_000) == 64
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_frozen_head_has_no_gradient_and_none_is_computed(frozen):
+    """In bfloat16, a float32 tensor of the head's shape would be it."""
+    h, weight, targets = operands(torch.bfloat16)
+
+    class Made(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            made.update({(tuple(result.shape), result.dtype)} if isinstance(result, torch.Tensor) else set())
+            return result
+
+    made: set = set()
+    with Made():
+        head_loss_sum(h, weight.detach() if frozen else weight, targets, chunk_rows=16).backward()
+    (d_h,) = torch.autograd.grad(whole_loss(h, weight, targets), h)
+    assert relative_error(h.grad, d_h.double()) < 0.01
+    assert (((VOCAB, HIDDEN), torch.float32) in made) == (not frozen)

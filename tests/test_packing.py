@@ -75,7 +75,7 @@ def test_a_long_document_has_the_tokens_of_its_pieces_and_one_eos(monkeypatch: p
 def test_what_is_skipped_keeps_its_place_and_empty_documents_vanish() -> None:
     items = [Document("a", Position(document=0)), Skipped("why"), Document("", Position(document=2))]
     first, *others = encode([*items, Skipped("too")], TOKENIZER)
-    assert isinstance(first, Piece) and first.ids.tolist() == [ord("a")] and first[1:] == (Position(), True, 0)
+    assert isinstance(first, Piece) and first.ids.tolist() == [ord("a")] and first[1:] == (Position(), True, 0, None)
     assert others == [Skipped("why"), Skipped("too")]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from support.run_records import whole_run
 from support.runs import ROOT, record, shell
+from support.tuned import make_tuned
 
 import torchrun_main
 from peft_pretraining.cli.args import parse_args
@@ -111,6 +112,8 @@ def test_readme_commands_run(command, tiny, tmp_path, words_of, capsys):
         check_a_comparison(command, tmp_path)
         return
     words, more = command.split(), shortened(tiny, tmp_path / "run")
+    if "--task sft" in command:
+        more = make_tuned(tmp_path / "tuned").flags(tmp_path / "run", num_training_steps=2)
     if "--config" in words:
         words[words.index("--config") + 1] = str(config_of(command, tiny, tmp_path))
     if words[0] == "bash" and "quickstart" not in command:

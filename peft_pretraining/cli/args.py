@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Mapping
 from importlib.util import find_spec
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from qgalore.rules.skips import SKIPS
 from qgalore.subspace.bases import METHODS
 from qgalore.subspace.projector import LEARNERS, SIDE_TYPES, SMALLEST
 
+LENGTHS = ("num_training_steps", "max_train_tokens", "num_train_epochs")  # how long a run is, said in three ways
+
 
 def parse_args(argv: list[str] | None = None, *, world_size: int = 1) -> argparse.Namespace:
     """The arguments, checked and completed.
@@ -41,11 +44,13 @@ def parse_args(argv: list[str] | None = None, *, world_size: int = 1) -> argpars
     given = parser.parse_args(argv)
     if hasattr(given, "config"):
         given = argparse.Namespace(**over(read_config_file(Path(given.config), parser=parser), vars(given)))
-    inherited = inherited_args(given.continue_from) if _evaluates(given) else {}
+    inherited = inherited_args(given.continue_from) if _evaluates(given) else _of_start(given)
     inherited = over(inherited, preset_flags(getattr(given, "preset", None)))
     if getattr(given, "fit", None) is not None:
         inherited |= _open_batch(given, inherited, world_size)
     inherited = over(inherited, vars(given))
+    if inherited.get("task") == "sft" and inherited.get("packing") is None:
+        inherited["packing"] = "whole"
     if missing := [f"--{name}" for name in required() if inherited.get(name) is None]:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
     args = argparse.Namespace(**defaults() | inherited)
@@ -53,6 +58,7 @@ def parse_args(argv: list[str] | None = None, *, world_size: int = 1) -> argpars
         args.given = sorted(vars(given))
     _check_ranges(args)
     _check_recovery(args)
+    _check_task(args, inherited)
     _complete_optimizer(args, given)
     _complete_batch(args, world_size)
     _complete_int8_matmul(args, given)
@@ -65,6 +71,8 @@ def parse_args(argv: list[str] | None = None, *, world_size: int = 1) -> argpars
     _complete_restarts(args)
     _complete_length(args)
     if args.tokenizer is None:
+        if args.task == "sft":
+            raise UserError("--task sft needs --tokenizer, or --continue_from a transformers folder that holds one.")
         args.tokenizer = default_tokenizer(args.dataset)
     if args.tensorboard and find_spec("tensorboard") is None:
         raise UserError("--tensorboard needs a package that is not installed: pip install tensorboard.")
@@ -76,13 +84,44 @@ def parse_args(argv: list[str] | None = None, *, world_size: int = 1) -> argpars
 
 
 def over(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
-    """Two layers of flags as one: the upper wins. Of flags that say the same in two ways, it wins over both."""
+    """Two layers of flags as one: the upper wins. Of flags that say the same in several ways, it wins over all."""
     found = lower | upper
-    for one, other in (("num_training_steps", "max_train_tokens"), ("gradient_accumulation", "total_batch_size")):
-        for name, twin in ((one, other), (other, one)):
+    for ways in LENGTHS, ("gradient_accumulation", "total_batch_size"):
+        for name, twin in permutations(ways, 2):
             if upper.get(name) is not None and twin not in upper:
                 found.pop(twin, None)
     return found
+
+
+def _of_start(given: argparse.Namespace) -> dict[str, Any]:
+    """Model and tokenizer of the transformers folder that is fine-tuned, for which no others need be named."""
+    start = getattr(given, "continue_from", None)
+    if getattr(given, "task", None) != "sft" or start is None or not is_transformers_folder(start):
+        return {}
+    return {name: value for name, value in inherited_args(start).items() if name in ("model_config", "tokenizer")}
+
+
+def _check_task(args: argparse.Namespace, chosen: Mapping[str, Any]) -> None:
+    """Whether the data flags fit the task. Epochs, whose length is not known yet, give way to a given length.
+
+    chosen: the flags that were given, also by a file or a preset.
+    """
+    if args.task == "sft" and args.packing == "concat":
+        raise UserError(
+            "--packing concat with --task sft: dialogues would see each other. Take whole, or truncate for one in each "
+            "sequence."
+        )
+    if args.task == "pretrain" and args.packing == "whole":
+        raise UserError("--packing whole is for the dialogues of --task sft. Take concat or truncate.")
+    if args.task == "pretrain" and args.num_train_epochs is not None:
+        raise UserError(
+            f"--num_train_epochs {args.num_train_epochs:g} is for --task sft. Give --num_training_steps or "
+            "--max_train_tokens."
+        )
+    if any(chosen.get(name) is not None for name in LENGTHS if name != "num_train_epochs"):
+        args.num_train_epochs = None
+    if args.freeze_others is None:
+        args.freeze_others = args.task == "sft" and args.peft in LORA_KINDS
 
 
 def default_tokenizer(dataset: str) -> str:
@@ -110,7 +149,7 @@ def with_flags(args: argparse.Namespace, flags: Mapping[str, Any], *, world_size
     """
     changed = argparse.Namespace(**{**vars(args), **flags})
     recipe = find_recipe(changed.optimizer)
-    if changed.weight_quant and not recipe.low_rank_engine:
+    if changed.weight_quant and changed.peft is None and not recipe.low_rank_engine:
         raise UserError(f"--weight_quant with --optimizer {changed.optimizer}")
     if useless := sorted(flags.keys() & without_effect(changed).keys()):
         raise UserError(f"--{useless[0]} would have no effect")
@@ -158,7 +197,7 @@ def _complete_optimizer(args: argparse.Namespace, given: argparse.Namespace) -> 
         recipe = find_recipe(args.optimizer)
     except ValueError as error:
         raise UserError(str(error).replace("unknown optimizer", "unknown --optimizer", 1)) from None
-    if args.weight_quant and not recipe.low_rank_engine:
+    if args.weight_quant and args.peft is None and not recipe.low_rank_engine:
         raise UserError(
             f"--weight_quant with --optimizer {args.optimizer}: torch's own optimizers cannot write quantized weights. "
             "Take another one, such as q_galore_adamw8bit."
@@ -258,7 +297,7 @@ def _check_adapters(args: argparse.Namespace) -> None:
             "already. Take one that does not project, such as adamw."
         )
     if args.weight_quant:
-        raise UserError(f"--peft {args.peft} with --weight_quant: adapters and INT8 weights exclude each other.")
+        _check_frozen_base(args)
     if args.reset_every is not None and args.peft != "relora":
         raise UserError(f"--reset_every {args.reset_every} with --peft {args.peft}: only --peft relora resets.")
     if args.peft not in LORA_KINDS and args.continue_from and is_transformers_folder(args.continue_from):
@@ -268,11 +307,27 @@ def _check_adapters(args: argparse.Namespace) -> None:
         )
 
 
+def _check_frozen_base(args: argparse.Namespace) -> None:
+    """Whether adapters can stand on quantized weights, which stay as they are (QLoRA)."""
+    if args.peft != "lora":
+        raise UserError(
+            f"--peft {args.peft} with --weight_quant: only the weights below lora stay as they are. Take --peft lora, "
+            "or leave out --weight_quant."
+        )
+    for flag in ("embedding_weight_bits", "int8_matmul"):
+        if getattr(args, flag) is not None:
+            raise UserError(
+                f"--{flag} {getattr(args, flag)} with --peft lora: only the matrices are quantized. Leave it out."
+            )
+
+
 def _complete_parallel(args: argparse.Namespace, given: argparse.Namespace) -> None:
     """Whether the rows of all parameters can be spread over processes; matrices are then projected on the right."""
     if args.parallel == "ddp":
         return
     mode = f"--parallel {args.parallel}"
+    if args.freeze_others:
+        raise UserError(f"{mode} with --freeze_others: rows of frozen weights are not spread. Leave one of them out.")
     recipe, told = find_recipe(args.optimizer), f"{mode} with --optimizer {args.optimizer}"
     if args.peft is not None:
         raise UserError(f"{mode} with --peft {args.peft}: adapters are small. Leave out --parallel.")
@@ -349,6 +404,7 @@ def _conditions(args: argparse.Namespace, recipe: Recipe) -> dict[str, tuple[boo
         "computed": (args.proj_type != "random", proj_type),
         "packed": (args.proj_quant, "without --proj_quant"),
         "lazy": (args.cos_threshold is not None or recipe.lazy_threshold is not None, "without --cos_threshold"),
+        "texts": (args.task == "pretrain", f"with --task {args.task}"),
         "weight_quant": (args.weight_quant, "without --weight_quant"),
         "recomputes": (args.activation_checkpointing, "without --activation_checkpointing"),
         "peft": (args.peft is not None, "without --peft"),
@@ -381,12 +437,27 @@ def _complete_batch(args: argparse.Namespace, world_size: int) -> None:
 
 
 def _complete_length(args: argparse.Namespace) -> None:
-    """num_training_steps from the tokens, where they are given, and the schedule's warm-up."""
+    """num_training_steps from the tokens, where they are given, and the schedule's warm-up.
+
+    A run of epochs is completed when their dialogues have been counted, see set_length.
+    """
+    if args.num_train_epochs is not None:
+        return
     per_update = args.total_batch_size * args.max_length
     if args.max_train_tokens is not None:
         args.num_training_steps = args.max_train_tokens // per_update
         if args.num_training_steps == 0:
             raise UserError(f"--max_train_tokens {args.max_train_tokens}: one update alone takes {per_update} tokens.")
+    _complete_schedule(args)
+
+
+def set_length(args: argparse.Namespace, *, updates: int) -> None:
+    """Gives a run of epochs its length in updates, and its schedule."""
+    args.num_training_steps = updates
+    _complete_schedule(args)
+
+
+def _complete_schedule(args: argparse.Namespace) -> None:
     if args.warmup_steps is None:
         args.warmup_steps = min(1000, args.num_training_steps // 10)
     check_schedule(**schedule_of(args))

@@ -15,6 +15,7 @@ from typing import Any
 from peft_pretraining.model.adapters import KINDS
 from qgalore.factory import OPTIMIZERS
 from qgalore.options import (
+    ABOVE_0,
     GROUP_SIZE,
     OPTIMIZER,
     PROJECTION,
@@ -113,23 +114,27 @@ class RunOptions:
         "layer, in host memory", section=MODEL, needs=("recomputes",), may_change=True)
     use_hf_model: bool = option(False, "accepted for the reference's scripts; it has no effect, because the model "
         "always comes from transformers", section=MODEL)
+    task: str = option("pretrain", "what is learned. pretrain: the next token of texts; sft (supervised fine-tuning): "
+        "the answers in dialogues, which --dataset and --validation then hold, by the tokenizer's chat template",
+        section=DATA, choices=("pretrain", "sft"))
     dataset: str = option("c4", "training text. c4: streamed from the Hugging Face hub; pydocs: documentation of the "
         "installed Python packages, without a download; a path: a folder with train (and validation) in its files' "
         "names, a file, or a quoted glob of .jsonl, .json, .ndjson or .txt files (also .gz and .zst) or .parquet "
         "files; or a folder of tokens from scripts/tokenize_corpus.py",
         unit="NAME|PATH", section=DATA, may_change=True)
     text_field: str = option("text", "field or column of local files that holds the text; dots lead into nested "
-        "objects", unit="NAME", section=DATA)
+        "objects", unit="NAME", section=DATA, needs=("texts",))
     validation: str | None = option(None, "validation text, given like --dataset; all files of a folder "
         "without such names", unit="PATH", section=DATA,
         shown="the dataset's validation files, else one document in a hundred")
     tokenizer: str | None = option(None, "tokenizer: a sentencepiece .model file, a transformers folder, or a name "
-        "on the hub", unit="NAME|PATH", section=DATA, shown="t5-base; for pydocs its own",
-        may_change=True)
+        "on the hub", unit="NAME|PATH", section=DATA,
+        shown="t5-base; for pydocs its own; for sft that of --continue_from", may_change=True)
     max_length: int = option(256, "tokens in a sequence", unit="TOKENS", section=DATA, range=at_least(2))
     packing: str = option("concat", "how documents become sequences. concat: joined by EOS tokens and cut, without "
-        "padding or loss; truncate: one document per sequence, cut or padded, as the reference does", section=DATA,
-        choices=("concat", "truncate"))
+        "padding or loss; truncate: one document per sequence, cut or padded, as the reference does; whole: as many "
+        "dialogues of --task sft as fit, none of which sees another", section=DATA,
+        choices=("concat", "truncate", "whole"), shown="concat; for sft whole")
     workers: int = option(1, "processes per rank that read and tokenize; 0: the training process does it",
         unit="PROCESSES", section=DATA, range=at_least(0), may_change=True)
     batch_size: int | None = option(None, "sequences in a micro-batch of one process", unit="SEQUENCES",
@@ -138,6 +143,9 @@ class RunOptions:
         "16GiB or auto; chooses --batch_size and what saves memory without changing results, where they are not given, "
         "by planning; what changes results only if --allow_changed names it", unit="MEMORY", section=TRAINING,
         parse=parse_memory, shown="nothing is chosen", may_change=True)
+    freeze_others: bool | None = option(None, "leave embeddings, norms and head as they are: only the attention and "
+        "MLP matrices are trained, or the factors that --peft puts in their place; the default for --peft lora with "
+        "--task sft", section=TRAINING)
     gradient_accumulation: int | None = option(None, "micro-batches per update and process", unit="MICRO-BATCHES",
         section=TRAINING, range=at_least(1), shown="as --total_batch_size implies, else 1", may_change=True)
     total_batch_size: int | None = option(None, "sequences per update, over all processes", unit="SEQUENCES",
@@ -146,6 +154,9 @@ class RunOptions:
         range=at_least(1))
     max_train_tokens: int | None = option(None, "tokens to train on, instead of --num_training_steps; K, M and B are "
         "understood", unit="TOKENS", section=TRAINING, range=at_least(1), parse=parse_count,
+        shown="as many as --num_training_steps take", may_change=True)
+    num_train_epochs: float | None = option(None, "passes over the dialogues of --task sft, instead of "
+        "--num_training_steps; they are counted at the start", unit="EPOCHS", section=TRAINING, range=ABOVE_0,
         shown="as many as --num_training_steps take", may_change=True)
     grad_clipping: float = option(0.0, "maximum norm of the gradients: global, or per parameter with a per-layer "
         "optimizer; 0: no clipping", unit="NORM", section=TRAINING, range=at_least(0))
@@ -176,8 +187,9 @@ class RunOptions:
         shown="0; for --peft relora a tenth of a cycle, at most 100")
 
     peft: str | None = option(None, "what replaces the attention and MLP matrices; embeddings, norms and head train "
-        "in full. lora: frozen initial weights plus a product of rank --rank; relora: the same, merged and restarted "
-        "every --reset_every; low_rank: the product alone", section=ADAPTERS, choices=KINDS, shown="none")
+        "in full, unless --freeze_others. lora: frozen initial weights plus a product of rank --rank; relora: the "
+        "same, merged and restarted every --reset_every; low_rank: the product alone", section=ADAPTERS,
+        choices=KINDS, shown="none")
     peft_alpha: int = option(32, "factor on the product of lora and relora, divided by --rank", unit="FACTOR",
         section=ADAPTERS, range=at_least(1), needs=("peft", "lora"))
     reset_every: int | None = option(None, "updates from one reset of relora to the next; its paper has 5000 in a "

@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from itertools import count, islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,7 +27,7 @@ from loguru import logger
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from peft_pretraining.batch import Batch
-from peft_pretraining.data.packing import Packing, Sequence
+from peft_pretraining.data.packing import Packing, Sequence, TooLong
 from peft_pretraining.data.position import Position, Progress, resume_progress
 from peft_pretraining.data.readers import Readers, useful_workers
 from peft_pretraining.data.sources import DocumentSource
@@ -150,8 +150,9 @@ def _collate(
         had += batch_size * step
         tokens = torch.from_numpy(np.stack([sequence.tokens for sequence in chosen]))  # (B, 2, L) int32
         yield replace(
-            Batch.of(tokens, epoch=max(sequence.position.epoch for sequence in chosen)),
+            Batch.of(tokens, epoch=max(one.position.epoch if one.epoch is None else one.epoch for one in chosen)),
             position=replace(progress, readers=tuple(positions), sequences=had),
+            too_long=reduce(TooLong.plus, (one.too_long for one in chosen if any(one.too_long)), TooLong()),
             skipped=tuple(reason for sequence in chosen for reason in sequence.skipped),
         )
 

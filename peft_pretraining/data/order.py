@@ -17,7 +17,27 @@ from peft_pretraining.data.position import Block, EarlierReaders, Position, owne
 from peft_pretraining.errors import UserError
 
 F = TypeVar("F")
-Text = str | list[np.ndarray]  # a document, or where it is tokenized already, the token ids of each of its pieces
+
+
+class Dialogue(NamedTuple):
+    """A document of which only some stretches are to be learned.
+
+    text: the whole of it, with special tokens spelled out.
+    answers: begin and end of each stretch, in characters, in their order.
+    """
+
+    text: str
+    answers: tuple[tuple[int, int], ...]
+
+
+# A document, or where it is tokenized already, the token ids of each of its pieces.
+Text = str | Dialogue | list[np.ndarray]
+
+
+def content_of(text: str | Dialogue) -> str:
+    """The whole text of a document."""
+    return text.text if isinstance(text, Dialogue) else text
+
 
 # One block, which is what a reader holds in memory. 10,000 lines of C4 are 22 MB.
 BUFFER_RECORDS = 10_000
@@ -157,5 +177,5 @@ class OrderedDocuments(Generic[F]):
         except UserError as error:
             yield Skipped(str(error), reader)
             return
-        if not isinstance(text, str) or self.keeps(text):
+        if isinstance(text, list) or self.keeps(content_of(text)):
             yield Document(text, position, reader=reader)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from peft_pretraining.data.order import Skipped
-from peft_pretraining.data.packing import Packing, Piece, Sequence, encode, make_packer, to_sequence
+from peft_pretraining.data.packing import Packing, Piece, Sequence, encode, make_packer
 from peft_pretraining.data.position import Position, Progress
 from peft_pretraining.data.sources import DocumentSource
 from peft_pretraining.errors import UserError
@@ -107,8 +107,7 @@ class Readers:
             skipped.append(item.reason)
             if len(skipped) == MAX_SKIPPED:  # report them now, with a sequence that has no targets
                 position = position._replace(reported=position.reported + MAX_SKIPPED)
-                nothing = to_sequence([], length=length, pad_id=self.tokenizer.pad_id)
-                yield Sequence(nothing, position, tuple(skipped))
+                yield Sequence(packer.nothing(), position, tuple(skipped))
                 skipped.clear()
 
     def _documents(self, reader: int) -> Iterator[Piece | Skipped]:

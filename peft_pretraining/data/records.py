@@ -11,7 +11,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -57,8 +57,17 @@ class Record(NamedTuple):
             text = _json_text(_utf8(self, self.raw), field=self.text_field, where=self.where)
         else:
             text = _utf8(self, self.raw)
-        # JSON may hold a lone surrogate ("\ud800"), which no tokenizer takes: it becomes "?".
-        return text.encode("utf-8", "replace").decode("utf-8")
+        return without_surrogates(text)
+
+    def fields(self) -> dict[str, Any]:
+        """The record as named fields: a JSON object, or a row of a table. Raises UserError with the file and line."""
+        if self.problem:
+            raise UserError(self.problem)
+        if isinstance(self.raw, dict):
+            return self.raw
+        if not _ends(self.path, JSON_SUFFIXES):
+            raise UserError(f"{self.path} is plain text, and has no fields. Give .jsonl, .json or .parquet files.")
+        return _json_object(_utf8(self, self.raw), wanted="an object", where=self.where)
 
 
 class _Damaged(Exception):
@@ -78,8 +87,11 @@ def _ends(path: Path, suffixes: tuple[str, ...]) -> bool:
     return path.name.lower().endswith(suffixes)
 
 
-def read_records(path: Path, *, line: int = 1, text_field: str = TEXT_FIELD) -> Iterator[Record]:
+def read_records(path: Path, *, line: int = 1, text_field: str | None = TEXT_FIELD) -> Iterator[Record]:
     """The records of one file, in file order, from the one that begins at `line` on.
+
+    text_field: the field that holds the text; None for records of several fields, see Record.fields. A file of JSON may
+        then be one array, whose items count as lines.
 
     A damaged file ends with a record whose text() raises. A file that cannot be opened or read is tried again after
     each of RETRY_WAITS, where it broke. Raises UserError after the last.
@@ -110,13 +122,17 @@ def _wait_for_file(path: Path, error: Exception, failures: int, given: int) -> f
     return wait
 
 
-def _records(path: Path, start: int, text_field: str) -> Iterator[Record]:
+def _records(path: Path, start: int, text_field: str | None) -> Iterator[Record]:
+    if text_field is None and _ends(path, JSON_SUFFIXES) and _is_array(path):
+        return _array_records(path, start)
     if _ends(path, (".parquet",)):
         return _parquet_records(path, start, text_field)
     if _ends(path, TEXT_SUFFIXES):
         return _paragraph_records(path, start)
     return (
-        Record(line, path, number, text_field=text_field) for number, line in _lines(path, start) if not line.isspace()
+        Record(line, path, number, text_field=text_field or TEXT_FIELD)
+        for number, line in _lines(path, start)
+        if not line.isspace()
     )
 
 
@@ -158,6 +174,25 @@ def _lines(path: Path, start: int) -> Iterator[tuple[int, bytes]]:
         raise _Damaged(number, error) from error  # pyarrow's word for damaged zstd data
 
 
+def _is_array(path: Path) -> bool:
+    """Whether a file of JSON begins with a `[`: it is one array, not one object a line."""
+    first = next((line for _, line in _lines(path, 1) if not line.isspace()), b"")
+    return first.lstrip(b"\xef\xbb\xbf \t").startswith(b"[")
+
+
+def _array_records(path: Path, start: int) -> Iterator[Record]:
+    """The items of a JSON array, which is read at once."""
+    whole = b"".join(line for _, line in _lines(path, 1))
+    try:
+        items = json.loads(whole)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        yield Record(b"", path, start, f"{path}: not a valid JSON array ({_first_line(error)}). Fix the file.")
+        return
+    for number, item in enumerate(items[start - 1 :], start=start):
+        problem = "" if isinstance(item, dict) else f"{path} item {number}: not an object."
+        yield Record(item, path, number, problem)
+
+
 def _paragraph_records(path: Path, start: int) -> Iterator[Record]:
     """Documents separated by blank lines."""
     block: list[bytes] = []
@@ -171,15 +206,15 @@ def _paragraph_records(path: Path, start: int) -> Iterator[Record]:
         yield Record(b"".join(block).rstrip(), path, number - len(block) + 1)
 
 
-def _parquet_records(path: Path, start: int, text_field: str) -> Iterator[Record]:
+def _parquet_records(path: Path, start: int, text_field: str | None) -> Iterator[Record]:
     """Row groups before `start` are not read."""
     pyarrow = _pyarrow(path)
     row = 0
     try:
         with path.open("rb") as raw, pyarrow.parquet.ParquetFile(raw) as file:
             names = file.schema_arrow.names
-            column, *inner = [text_field] if text_field in names else text_field.split(".")
-            if column not in names:
+            column, *inner = _column(text_field, names)
+            if column is not None and column not in names:
                 yield Record(b"", path, 1, f'{path} has no "{text_field}" column (columns: {", ".join(names)}).')
                 return
             for group in range(file.num_row_groups):
@@ -187,11 +222,12 @@ def _parquet_records(path: Path, start: int, text_field: str) -> Iterator[Record
                 if row + rows < start:
                     row += rows
                     continue
-                for batch in file.iter_batches(columns=[column], batch_size=1024, row_groups=[group]):
-                    for cell in _cells(batch.column(0), inner):
+                columns = None if column is None else [column]
+                for batch in file.iter_batches(columns=columns, batch_size=1024, row_groups=[group]):
+                    for cell in batch.to_pylist() if column is None else _cells(batch.column(0), inner):
                         row += 1
                         if row >= start:
-                            yield Record(cell, path, row, text_field=text_field)
+                            yield Record(cell, path, row, text_field=text_field or TEXT_FIELD)
     except pyarrow.ArrowException as error:
         raise _Damaged(max(row, start - 1), error) from error
     except OSError as error:
@@ -200,7 +236,12 @@ def _parquet_records(path: Path, start: int, text_field: str) -> Iterator[Record
         raise _Damaged(max(row, start - 1), error) from error
 
 
-def _cells(column: Any, inner: list[str]) -> list[Any]:
+def _column(text_field: str | None, names: list[str]) -> tuple[Any, ...]:
+    """The column that holds a field, and the names that lead to it from there; None for all columns."""
+    return (text_field,) if text_field is None or text_field in names else tuple(text_field.split("."))
+
+
+def _cells(column: Any, inner: Sequence[str]) -> list[Any]:
     """Text as bytes, so that one cell of bad UTF-8 spoils only itself; other kinds as they are. Null is no text."""
     import pyarrow
 
@@ -226,7 +267,18 @@ def _utf8(record: Record, raw: bytes) -> str:
         ) from error
 
 
+def without_surrogates(text: str) -> str:
+    """JSON may hold a lone surrogate ("\ud800"), which no tokenizer takes: it becomes "?"."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def _json_text(line: str, *, field: str, where: str) -> str:
+    wanted = f'an object with a "{field}" field. Write one {{"{field}": ...}} a line'
+    document = _json_object(line, wanted=wanted, where=where)
+    return _expect_text(_look_up(document, field, where=where), field=field, where=where)
+
+
+def _json_object(line: str, *, wanted: str, where: str) -> dict[str, Any]:
     try:
         document = json.loads(line)
     except json.JSONDecodeError as error:
@@ -240,8 +292,8 @@ def _json_text(line: str, *, field: str, where: str) -> str:
     if isinstance(document, list):
         raise UserError(f"{where}: a JSON array. {_ONE_A_LINE}")
     if not isinstance(document, dict):
-        raise UserError(f'{where}: not an object with a "{field}" field. Write one {{"{field}": ...}} a line.')
-    return _expect_text(_look_up(document, field, where=where), field=field, where=where)
+        raise UserError(f"{where}: not {wanted}.")
+    return document
 
 
 _ONE_A_LINE = "Write one object a line: jq -c '.[]' FILE > FILE.jsonl"

@@ -10,11 +10,13 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
+from peft_pretraining.data.chat import ChatTemplate
+from peft_pretraining.data.dialogues import DialogueRecord, read_dialogues
 from peft_pretraining.data.fingerprint import fingerprint_files
 from peft_pretraining.data.folders import Split, find_files, naming_advice
-from peft_pretraining.data.order import Document, OrderedDocuments, Skipped, in_one_part
+from peft_pretraining.data.order import Document, OrderedDocuments, Skipped, content_of, in_one_part
 from peft_pretraining.data.position import EarlierReaders, Position
 from peft_pretraining.data.records import TEXT_FIELD, Record, read_records
 from peft_pretraining.data.token_shards import TokenDocuments, holds_tokens, read_index
@@ -59,7 +61,13 @@ class DocumentSource(Protocol):
 
 
 def open_documents(
-    dataset: str, *, split: Split, seed: int, validation: str | None = None, text_field: str = TEXT_FIELD
+    dataset: str,
+    *,
+    split: Split,
+    seed: int,
+    validation: str | None = None,
+    text_field: str = TEXT_FIELD,
+    template: ChatTemplate | None = None,
 ) -> DocumentSource:
     """The documents of one split; call `check()` before the slow work.
 
@@ -70,11 +78,15 @@ def open_documents(
         if there is none, about one document in HELD_OUT is held out, and never trained on. Both splits must be
         opened with the same value.
     text_field: the field or column of local files that holds the text, see records.Record.
+    template: what makes texts of dialogues, which the local files then hold; see dialogues.py.
 
     Raises UserError if the path does not exist, holds no usable file, or has a suffix we cannot read.
     """
+    if template is not None:
+        _refuse_texts(dataset, validation)
+    form = Form(text_field, template)
     if split == "validation" and validation is not None:
-        return _open_validation(validation, seed=seed, text_field=text_field)
+        return _open_validation(validation, seed=seed, form=form)
     if dataset == "c4":
         from peft_pretraining.data.hub import HubDocuments
 
@@ -90,11 +102,16 @@ def open_documents(
     if not own["train"]:
         raise UserError(f"{dataset} holds a validation split but no train files. {naming_advice(dataset)}")
     if not own["validation"] and validation is None:
-        return _hold_out(dataset, own["train"], split=split, seed=seed, text_field=text_field)
+        return _hold_out(dataset, own["train"], split=split, seed=seed, form=form)
     files = own[split]
-    return LocalDocuments(
-        files, name=_describe(dataset, files), seed=seed, shuffle=split == "train", text_field=text_field
-    )
+    return LocalDocuments(files, name=_describe(dataset, files), seed=seed, shuffle=split == "train", form=form)
+
+
+class Form(NamedTuple):
+    """What the records of local files hold: a text in one field, or with a template, a dialogue."""
+
+    text_field: str = TEXT_FIELD
+    template: ChatTemplate | None = None
 
 
 class LocalDocuments(OrderedDocuments[Path]):
@@ -108,21 +125,23 @@ class LocalDocuments(OrderedDocuments[Path]):
         seed: int,
         shuffle: bool,
         keep: Split | Literal["all"] = "all",
-        text_field: str = TEXT_FIELD,
+        form: Form = Form(),  # noqa: B008  # it cannot change
     ) -> None:
         super().__init__(seed=seed, shuffle=shuffle)
         self.name = name
         self.files = list(files)
         self.keep = keep
-        self.text_field = text_field
+        self.form = form
 
     def parts(self, epoch: int) -> list[list[Path]]:
         """See OrderedDocuments.parts."""
         return in_one_part(self.files, seed=self.seed, epoch=epoch, shuffle=self.shuffle)
 
-    def records(self, file: Path, *, line: int) -> Iterator[Record]:
+    def records(self, file: Path, *, line: int) -> Iterator[Record | DialogueRecord]:
         """See OrderedDocuments.records."""
-        return read_records(file, line=line, text_field=self.text_field)
+        if self.form.template is not None:
+            return read_dialogues(file, self.form.template, line=line)
+        return read_records(file, line=line, text_field=self.form.text_field)
 
     def keeps(self, text: str) -> bool:
         """See OrderedDocuments.keeps."""
@@ -133,7 +152,7 @@ class LocalDocuments(OrderedDocuments[Path]):
         problems: list[str] = []
         for record in chain.from_iterable(self.records(file, line=1) for file in self.files):
             try:
-                text = record.text()
+                text = content_of(record.text())
             except UserError as error:
                 problems.append(str(error))
                 if len(problems) == MAX_UNREADABLE:
@@ -157,22 +176,28 @@ def split_of(text: str) -> Split:
     return "validation" if int.from_bytes(digest, "big") % HELD_OUT == 0 else "train"
 
 
-def _open_validation(validation: str, *, seed: int, text_field: str) -> DocumentSource:
+def _refuse_texts(*datasets: str | None) -> None:
+    for dataset in datasets:
+        if dataset in ("c4", "pydocs") or (dataset is not None and holds_tokens(dataset)):
+            raise UserError(f"{dataset} holds texts, and --task sft needs dialogues: give a folder, a file or a glob.")
+
+
+def _open_validation(validation: str, *, seed: int, form: Form) -> DocumentSource:
     """`validation` as the user gave it: its own validation split if it has one, else all of it."""
     if validation in ("c4", "pydocs") or holds_tokens(validation):
         return open_documents(validation, split="validation", seed=seed)
     own = find_files(validation, any_name=True)
     files = own["validation"] or own["train"]
-    return LocalDocuments(files, name=_describe(validation, files), seed=seed, shuffle=False, text_field=text_field)
+    return LocalDocuments(files, name=_describe(validation, files), seed=seed, shuffle=False, form=form)
 
 
-def _hold_out(dataset: str, files: list[Path], *, split: Split, seed: int, text_field: str) -> DocumentSource:
+def _hold_out(dataset: str, files: list[Path], *, split: Split, seed: int, form: Form) -> DocumentSource:
     whole = _describe(dataset, files)
     if split == "train":
         name = f"{whole}, without the 1 in {HELD_OUT} documents held out for validation"
     else:
         name = f"1 in {HELD_OUT} documents of {whole}, held out from training"
-    return LocalDocuments(files, name=name, seed=seed, shuffle=split == "train", keep=split, text_field=text_field)
+    return LocalDocuments(files, name=name, seed=seed, shuffle=split == "train", keep=split, form=form)
 
 
 def _describe(dataset: str, files: Sequence[Path]) -> str:

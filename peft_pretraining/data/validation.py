@@ -11,7 +11,7 @@ from loguru import logger
 
 from peft_pretraining.batch import IGNORED, Batch
 from peft_pretraining.data.order import Skipped
-from peft_pretraining.data.packing import Packing, encode, make_packer, to_sequence
+from peft_pretraining.data.packing import Packer, Packing, encode, make_packer
 from peft_pretraining.data.sources import DocumentSource
 from peft_pretraining.errors import UserError
 from peft_pretraining.progress import LongWait
@@ -51,13 +51,13 @@ class ValidationSet:
         assert tokens >= 1 and batch_size >= 1 and max_length >= 2 and 0 <= rank < world_size
         self.batch_size = batch_size
         self.device = torch.device(device)
-        windows = _validation_windows(source, tokenizer, packing=packing, length=max_length)
+        packer = make_packer(packing, tokenizer, length=max_length)
+        windows = _validation_windows(source, tokenizer, packer=packer)
         sequences, self.tokens = _take_targets(windows, tokens=tokens)
         if not sequences:
             raise UserError(f"no validation document in {source.name}. Give some with --validation PATH.")
-        nothing = to_sequence([], length=max_length, pad_id=tokenizer.pad_id)
-        sequences += [nothing] * (-len(sequences) % world_size)
-        self.sequences = torch.from_numpy(np.stack(sequences[rank::world_size]))  # (N, 2, L) int32
+        sequences += [packer.nothing()] * (-len(sequences) % world_size)
+        self.sequences = torch.from_numpy(np.stack(sequences[rank::world_size]))  # (N, 2 or 3, L) int32
 
     def __len__(self) -> int:
         """Batches of this rank; the same for all ranks."""
@@ -68,11 +68,8 @@ class ValidationSet:
             yield Batch.of(tokens, epoch=0).to(self.device)
 
 
-def _validation_windows(
-    source: DocumentSource, tokenizer: Tokenizer, *, packing: Packing, length: int
-) -> Iterator[np.ndarray]:
-    """(2, length) int32 each, all of the source. Bad documents are left out with a warning when the reading ends."""
-    packer = make_packer(packing, tokenizer, length=length)
+def _validation_windows(source: DocumentSource, tokenizer: Tokenizer, *, packer: Packer) -> Iterator[np.ndarray]:
+    """(2 or 3, L) int32 each, all of the source. Bad documents are left out with a warning when the reading ends."""
     skipped: list[str] = []
     try:
         for item in encode(source.read(epoch=0), tokenizer):

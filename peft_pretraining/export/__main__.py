@@ -1,26 +1,26 @@
 """A checkpoint as a transformers folder: `python -m peft_pretraining.hf_export CHECKPOINT OUT`.
 
 OUT gets config.json, generation_config.json, the weights as safetensors, and the tokenizer where transformers has a
-counterpart; AutoModelForCausalLM and AutoTokenizer load it. Quantized weights are written as their values;
-adapters are merged into the weights. Tensors are read, decoded and written one at a time: memory never holds the
-model.
+counterpart; AutoModelForCausalLM and AutoTokenizer load it. Quantized weights are written as their values; adapters are
+merged into the weights. Tensors are read, decoded and written one at a time: memory never holds the model. With
+--adapters, OUT gets the factors of LoRA alone, as the package peft reads them.
 """
 
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from peft_pretraining.checkpoint.files import CONFIG, STATE, Checkpoint, find_checkpoint
+from peft_pretraining.checkpoint.files import CONFIG, Checkpoint, find_checkpoint
 from peft_pretraining.checkpoint.weights import StoredWeights, load_weights, open_checkpoint
-from peft_pretraining.data.tokenizer import Tokenizer, check_fits, load_tokenizer
 from peft_pretraining.errors import Parser, UserError
+from peft_pretraining.export.adapters import export_adapters
 from peft_pretraining.export.folder import SHARD, appearing, write_description, write_weights
+from peft_pretraining.export.model import args_of, merged_model, tokenizer_of
 from peft_pretraining.model.adapters import Adapters, merging
 from peft_pretraining.model.build import build_model, meta_model
 from peft_pretraining.model.config import read_config
@@ -60,7 +60,7 @@ def export(
     opened = Checkpoint.open(find_checkpoint(checkpoint)).verify()
     config = read_config(opened.file(CONFIG))
     weights = open_checkpoint(opened.folder)
-    adapters = Adapters.of(_args_of(opened))
+    adapters = Adapters.of(args_of(opened))
     structure = meta_model(config, adapters=adapters)
     weights.check({name: parameter.shape for name, parameter in structure.named_parameters()})
     trained = weights.dtype(family_of(config).embedding_weight)
@@ -80,26 +80,11 @@ def _write_description(config: PreTrainedConfig, folder: Path, *, checkpoint: Ch
     """Prints a warning if the tokenizer has to be left out."""
     tokenizer, missing = None, None
     try:
-        tokenizer = _tokenizer_of(checkpoint, config=config)
+        tokenizer = tokenizer_of(checkpoint, config=config)
     except UserError as error:
         missing = str(error)
     if problem := write_description(config, folder, tokenizer=tokenizer) or missing:
         print(f"warning: the tokenizer is left out: {problem}", file=sys.stderr)
-
-
-def _tokenizer_of(checkpoint: Checkpoint, *, config: PreTrainedConfig) -> Tokenizer:
-    """The run's tokenizer, from the checkpoint or by its name. Raises UserError if it cannot be found."""
-    spec = checkpoint.tokenizer or _args_of(checkpoint).get("tokenizer")
-    if spec is None:
-        raise UserError(f"{checkpoint.folder / STATE} does not name it.")
-    tokenizer = load_tokenizer(str(spec))
-    check_fits(tokenizer, vocab_size=config.vocab_size)
-    return tokenizer
-
-
-def _args_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The arguments of the run that the checkpoint is of."""
-    return checkpoint.state.get("args", {})
 
 
 def _compare_logits(
@@ -119,7 +104,7 @@ def _compare_logits(
     if adapters is None:
         twin = _logits(_as_trained(weights, dtype=dtype))
     else:
-        twin = _logits(_merged(weights, adapters, dtype=dtype))
+        twin = _logits(merged_model(weights, adapters, dtype=dtype))
         _check_merging(weights, adapters)
     if not torch.equal(written, twin):
         raise NotTheSameModel(f"the exported logits differ from the trained by {(written - twin).abs().max():.3g}.")
@@ -129,21 +114,11 @@ def _compare_logits(
 
 def _check_merging(weights: StoredWeights, adapters: Adapters) -> None:
     """Raises NotTheSameModel unless merged weights compute what the adapters do, in float32."""
-    merged = _logits(_merged(weights, adapters, dtype=torch.float32))
+    merged = _logits(merged_model(weights, adapters, dtype=torch.float32))
     trained = _logits(_as_trained(weights, dtype=torch.float32, adapters=adapters))
     difference = (merged - trained).abs().max()
     if not difference <= MERGED * trained.abs().max():
         raise NotTheSameModel(f"with merged adapters, logits differ from the trained by {difference:.3g}.")
-
-
-@torch.no_grad()
-def _merged(weights: StoredWeights, adapters: Adapters, *, dtype: torch.dtype) -> PreTrainedModel:
-    """The model that was trained, as one without adapters."""
-    model = build_model(read_config(weights.folder / "config.json"), device="cpu", dtype=dtype, seed=0)
-    read = merging(weights.read, adapters, names=weights.names())
-    for name, parameter in model.named_parameters():
-        parameter.copy_(read(name))
-    return model
 
 
 def _as_trained(weights: StoredWeights, *, dtype: torch.dtype, adapters: Adapters | None = None) -> PreTrainedModel:
@@ -181,6 +156,7 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to be made")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: as in training")
     parser.add_argument("--max_shard_size", default=SHARD, metavar="SIZE", help=f"of one file (default: {SHARD})")
+    parser.add_argument("--adapters", action="store_true", help="the factors of --peft lora alone, as peft reads them")
     parser.add_argument("--verify", action="store_true", help="compare logits with those of the model as trained")
     return parser.parse_args(argv)
 
@@ -188,8 +164,16 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """The whole command. Raises as export."""
     args = _parse_args(argv)
-    dtype = DTYPES[args.dtype] if args.dtype else None
-    difference = export(args.checkpoint, args.out, dtype=dtype, max_shard_size=args.max_shard_size, verify=args.verify)
+    if args.adapters:
+        if args.dtype or args.verify or args.max_shard_size != SHARD:
+            raise UserError("--adapters writes what was trained, in its dtype: leave out all other flags.")
+        export_adapters(args.checkpoint, args.out)
+        difference = None
+    else:
+        dtype = DTYPES[args.dtype] if args.dtype else None
+        difference = export(
+            args.checkpoint, args.out, dtype=dtype, max_shard_size=args.max_shard_size, verify=args.verify
+        )
     if difference is not None:
         print(f"verified; the largest difference to a logit as trained: {difference:.3g}")
     print(f"{args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}")

@@ -4,10 +4,11 @@
     relora     the same; now and then the product is merged into W0, and A, B and their optimizer state restart
     low_rank   W = B A                     no W0; both factors are trained
 
-Embedding, norms, biases and head train in full. Sources: Hu et al. 2021 (arXiv 2106.09685), Lialin et al. 2023 (arXiv
-2307.05695), Kamalakara et al. 2022 (arXiv 2209.13569). As in GaLore's tables, ReLoRA has no full-rank warm start; but
-where those have a dropout of 0.05 before A, there is none here. ReLoRA's paper prunes the optimizer's state by 99%;
-here it goes whole.
+Embedding, norms, biases and head train in full, or with `only` stay as they are, which is usual in fine-tuning. W0 of
+LoRA may be quantized: it is never written (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, there in NF4). Sources: Hu et
+al. 2021 (arXiv 2106.09685), Lialin et al. 2023 (arXiv 2307.05695), Kamalakara et al. 2022 (arXiv 2209.13569). As in
+GaLore's tables, ReLoRA has no full-rank warm start; but where those have a dropout of 0.05 before A, there is none
+here. ReLoRA's paper prunes the optimizer's state by 99%; here it goes whole.
 
 LoRA's modules are peft's, which is imported only to build them. The factors have the dtype of the model.
 """
@@ -26,7 +27,7 @@ from transformers import PreTrainedModel
 
 from peft_pretraining.errors import UserError
 from qgalore.param_groups import split_parameters
-from qgalore.storage.quantized_weight import open_weight
+from qgalore.storage.quantized_weight import QuantizedWeight, open_weight
 from qgalore.storage.rounding import mix_seed, random_bits
 
 LORA_KINDS = ("lora", "relora")
@@ -44,19 +45,21 @@ class Adapters:
     rank: r, clamped to the shorter side of each matrix.
     alpha: LoRA's scale of the product, divided by the clamped r.
     reset_every: updates from one reset of ReLoRA to the next; None for the other kinds.
+    only: whether the factors alone are trained.
     """
 
     kind: str
     rank: int
     alpha: int
     reset_every: int | None = None
+    only: bool = False
 
     @classmethod
     def of(cls, args: Mapping[str, Any]) -> "Adapters | None":
         """The adapters that the arguments of a run, or those in a checkpoint, ask for; None for no adapters."""
         if args.get("peft") is None:
             return None
-        return cls(args["peft"], args["rank"], args["peft_alpha"], args["reset_every"])
+        return cls(args["peft"], args["rank"], args["peft_alpha"], args["reset_every"], bool(args.get("freeze_others")))
 
     def describe(self) -> str:
         """A description in a few words, for the table of parameter groups."""
@@ -64,6 +67,11 @@ class Adapters:
             return f"factors of W = B A, rank {self.rank}"
         resets = f", merged and restarted every {self.reset_every} updates" if self.kind == "relora" else ""
         return f"LoRA, rank {self.rank}, alpha {self.alpha}{resets}"
+
+    def describe_frozen(self, *, bits: int | None) -> str:
+        """The same for the parameters that are not trained. bits: those of a quantized W0; None if it is not."""
+        others = ", embedding, norms and head" if self.only else ""
+        return f"nothing: W0 of the adapters{'' if bits is None else f' in INT{bits}'}{others}"
 
     def part(self, module: str, part: str) -> str:
         """The name of A or B in the place of a linear layer's weight.
@@ -99,34 +107,48 @@ def insert(model: PreTrainedModel, adapters: Adapters) -> None:
 
     Raises UserError if the package peft is needed and missing.
     """
-    names = [name for group in split_parameters(model) if group.kind == "matrix" for name in group.names]
-    ranks = {name: min(adapters.rank, *model.get_parameter(name).shape) for name in names}
     if adapters.kind in LORA_KINDS:
-        _insert_lora(model, ranks, alpha=adapters.alpha)
+        _insert_lora(model, adapters)
     else:
-        for name, rank in ranks.items():
+        for name, rank in _ranks(model, adapters).items():
             module = name.removesuffix(".weight")
             linear = model.get_submodule(module)
             assert isinstance(linear, nn.Linear)
             model.set_submodule(module, LowRankLinear(linear, rank=rank))
     for name, p in model.named_parameters():
-        p.requires_grad_(not name.endswith(f"{BASE}.weight"))
+        p.requires_grad_(is_factor(name) if adapters.only else not name.endswith(f"{BASE}.weight"))
 
 
-def _insert_lora(model: PreTrainedModel, ranks: Mapping[str, int], *, alpha: int) -> None:
+def _ranks(model: PreTrainedModel, adapters: Adapters) -> dict[str, int]:
+    """The rank of each matrix's factors, by the name of its weight in a model without adapters."""
+    names = [name for group in split_parameters(model) if group.kind == "matrix" for name in group.names]
+    return {name: min(adapters.rank, *model.get_parameter(name).shape) for name in names}
+
+
+def lora_config(model: PreTrainedModel, adapters: Adapters, **options: Any) -> Any:
+    """peft's configuration of the adapters of a model, which has none yet. options: further fields of it.
+
+    Raises UserError if the package peft is missing.
+    """
     try:
-        from peft import LoraConfig, inject_adapter_in_model
+        from peft import LoraConfig
     except ImportError as error:
         raise UserError(f"--peft lora and relora need the package peft ({error}): pip install peft.") from error
     # Layers are alike: q_proj and its kin say which rank.
-    by_kind = {name.split(".")[-2]: rank for name, rank in ranks.items()}
-    config = LoraConfig(
+    by_kind = {name.split(".")[-2]: rank for name, rank in _ranks(model, adapters).items()}
+    return LoraConfig(
         r=max(by_kind.values()),
-        lora_alpha=alpha,
+        lora_alpha=adapters.alpha,
         target_modules=list(by_kind),
         rank_pattern=by_kind,
-        init_lora_weights=False,
+        **options,
     )
+
+
+def _insert_lora(model: PreTrainedModel, adapters: Adapters) -> None:
+    config = lora_config(model, adapters, init_lora_weights=False)
+    from peft import inject_adapter_in_model
+
     dtype = model.dtype
     with torch.device("meta"):
         inject_adapter_in_model(config, model)
@@ -227,7 +249,12 @@ def merging(
         base, A = f"{module}{BASE}.{kind}", adapters.part(module, "A")
         if kind == "weight" and A in names:
             product = adapters.product(read(A), read(adapters.part(module, "B")))
-            return product.add_(read(base)) if base in names else product
+            return product.add_(_values(read(base))) if base in names else product
         return read(base if base in names else name)
 
     return merged
+
+
+def _values(weight: Tensor) -> Tensor:
+    """A weight in floating point."""
+    return weight.dequantize(torch.float32) if isinstance(weight, QuantizedWeight) else weight

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from peft_pretraining.errors import UserError
-from peft_pretraining.model.adapters import Adapters, draw_factors, insert, is_factor
+from peft_pretraining.model.adapters import BASE, Adapters, draw_factors, insert, is_factor
 from peft_pretraining.model.attention import attention_for
 from peft_pretraining.model.family import family_of
 from peft_pretraining.model.offload import offload_inputs
@@ -127,11 +127,20 @@ def prepare_model(
         finish=weight_quantizer(args, groups=split_parameters(meta_model(config))) if args.weight_quant else None,
         layer_done=done,
     )
+    freeze_by_flags(model, args)
     if sharding is not None:
         sharding.shard_rest(model)
     if args.compile:
         compile_layers(model)
     return model
+
+
+def freeze_by_flags(model: PreTrainedModel, args: argparse.Namespace) -> None:
+    """Freezes all but the matrices with --freeze_others. Adapters have seen to it themselves."""
+    if args.freeze_others and args.peft is None:
+        for group in split_parameters(model):
+            for p in group.parameters:
+                p.requires_grad_(group.kind == "matrix")
 
 
 def check_compiler(device: torch.device) -> None:
@@ -159,8 +168,9 @@ def weight_quantizer(args: argparse.Namespace, *, groups: Sequence[ParameterGrou
     bits = {"matrix": args.weight_bits, "embedding": args.embedding_weight_bits, "head": args.embedding_weight_bits}
 
     def finish(name: str, module: nn.Module) -> None:
-        kind = kinds.get(f"{name}.weight", "")
-        if bits.get(kind) is not None:
+        kind = kinds.get(f"{name.removesuffix(BASE)}.weight", "")
+        own = "weight" in dict(module.named_parameters(recurse=False))  # around W0, LoRA's module shows it as its own
+        if own and bits.get(kind) is not None:
             quantize_module_weight(
                 module,
                 bits=bits[kind],

@@ -49,30 +49,51 @@ from qgalore.storage.chunks import on_cpu, row_chunks
 from qgalore.storage.quantized_weight import QuantizedWeight
 
 PRODUCT_ELEMENTS = 1 << 22  # of dW, made at once before they are added
+Gradients = tuple[Tensor, Tensor | None]  # dH, and dW where the head is trained
 SHARDED = "_sharded_token_loss"  # the attribute of a model that FSDP2 has spread: the module whose forward is its loss
 CHUNK_ELEMENTS = 1 << 24  # logits held at once: 64 MB in float32, 512 rows of a vocabulary of 32000
 
 
-def token_loss_sum(model: PreTrainedModel, input_ids: Tensor, targets: Tensor) -> Tensor:
+def token_loss_sum(
+    model: PreTrainedModel, input_ids: Tensor, targets: Tensor, positions: Tensor | None = None
+) -> Tensor:
     """The SUM of the next-token cross-entropies, in nats, over the targets that are not IGNORED.
 
     input_ids: (B, L) int64.
     targets: (B, L) int64, already shifted: targets[b, t] follows input_ids[b, t].
+    positions: (B, L) int64, the place of each token in its document, of which a sequence holds several: none of them
+        sees another. None for sequences that are one text.
     Returns a float32 scalar. Divide it by the number of targets of the whole update before backward.
     """
     root = vars(model).get(SHARDED)
-    return loss_of_whole(model, input_ids, targets) if root is None else root(input_ids, targets)
+    if root is not None:
+        return root(input_ids, targets, positions)
+    return loss_of_whole(model, input_ids, targets, positions)
 
 
-def loss_of_whole(model: PreTrainedModel, input_ids: Tensor, targets: Tensor) -> Tensor:
+def loss_of_whole(
+    model: PreTrainedModel, input_ids: Tensor, targets: Tensor, positions: Tensor | None = None
+) -> Tensor:
     """token_loss_sum of a model whose weights are at hand."""
-    # No attention mask: the sequences are full, and without one SDPA takes its causal kernel.
+    # No attention mask where a sequence is one text: without one SDPA takes its causal kernel.
+    packed = {} if positions is None else {"position_ids": positions, "attention_mask": block_mask(positions)}
     family = family_of(model.config)
-    hidden = family.part("body", model)(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, L, hidden)
+    body = family.part("body", model)
+    hidden = body(input_ids=input_ids, use_cache=False, **packed).last_hidden_state  # (B, L, hidden)
     weight = family.part("head", model).weight
     if isinstance(weight, QuantizedWeight):
         weight = weight.dequantize()  # for this call
     return head_loss_sum(hidden.flatten(0, 1), weight, targets.flatten())
+
+
+def block_mask(positions: Tensor) -> Tensor:
+    """Which token sees which: earlier ones of its own document, and itself. A document begins where the place is 0.
+
+    positions: (B, L) int64.
+    Returns (B, 1, L, L) bool, rows for the tokens that look. transformers passes a mask of this shape on as it is.
+    """
+    document = (positions == 0).cumsum(1)  # (B, L), counted from 1
+    return (document[:, None, :, None] == document[:, None, None, :]).tril_()
 
 
 def accumulate_gradients(
@@ -84,7 +105,7 @@ def accumulate_gradients(
     """
     loss = torch.zeros((), device=device)
     for batch in batches:
-        share = token_loss_sum(model, batch.input_ids, batch.targets) / targets
+        share = token_loss_sum(model, batch.input_ids, batch.targets, batch.positions) / targets
         share.backward()
         loss += share.detach()
     return loss
@@ -111,12 +132,15 @@ def rows_per_chunk(vocab_size: int) -> int:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Makes the gradients in forward. They are the caller's only copy, so backward runs once."""
+    """Makes the gradients in forward. They are the caller's only copy, so backward runs once.
+
+    That of a frozen weight is not made: dW in float32 would be the largest tensor of fine-tuning with adapters.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int) -> Tensor:
         d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=_wide(weight.dtype))
+        d_weight = torch.zeros_like(weight, dtype=_wide(weight.dtype)) if ctx.needs_input_grad[1] else None
         ctx.gradients = d_hidden, d_weight
         loss = _head_loss(hidden, weight, targets, chunk_rows, gradients=ctx.gradients)
         ctx.finite = loss.isfinite()
@@ -124,19 +148,20 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         if ctx.gradients is None:
             raise RuntimeError("head_loss_sum: backward a second time; its gradients were handed over the first time")
         (d_hidden, d_weight), ctx.gradients = ctx.gradients, None
         # Whoever sums gradients over the ranks must learn of a loss that is not finite.
         d_loss = torch.where(ctx.finite, d_loss, math.nan)
-        return d_hidden.mul_(d_loss), d_weight.mul_(d_loss).to(d_hidden.dtype), None, None
+        d_weight = None if d_weight is None else d_weight.mul_(d_loss).to(d_hidden.dtype)
+        return d_hidden.mul_(d_loss), d_weight, None, None
 
 
 def _head_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int, *, gradients: tuple[Tensor, Tensor] | None
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int, *, gradients: Gradients | None
 ) -> Tensor:
-    """The loss. Where `gradients` = (d_hidden, d_weight) are given, fills the first and adds to the second."""
+    """The loss. Where `gradients` = (d_hidden, d_weight) are given, fills the first and adds to the second, if any."""
     loss = torch.zeros((), dtype=_wide(hidden.dtype), device=hidden.device)
     # Allocated once: large CPU tensors are fresh pages each time, and touching those costs more than the products.
     product = hidden.new_empty(min(chunk_rows, len(hidden)), len(weight))  # (chunk, vocab)
@@ -158,7 +183,7 @@ def _chunk_loss(
     *,
     product: Tensor,
     logits: Tensor,
-    gradients: tuple[Tensor, Tensor] | None,
+    gradients: Gradients | None,
 ) -> Tensor:
     """_head_loss of one chunk.
 
@@ -177,8 +202,9 @@ def _chunk_loss(
         z *= counted / total
         dz = product.copy_(z.scatter_add_(1, target, -counted.to(z.dtype)))  # (chunk, vocab)
         torch.mm(dz, weight, out=d_hidden)
-        for words in row_chunks(*d_weight.shape, device=dz.device, elements=PRODUCT_ELEMENTS):
-            _add_(d_weight[words], dz[:, words].T @ hidden)
+        if d_weight is not None:
+            for words in row_chunks(*d_weight.shape, device=dz.device, elements=PRODUCT_ELEMENTS):
+                _add_(d_weight[words], dz[:, words].T @ hidden)
     return ((total.log() - chosen) * counted).sum()
 
 

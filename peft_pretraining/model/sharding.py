@@ -23,8 +23,8 @@ class TokenLoss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, targets: Tensor) -> Tensor:
-        return loss_of_whole(self.model, input_ids, targets)
+    def forward(self, input_ids: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
+        return loss_of_whole(self.model, input_ids, targets, positions)
 
 
 class Sharding:

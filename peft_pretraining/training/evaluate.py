@@ -54,9 +54,9 @@ def evaluate(
             for batch in batches:
                 if stop():
                     return None
-                input_ids, targets = batch.input_ids.to(device), batch.targets.to(device)
-                sums[0] += token_loss_sum(model, input_ids, targets)
-                sums[1] += (targets != IGNORED).sum()
+                batch = batch.to(device)
+                sums[0] += token_loss_sum(model, batch.input_ids, batch.targets, batch.positions)
+                sums[1] += (batch.targets != IGNORED).sum()
                 progress.advance()
     finally:
         model.train(was_training)

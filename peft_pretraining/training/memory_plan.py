@@ -145,7 +145,9 @@ def plan_memory(
 
 _PLANS: dict[str, MemoryPlan] = {}
 # Arguments that a plan does not depend on; of the micro-batches of an update, their number counts.
-_BESIDE = frozenset("total_batch_size num_training_steps max_train_tokens name ignored dry_run".split())
+_BESIDE = frozenset(
+    "total_batch_size num_training_steps max_train_tokens num_train_epochs name ignored dry_run".split()
+)
 
 
 def _plan_whole(run: _Run) -> MemoryPlan:
@@ -249,7 +251,8 @@ def _trace(run: _Run, *, layers: int) -> _Trace:
                 layer.reshard()
         _mark(live, model, updates)
         tokens = torch.zeros(args.batch_size, args.max_length, dtype=torch.int64, device=place)
-        batches = [Batch(tokens, tokens, epoch=0)] * args.gradient_accumulation
+        packed = tokens if args.packing == "whole" else None
+        batches = [Batch(tokens, tokens, epoch=0, positions=packed)] * args.gradient_accumulation
         for name in ("the first update", "an update", "an update with refreshes"):
             refreshed = _make_due(updates.optimizer, layers=layers, depth=depth, any_due="refreshes" in name)
             if "refreshes" in name and not refreshed:
@@ -260,7 +263,7 @@ def _trace(run: _Run, *, layers: int) -> _Trace:
             _mark(live, model, updates)
         held = dict(+live.kinds)
         with _phase("evaluation", live, visits), torch.no_grad():
-            token_loss_sum(model.eval(), tokens, tokens)
+            token_loss_sum(model.eval(), tokens, tokens, packed)
     return _Trace(held, visits)
 
 

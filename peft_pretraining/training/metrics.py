@@ -10,6 +10,7 @@
     resume            update (the last one that counts: lines of later updates are of lost work), checkpoint
     bad_update        update, loss, parameters
     bad_documents     update, skipped, total
+    too_long          update; dialogues so far that were longer than a sequence: shortened, left_out
     rollback          update, loss, to
     end               updates, tokens_seen, perplexity, seconds, kept_bytes, refreshes
 

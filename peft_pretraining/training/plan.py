@@ -14,22 +14,26 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from peft_pretraining.checkpoint.lock import only_run_in
 from peft_pretraining.checkpoint.start import StartingPoint, check_data, check_tokenizer, check_validation, choose_start
 from peft_pretraining.checkpoint.writer import CheckpointWriter, check_save_dir, make_save_dir
-from peft_pretraining.cli.args import settings_of, without_effect
+from peft_pretraining.cli.args import set_length, settings_of, without_effect
 from peft_pretraining.cli.config_file import save_config
 from peft_pretraining.cli.flags import MAY_CHANGE
 from peft_pretraining.cli.presets import load_preset
+from peft_pretraining.data.chat import ChatTemplate, chat_tokenizer
+from peft_pretraining.data.epochs import measure_epoch
 from peft_pretraining.data.loader import train_batches
 from peft_pretraining.data.sources import DocumentSource, open_documents
 from peft_pretraining.data.token_shards import check_tokens
-from peft_pretraining.data.tokenizer import Tokenizer, check_fits, load_tokenizer
+from peft_pretraining.data.tokenizer import Tokenizer, TransformersTokenizer, check_fits, load_tokenizer
 from peft_pretraining.data.validation import ValidationSet
 from peft_pretraining.distributed import World
 from peft_pretraining.errors import UserError
+from peft_pretraining.export.tokenizer import to_transformers
 from peft_pretraining.model.adapters import Adapters
-from peft_pretraining.model.build import check_compiler, meta_model, prepare_model
+from peft_pretraining.model.build import check_compiler, freeze_by_flags, meta_model, prepare_model
 from peft_pretraining.model.config import read_config
 from peft_pretraining.model.dtypes import DTYPES, resolve_dtype
 from peft_pretraining.model.sharding import Sharding, check_rows, is_sharded
+from peft_pretraining.progress import LongWait
 from peft_pretraining.training.expectation import expectation_sinks
 from peft_pretraining.training.interruption import Interruption
 from peft_pretraining.training.metrics import Record, open_record
@@ -80,7 +84,10 @@ def make_plan(args: argparse.Namespace, *, world: World, cleanup: ExitStack) -> 
     `cleanup` gives the folder back to others.
     """
     config, dtype = _check_model(args, world=world)
+    if args.num_train_epochs is not None:
+        set_length(args, updates=updates_of_epochs(args, config=config))
     structure = meta_model(config, adapters=Adapters.of(vars(args)))
+    freeze_by_flags(structure, args)
     groups = describe_groups(structure, args)
     check_sharding(args, model=structure, ranks=world.rows_over(args.parallel))
     log_plan(args, groups=groups, dtype=dtype, world=world)
@@ -90,8 +97,7 @@ def make_plan(args: argparse.Namespace, *, world: World, cleanup: ExitStack) -> 
         make_save_dir(args.save_dir, model_config=args.model_config)
         cleanup.enter_context(only_run_in(save_dir))
     start = choose_start(args, config=config, may_change=MAY_CHANGE)
-    tokenizer = load_tokenizer(args.tokenizer)
-    check_fits(tokenizer, vocab_size=config.vocab_size)
+    tokenizer = open_tokenizer(args, config=config)
     source, held_out = _open_documents(args, tokenizer)
     logger.info(f"training on {source.name}, validating on {held_out.name}, tokenizer {tokenizer.name}")
     fingerprint, validation_fingerprint = source.fingerprint(), held_out.fingerprint()
@@ -108,6 +114,16 @@ def make_plan(args: argparse.Namespace, *, world: World, cleanup: ExitStack) -> 
         tokenizer=tokenizer, source=source, held_out=held_out, fingerprint=fingerprint,
         validation_fingerprint=validation_fingerprint,
     )  # fmt: skip
+
+
+def open_tokenizer(args: argparse.Namespace, *, config: PreTrainedConfig) -> Tokenizer:
+    """The tokenizer that --tokenizer names; for dialogues with a chat template. Raises UserError if it does not fit."""
+    tokenizer = load_tokenizer(args.tokenizer)
+    check_fits(tokenizer, vocab_size=config.vocab_size)
+    if args.task != "sft":
+        return tokenizer
+    converted = to_transformers(tokenizer, max_length=config.max_position_embeddings)
+    return chat_tokenizer(TransformersTokenizer(converted, name=args.tokenizer), vocab_size=config.vocab_size)
 
 
 def check_sharding(args: argparse.Namespace, *, model: PreTrainedModel, ranks: int) -> None:
@@ -143,12 +159,25 @@ def _open_documents(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[Doc
 
     Raises UserError if one of them has no document, or was tokenized by another tokenizer.
     """
-    shared = dict(seed=args.seed, validation=args.validation, text_field=args.text_field)
+    template = ChatTemplate(tokenizer) if isinstance(tokenizer, TransformersTokenizer) and args.task == "sft" else None
+    shared = dict(seed=args.seed, validation=args.validation, text_field=args.text_field, template=template)
     source, held_out = (open_documents(args.dataset, split=split, **shared) for split in ("train", "validation"))
     for documents in (source, held_out):
         documents.check()
         check_tokens(documents, tokenizer)
     return source, held_out
+
+
+def updates_of_epochs(args: argparse.Namespace, *, config: PreTrainedConfig) -> int:
+    """The updates that --num_train_epochs take, from the sequences of the first. The same on every rank."""
+    tokenizer = open_tokenizer(args, config=config)
+    source, _ = _open_documents(args, tokenizer)
+    with LongWait("counting the dialogues of an epoch"):
+        found = measure_epoch(source, tokenizer, packing=args.packing, max_length=args.max_length)
+    logger.info(
+        f"an epoch has {found.dialogues:,} dialogues in {found.sequences:,.0f} sequences, {found.filled:.0%} full"
+    )
+    return max(1, round(args.num_train_epochs * found.sequences / args.total_batch_size))
 
 
 def describe_groups(model: nn.Module, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -166,10 +195,12 @@ def describe_groups(model: nn.Module, args: argparse.Namespace) -> list[dict[str
     for group in split:
         unprojected = matrices if group.kind == "matrix" else "full rank"
         bits = args.weight_bits if group.kind == "matrix" else args.embedding_weight_bits
-        quantized = args.weight_quant and bits is not None and group.kind != "norm"
+        quantized = args.weight_quant and adapters is None and bits is not None and group.kind != "norm"
         weights = f"INT{bits} weights, " if quantized else ""
         rows.append((group, weights + recipe.describe(group, settings, unprojected=unprojected)))
-    rows += [(group, "nothing: W0 of the adapters") for group in frozen_parameters(model)]
+    bits = args.weight_bits if args.weight_quant else None
+    kept = "nothing" if adapters is None else adapters.describe_frozen(bits=bits)
+    rows += [(group, kept) for group in frozen_parameters(model)]
     return [
         {"name": group.name, "tensors": len(group.parameters), "elements": group.elements, "trained_by": trained_by}
         for group, trained_by in rows
@@ -187,8 +218,9 @@ def log_plan(args: argparse.Namespace, *, groups: list[dict[str, Any]], dtype: t
         logger.warning(f"{flag} has no effect {why}")
     if args.grad_clipping and find_recipe(args.optimizer).per_layer:
         logger.info(f"clipping: each parameter's own projected gradient, to norm {args.grad_clipping:g}")
+    epochs = "" if args.num_train_epochs is None else f", {args.num_train_epochs:g} epochs"
     logger.info(
-        f"{args.num_training_steps} updates of {args.total_batch_size} x {args.max_length} tokens: "
+        f"{args.num_training_steps} updates{epochs} of {args.total_batch_size} x {args.max_length} tokens: "
         f"{args.gradient_accumulation} micro-batches of {args.batch_size} on {world.size} x {torch.get_num_threads()} "
         "threads"
     )

@@ -52,6 +52,21 @@ def log_step(run: Run, *, loss: float, outcome: Outcome, batch: Batch, targets: 
             run.record.event("subspace_details", update=state.update, **details)
 
 
+def count_too_long(run: Run, shortened: int, left_out: int) -> None:
+    """Counts the dialogues of an update that were longer than a sequence, over all ranks; the first are told."""
+    state, first = run.state, not (run.state.shortened or run.state.left_out)
+    if not (shortened or left_out):
+        return
+    state.shortened += shortened
+    state.left_out += left_out
+    run.record.event("too_long", update=state.update, shortened=state.shortened, left_out=state.left_out)
+    if first and run.world.is_main:
+        logger.warning(
+            f"some dialogues are longer than --max_length {run.args.max_length}: they end after an earlier answer, or "
+            "are left out if not even the first fits; the end of the log counts them"
+        )
+
+
 def show_first_bases(optimizer: LowRankOptimizer) -> None:
     """Shows how many bases the first update has computed: those of a 7B take minutes."""
     projected = [update for update in optimizer.updates.values() if update.projector.sides]
@@ -121,6 +136,11 @@ def report_end(run: Run) -> None:
         f"{state.update} updates, {state.tokens_seen:,} tokens in {seconds:.0f} s "
         f"({state.tokens_seen / state.seconds:,.0f} tokens/s while training)"
     )
+    if state.shortened or state.left_out:
+        logger.warning(
+            f"too long for --max_length {run.args.max_length}, counted in every epoch: {state.shortened:,} dialogues "
+            f"that ended after an earlier answer, {state.left_out:,} that were left out"
+        )
     logger.info(
         f"validation perplexity {perplexity:.2f}; record: {run.save_dir}/metrics.jsonl; model: {run.save_dir}/model"
     )

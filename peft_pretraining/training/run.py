@@ -32,6 +32,8 @@ class State:
     tokens_seen: int = 0  # target tokens of these updates, over all ranks
     seconds: float = 0.0  # time spent in these updates, without evaluations
     epoch: int = 0  # 0-based number of the latest epoch that this rank has read from
+    shortened: int = 0  # dialogues of --task sft that were too long, and ended after an earlier answer; over all ranks
+    left_out: int = 0  # those that were longer still
     evaluated: int = 0  # update after which the run was last evaluated
     saved: int = 0  # update after which the run was last saved
     evaluation: Evaluation | None = None  # result of the last evaluation; None before the first
