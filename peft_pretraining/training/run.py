@@ -35,6 +35,7 @@ class State:
     evaluated: int = 0  # update after which the run was last evaluated
     saved: int = 0  # update after which the run was last saved
     evaluation: Evaluation | None = None  # result of the last evaluation; None before the first
+    scores: dict[str, Any] = field(default_factory=dict)  # of a task with scores: its last and its best evaluation
     health: Health = field(default_factory=Health)  # what has gone wrong so far
     position: Progress | None = None  # position in the data, as far as this rank knows; None before the first update
     began: float = field(default_factory=time.monotonic)  # start of this process, on the clock of time.monotonic
