@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loguru import logger
+from transformers.utils import logging as transformers_logging
 
 from peft_pretraining.checkpoint.lock import only_run_in
 from peft_pretraining.checkpoint.start import StartingPoint, check_data, check_validation, choose_start
@@ -41,6 +42,8 @@ def main(argv: list[str] | None = None, *, began: float) -> None:
     world = World.from_environment()
     set_up_log(is_main=world.is_main)
     args = parse_args(argv, world_size=world.size)
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     use_threads(world, num_threads=args.num_threads)
     make_deterministic(args.seed)
     with ExitStack() as cleanup:
@@ -89,7 +92,7 @@ def open_run(
     interruption: Interruption,
     cleanup: ExitStack,
 ) -> tuple[Run, Judge]:
-    """The run before its first update, and what judges it. `cleanup` closes in reverse order what the run holds open."""
+    """The run before its first update, and what judges it. `cleanup` closes what the run holds open."""
     folder = Path(world.gather(str(save_dir))[0])  # the main rank has made it
     data, judge = open_data(args, examples=examples, tokenizer=tokenizer)
     model, groups = open_model(args, config=config, dtype=resolve_dtype(args.dtype, world.device), device=world.device)

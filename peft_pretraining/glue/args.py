@@ -63,8 +63,8 @@ def parse_args(argv: list[str] | None, *, world_size: int) -> argparse.Namespace
     own = vars(given)
     told = {name: value for name, value in own.items() if name in FLAGS}
     told |= {flag: own[name] for name, flag in SAME.items() if own[name] is not None}
-    group = {"weight_group_size": method.weight_group_size}
-    args = argparse.Namespace(**own | defaults() | group | told | method.flags)
+    usual = {"weight_group_size": method.weight_group_size, "dtype": "float32"}
+    args = argparse.Namespace(**own | defaults() | usual | told | method.flags)
     args.optimizer, args.peft = method.optimizer, "lora" if method.adapters else None
     args.weight_quant, args.weight_bits = method.weight_bits is not None, method.weight_bits or 8
     args.dataset = given.task_name or given.train_file
@@ -197,7 +197,7 @@ def _method_of(given: argparse.Namespace) -> str:
     method = given.method or ("galore" if given.enable_galore else "full")
     if given.enable_galore and not find_recipe(METHODS[method].optimizer).projected:
         raise UserError(
-            f"--enable_galore contradicts --method {method}, which projects nothing. Leave one of them out."
+            f"--enable_galore contradicts --method {method}, which projects nothing: leave one of them out."
         )
     return method
 

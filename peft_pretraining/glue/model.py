@@ -13,7 +13,6 @@ from loguru import logger
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig
-from transformers.utils import logging as transformers_logging
 
 from peft_pretraining.errors import UserError
 from peft_pretraining.glue.data import Examples
@@ -79,7 +78,7 @@ def open_config(args: argparse.Namespace, *, task: GlueTask, tokenizer: HubToken
 
 
 def in_order_of_model(examples: Examples, config: PreTrainedConfig) -> Examples:
-    """The examples with the class numbers of the model, which may have been trained with the labels in another order."""
+    """The examples with the class numbers of the model, which may have learned the labels in another order."""
     if examples.regression:
         return examples
     numbers = [config.label2id[name] for name in examples.task.labels]
@@ -134,7 +133,6 @@ def insert_adapters(model: Any, layers: list[str], *, args: argparse.Namespace) 
 
 def _load(args: argparse.Namespace, *, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
     """The model on the CPU, with a classifier drawn from the seed."""
-    transformers_logging.set_verbosity_error()
     torch.manual_seed(args.seed)
     if args.eval_llama:
         model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
@@ -155,8 +153,8 @@ def _nf4(args: argparse.Namespace, *, dtype: torch.dtype) -> dict[str, Any]:
         return {}
     if find_spec("bitsandbytes") is None or not torch.cuda.is_available():
         raise UserError(
-            "--qlora_codec nf4 needs a GPU and the package bitsandbytes: pip install bitsandbytes. Or leave it out: our "
-            "own 4 bits need neither."
+            "--qlora_codec nf4 needs a GPU and the package bitsandbytes: pip install bitsandbytes. Or leave it "
+            "out: our own 4 bits need neither."
         )
     from transformers import BitsAndBytesConfig
 
