@@ -31,6 +31,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("glue")
     for kind in ("bert", "roberta", "llama"):
         make_classifier(folder / kind, kind)
+    make_classifier(folder / "headed", "bert", head=True)
     for task in TASKS:
         write_task(folder / "glue" / task, task)
     return folder
@@ -234,7 +235,7 @@ def test_an_update_is_the_mean_over_its_examples(tmp_path):
 
 def test_a_llama_by_its_config_and_weights(tmp_path, place):
     """--eval_llama: shape from one folder, weights by name from another, padding on the left."""
-    body = AutoModelForSequenceClassification.from_pretrained(place / "llama")
+    body = AutoModelForSequenceClassification.from_pretrained(make_classifier(tmp_path / "body", "llama", head=True))
     torch.save({name: value + 1 for name, value in body.state_dict().items()}, tmp_path / "pytorch_model.bin")
     told = dict(model_name_or_path="llama", tokenizer_name="llama", eval_llama=True, load_pretrained_model=tmp_path,
         learning_rate=1e-9, max_train_steps=1)  # fmt: skip
@@ -262,7 +263,8 @@ BAD = [
     ({"train_file": "bert/config.yaml", "validation_file": "x.csv"}, "must be .csv, .tsv, .json, .jsonl"),
     ({"train_file": "glue/sst2/train.csv", "validation_file": "glue/sst2/train.csv"}, "has no column `sentence1`"),
     ({"train_file": "glue/stsb/train.csv", "validation_file": "glue/rte/train.csv"}, "has the label"),
-    ({"model_name_or_path": "none"}, "the tokenizer of none cannot be used"),
+    ({"model_name_or_path": "./no/such"}, "the tokenizer of ./no/such cannot be used"),
+    ({"model_name_or_path": "headed", "task_name": "mnli"}, "--ignore_mismatched_sizes draws a new one"),
     ({"max_length": 513}, "allows at most 512"),
     ({"method": "lora", "enable_galore": True}, "leave one of them out"),
     ({"push_to_hub": True}, "uploads nothing"),

@@ -46,9 +46,8 @@ def open_tokenizer(args: argparse.Namespace) -> HubTokenizer:
     """The tokenizer, with a padding token: its end of a text, where it has none. Raises UserError if there is none."""
     name = args.tokenizer_name or (LLAMA_TOKENIZER if args.eval_llama else args.model_name_or_path)
     with _reported(f"--tokenizer_name {name}" if args.tokenizer_name else f"the tokenizer of {name}"):
-        tokenizer = AutoTokenizer.from_pretrained(name, use_fast=not args.use_slow_tokenizer)
-    if args.eval_llama:
-        tokenizer.padding_side = "left"
+        side = {"padding_side": "left"} if args.eval_llama else {}
+        tokenizer = AutoTokenizer.from_pretrained(name, use_fast=not args.use_slow_tokenizer, **side)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise UserError(f"--tokenizer_name {name}: it has neither a padding token nor one for the end of a text.")
@@ -192,4 +191,6 @@ class _reported:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, Exception) and not isinstance(error, UserError):
             reason = " ".join(str(error).split()) or type(error).__name__
+            if "ignore_mismatched_sizes" in reason:
+                reason = "its classifier is for another number of labels: --ignore_mismatched_sizes draws a new one"
             raise UserError(f"{self.what} cannot be used ({reason[:300]}).") from error

@@ -23,8 +23,12 @@ WORDS = "ba de fi go hu ka le mi no pu ra se ti vo zu good bad".split()
 SIZES = dict(num_hidden_layers=2, num_attention_heads=2, hidden_size=32, intermediate_size=48)
 
 
-def make_classifier(folder: Path, kind: str, *, dropout: float = 0.1) -> Path:
-    """A folder with random weights and a tokenizer of whole words. kind: bert, roberta or llama."""
+def make_classifier(folder: Path, kind: str, *, dropout: float = 0.1, head: bool = False) -> Path:
+    """A folder with random weights and a tokenizer of whole words.
+
+    kind: bert, roberta or llama.
+    head: whether with a classifier of two classes, else the body alone, as it is pre-trained.
+    """
     tokenizer = word_tokenizer()
     torch.manual_seed(7)
     shape = SIZES | dict(vocab_size=len(tokenizer), pad_token_id=0)
@@ -35,7 +39,7 @@ def make_classifier(folder: Path, kind: str, *, dropout: float = 0.1) -> Path:
         model = RobertaForSequenceClassification(RobertaConfig(**shape, **dropouts, max_position_embeddings=514))
     else:
         model = LlamaForSequenceClassification(LlamaConfig(**shape, max_position_embeddings=512))
-    model.save_pretrained(folder)
+    (model if head else model.base_model).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
