@@ -104,7 +104,7 @@ def run_trial(trial: Trial, args: argparse.Namespace) -> dict[str, Any]:
         "model_name_or_path": args.model, "train_file": task / "train.csv", "validation_file": task / "validation.csv",
         "method": trial.method, "learning_rate": trial.lr, "seed": trial.seed, "lora_r": args.rank,
         "lora_alpha": 2 * args.rank, "max_length": args.max_length, "num_train_epochs": args.epochs,
-        "max_train_steps": args.max_steps, "per_device_train_batch_size": args.batch_size, "num_warmup_steps": 20,
+        "max_train_steps": args.max_steps, "per_device_train_batch_size": args.batch_size, "num_warmup_steps": args.warmup,
         "per_device_eval_batch_size": 64, "update_proj_gap": args.gap, "galore_scale": args.scale, "dtype": args.dtype,
         "output_dir": folder, "num_threads": 1,
     })  # fmt: skip
@@ -117,6 +117,8 @@ def run_trial(trial: Trial, args: argparse.Namespace) -> dict[str, Any]:
             main([*flags, "--lora_all_modules", "--no_report"], began=time.monotonic())
         except UserError as error:
             failed = str(error)
+    if not (folder / "metrics.jsonl").exists():
+        raise RuntimeError(f"{trial}: {failed}")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     shutil.rmtree(folder)
     return asdict(trial) | read_run(lines) | {"failed": failed, "rank": args.rank, "epochs": args.epochs, **machine()}
@@ -195,6 +197,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--scale", type=float, default=4.0, help="of projected updates, 4 in GaLore's README")
     parser.add_argument("--gap", type=int, default=50, help="updates from one refresh to the next")
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--warmup", type=int, default=20, help="updates")
     parser.add_argument("--max_steps", type=int)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--max_length", type=int, default=160)
