@@ -15,6 +15,7 @@ micro-batch.
 import argparse
 import contextlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -66,7 +67,7 @@ def wanted(
             if rate is not None:
                 yield Trial(task, method, rate, seeds[0])
             else:
-                best = max(found, key=found.__getitem__)
+                best = best_rate(found, begin=METHODS[method])
                 later += [Trial(task, method, best, seed) for seed in seeds[1:]]
     for trial in later:
         if not any(map(trial.same, records)):
@@ -78,6 +79,11 @@ def sweep(records: list[dict[str, Any]], task: str, method: str, *, seed: int) -
     return {r["lr"]: r["score"] for r in records if (r["task"], r["method"], r["seed"]) == (task, method, seed)}
 
 
+def best_rate(found: dict[float, float], *, begin: float) -> float:
+    """The rate with the best score; of equal ones, the one nearest to where the sweep began."""
+    return max(found, key=lambda rate: (found[rate], -abs(math.log(rate / begin))))
+
+
 def next_rate(found: dict[float, float], *, begin: float) -> float | None:
     """The rate to try next; None when the best lies inside of those tried, or the sweep has gone far enough.
 
@@ -85,7 +91,7 @@ def next_rate(found: dict[float, float], *, begin: float) -> float | None:
     """
     if not found:
         return begin
-    best = max(found, key=lambda rate: (found[rate], -rate))
+    best = best_rate(found, begin=begin)
     for factor in (STEP, 1 / STEP):
         rate = float(f"{best * factor:.3g}")
         near = any(abs(other / rate - 1) < 0.02 for other in found)
@@ -104,9 +110,9 @@ def run_trial(trial: Trial, args: argparse.Namespace) -> dict[str, Any]:
         "model_name_or_path": args.model, "train_file": task / "train.csv", "validation_file": task / "validation.csv",
         "method": trial.method, "learning_rate": trial.lr, "seed": trial.seed, "lora_r": args.rank,
         "lora_alpha": 2 * args.rank, "max_length": args.max_length, "num_train_epochs": args.epochs,
-        "max_train_steps": args.max_steps, "per_device_train_batch_size": args.batch_size, "num_warmup_steps": args.warmup,
+        "max_train_steps": args.max_steps, "per_device_train_batch_size": args.batch_size,
         "per_device_eval_batch_size": 64, "update_proj_gap": args.gap, "galore_scale": args.scale, "dtype": args.dtype,
-        "output_dir": folder, "num_threads": 1,
+        "num_warmup_steps": args.warmup, "output_dir": folder, "num_threads": 1,
     })  # fmt: skip
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -150,7 +156,7 @@ def table(records: list[dict[str, Any]], *, tasks: list[str], seeds: list[int]) 
         cells, means, own, rates = [], [], [], []
         for task in tasks:
             swept = sweep(records, task, method, seed=seeds[0])
-            best = max(swept, key=swept.__getitem__, default=None)
+            best = best_rate(swept, begin=METHODS[method]) if swept else None
             runs = [r for r in records if (r["task"], r["method"], r["lr"]) == (task, method, best)]
             scores = [100 * run["score"] for run in runs]
             half = f" ± {(max(scores) - min(scores)) / 2:.1f}" if len(scores) > 1 else ""
