@@ -5,7 +5,7 @@ import math
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from loguru import logger
 from transformers.utils import logging as transformers_logging
@@ -14,7 +14,9 @@ from peft_pretraining.checkpoint.lock import only_run_in
 from peft_pretraining.checkpoint.start import StartingPoint, check_data, check_validation, choose_start
 from peft_pretraining.checkpoint.writer import CheckpointWriter, make_save_dir
 from peft_pretraining.cli.args import settings_of
+from peft_pretraining.data.tokenizer import Tokenizer
 from peft_pretraining.distributed import World, make_deterministic, use_threads
+from peft_pretraining.errors import UserError
 from peft_pretraining.glue.args import CHANGEABLE, complete_length, parse_args
 from peft_pretraining.glue.batches import Encoded, training_batches
 from peft_pretraining.glue.data import Examples, load_examples
@@ -98,7 +100,10 @@ def open_run(
     model, groups = open_model(args, config=config, dtype=resolve_dtype(args.dtype, world.device), device=world.device)
     described = describe_groups(model, groups, args)
     log_plan(args, described, examples=examples, world=world)
-    updates = open_updates(args, model=model, groups=groups)
+    try:
+        updates = open_updates(args, model=model, groups=groups)
+    except ValueError as error:  # options that exclude each other
+        raise UserError(f"--method {args.method}: {error}.") from error
     for group in updates.optimizer.param_groups:  # as transformers and GaLore's script have it
         if all(p.ndim < 2 for p in group["params"]):
             group["weight_decay"] = 0.0
@@ -115,10 +120,11 @@ def open_run(
     cleanup.callback(record.close)
     fingerprint = examples.fingerprint()
     run = Run(
-        args=args, world=world, save_dir=folder, model=model, updates=updates, batches=batches, validation=[],
-        record=record, interruption=interruption, writer=writer if world.is_main else None, tokenizer=tokenizer,
+        args=args, world=world, save_dir=folder, model=model, updates=updates, batches=batches, validation=None,
+        record=record, interruption=interruption, writer=writer if world.is_main else None,
+        tokenizer=cast(Tokenizer, tokenizer),  # of which a run asks its files and digest only
         fingerprint={"train": fingerprint.pop("train")}, validation_fingerprint=fingerprint,
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # fmt: skip
     return run, judge
 
 

@@ -12,6 +12,7 @@ from peft_pretraining.cli.flags import FLAGS, MAY_CHANGE, add_flags, defaults
 from peft_pretraining.errors import Parser, UserError
 from peft_pretraining.glue.methods import METHODS
 from peft_pretraining.glue.tasks import TASKS
+from peft_pretraining.model.dtypes import DTYPES
 from qgalore.factory import find_recipe
 
 # GaLore's name of a flag that torchrun_main.py has, too.
@@ -24,7 +25,7 @@ SAME = {
 SHARED = (
     "weight_decay", "update_proj_gap", "galore_scale", "proj_type", "subspace", "moments_on_refresh", "residual",
     "proj_lr", "proj_reg", "cos_threshold", "gamma_proj", "queue_size", "proj_group_size", "matrix_lr_ratio", "beta1",
-    "beta2", "embedding_state_bits", "moments_bits", "weight_group_size", "grad_clipping", "dtype",
+    "beta2", "embedding_state_bits", "moments_bits", "weight_group_size", "grad_clipping",
     "activation_checkpointing", "seed", "num_threads", "keep_last", "time_budget", "allow_changed", "max_bad_updates",
     "log_details", "no_report",
 )  # fmt: skip
@@ -47,6 +48,10 @@ CHANGEABLE = MAY_CHANGE | {
     "micro_batches",
 }  # fmt: skip
 NEVER = 1 << 62
+ABOUT = (
+    "Fine-tunes a model of transformers for classification or regression, as GaLore's run_glue.py, by full training, "
+    "LoRA, QLoRA, GaLore, Q-GaLore or APOLLO. See docs/finetuning.md."
+)
 
 
 def parse_args(argv: list[str] | None, *, world_size: int) -> argparse.Namespace:
@@ -63,7 +68,7 @@ def parse_args(argv: list[str] | None, *, world_size: int) -> argparse.Namespace
     own = vars(given)
     told = {name: value for name, value in own.items() if name in FLAGS}
     told |= {flag: own[name] for name, flag in SAME.items() if own[name] is not None}
-    usual = {"weight_group_size": method.weight_group_size, "dtype": "float32"}
+    usual = {"weight_group_size": method.weight_group_size}
     args = argparse.Namespace(**own | defaults() | usual | told | method.flags)
     args.optimizer, args.peft = method.optimizer, "lora" if method.adapters else None
     args.weight_quant, args.weight_bits = method.weight_bits is not None, method.weight_bits or 8
@@ -84,7 +89,7 @@ def parse_args(argv: list[str] | None, *, world_size: int) -> argparse.Namespace
 
 def make_parser() -> Parser:
     """The parser, also for --help and the documentation."""
-    parser = Parser(prog="python -m peft_pretraining.run_glue", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m peft_pretraining.run_glue", description=ABOUT, allow_abbrev=False)
     data = parser.add_argument_group("task and data")
     data.add_argument(
         "--task_name", choices=TASKS, help="task of GLUE; without files it is read from ./glue/TASK, or from the hub"
@@ -134,6 +139,9 @@ def make_parser() -> Parser:
     model.add_argument("--use_slow_tokenizer", action="store_true", help="a tokenizer in Python, not in Rust")
     model.add_argument("--ignore_mismatched_sizes", action="store_true", help="draw a classifier of another size anew")
     model.add_argument("--low_rank_method", help="accepted for GaLore's scripts; it has no effect there, either")
+    model.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="data type of weights and activations (default: float32)"
+    )
     train = parser.add_argument_group("training")
     train.add_argument(
         "--per_device_train_batch_size", type=int, default=8, help="examples in a micro-batch (default: 8)"

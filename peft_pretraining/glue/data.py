@@ -110,7 +110,7 @@ def _guess(rows: dict[str, list[Row]]) -> GlueTask:
     if all(_as_number(value) is not None for value in values) and not all(map(_is_whole, values)):
         return GlueTask(columns, (), ("pearson", "spearmanr"))
     numbers = all(map(_is_whole, values))
-    labels = sorted({str(int(value)) if numbers else str(value) for value in values}, key=int if numbers else None)
+    labels = sorted({str(int(str(value))) if numbers else str(value) for value in values}, key=int if numbers else None)
     return GlueTask(columns, tuple(labels), ("accuracy",))
 
 

@@ -80,7 +80,8 @@ def in_order_of_model(examples: Examples, config: PreTrainedConfig) -> Examples:
     """The examples with the class numbers of the model, which may have learned the labels in another order."""
     if examples.regression:
         return examples
-    numbers = [config.label2id[name] for name in examples.task.labels]
+    assert config.label2id is not None, "open_config has set it"
+    numbers = [int(config.label2id[name]) for name in examples.task.labels]
     if numbers == list(range(len(numbers))):
         return examples
     logger.info(f"the model has its own order of the labels, which is kept: {config.label2id}")

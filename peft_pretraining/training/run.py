@@ -2,7 +2,7 @@
 
 import argparse
 import time
-from collections.abc import Generator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,8 @@ class Run:
     save_dir: Path  # the run's folder, the same on every rank
     model: PreTrainedModel  # the model in training mode
     updates: WholeModelUpdates | PerLayerUpdates  # turns gradients into an update of the weights
-    batches: Generator[Batch, None, None]  # the endless training batches of this rank
-    validation: ValidationSet  # the validation batches of this rank
+    batches: Iterator[Batch]  # the endless training batches of this rank
+    validation: ValidationSet | None  # the validation batches of this rank; None for a task that has its own
     record: Record  # takes the figures of the run
     interruption: Interruption  # knows whether a signal has asked this process to stop
     writer: CheckpointWriter | None  # writes checkpoints; None except on the main rank
