@@ -1,12 +1,14 @@
 """`python -m peft_pretraining.run_glue`: every task, model and method, and a run that goes on, on files made here."""
 
 import json
+import os
 import shlex
+import signal
 
 import pytest
 import torch
 from support.classifiers import make_classifier, make_rows, write_rows, write_task
-from support.runs import record, shell
+from support.runs import ROOT, record, shell, torchrun
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from peft_pretraining.glue import data as glue_data
@@ -15,8 +17,9 @@ from peft_pretraining.glue.batches import Encoded
 from peft_pretraining.glue.evaluate import evaluate
 from peft_pretraining.glue.methods import METHODS
 from peft_pretraining.glue.tasks import TASKS
+from peft_pretraining.training import loop
 
-README = """python run_glue.py
+GALORES_README = """python run_glue.py
     --model_name_or_path roberta-base --task_name mrpc --enable_galore --lora_all_modules --max_length 512 --seed=1234
     --lora_r 4 --galore_scale 4 --per_device_train_batch_size 16 --update_proj_gap 500 --learning_rate 3e-5
     --num_train_epochs 30 --output_dir results/ft/roberta_base/mrpc"""
@@ -161,7 +164,7 @@ def test_it_learns_and_the_best_evaluation_is_kept(tmp_path, place):
 def test_the_command_line_of_galores_readme(place):
     """Unchanged: the model and the data it names lie beside it. Its 30 epochs are of 2 updates here."""
     (place / "roberta-base").exists() or make_classifier(place / "roberta-base", "roberta")
-    command = shlex.split(README)[2:]
+    command = shlex.split(GALORES_README)[2:]
     assert command_line(command) == 0
     out = place / "results/ft/roberta_base/mrpc"
     assert len(losses(out)) == 60 and {"eval_accuracy", "eval_f1"} <= results(out).keys()
@@ -172,9 +175,47 @@ def test_the_command_line_of_galores_readme(place):
     assert lrs[0] == pytest.approx(3e-5, rel=0.02) and lrs[-1] == pytest.approx(3e-5 / 60)
 
 
-def test_the_module_is_a_program(place, tmp_path):
-    from support.runs import ROOT
+def test_our_page_has_the_same_line():
+    page = (ROOT / "docs" / "finetuning.md").read_text()
+    told = page.partition("python -m peft_pretraining.run_glue \\\n")[2].partition("```")[0].replace("\\\n", " ")
+    assert sorted(shlex.split(told)) == sorted(shlex.split(GALORES_README)[2:])
 
+
+@pytest.mark.slow
+def test_two_processes_train_on_the_same_examples(tmp_path, place):
+    """Without dropout, the losses of one process with twice the batch; the metrics are over all examples."""
+    model = make_classifier(tmp_path / "still", "bert", dropout=0.0)
+    data = {"train_file": place / "glue/rte/train.csv", "validation_file": place / "glue/rte/validation.csv"}
+    told = data | dict(model_name_or_path=model, method="galore", num_train_epochs=2)
+    both = flags(tmp_path / "both", per_device_train_batch_size=4, **told)
+    result = torchrun(list(map(str, both)), processes=2, script="peft_pretraining.run_glue", options=("-m",))
+    assert result.returncode == 0, result.stderr
+    assert command_line(flags(tmp_path / "one", per_device_train_batch_size=8, **told)) == 0
+    assert losses(tmp_path / "both") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+    assert results(tmp_path / "both")["best_loss"] == pytest.approx(results(tmp_path / "one")["best_loss"], rel=1e-3)
+
+
+def test_a_signal_ends_it_with_a_checkpoint(tmp_path, monkeypatch):
+    """As in every run: the update is finished, the run saved, and `auto` goes on as if nothing had been."""
+    told = dict(method="galore", num_train_epochs=2)
+    assert command_line(flags(tmp_path / "whole", **told)) == 0
+    step = loop.train_step
+
+    def interrupted(run, task):
+        step(run, task)
+        if run.state.update == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop, "train_step", interrupted)
+    cut = flags(tmp_path / "cut", resume_from_checkpoint="auto", **told)
+    assert command_line(cut) == 75 and not (tmp_path / "cut" / "all_results.json").exists()
+    monkeypatch.setattr(loop, "train_step", step)
+    assert command_line(cut) == 0
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert results(tmp_path / "cut") == results(tmp_path / "whole")
+
+
+def test_the_module_is_a_program(place, tmp_path):
     told = " ".join(map(str, flags(tmp_path, model_name_or_path=place / "bert", max_train_steps=1)))
     code = shell(["bash", "-c", f"cd {place} && PYTHONPATH={ROOT} python -m peft_pretraining.run_glue {told}"])
     assert code.returncode == 0, code.stderr
