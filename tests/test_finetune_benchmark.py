@@ -5,11 +5,11 @@ import json
 
 import pytest
 from support.classifiers import make_classifier, write_task
-from support.runs import shell
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from benchmarks import finetune, text_tasks
 from peft_pretraining.glue.files import read_rows
+from scripts import train_mlm
 
 
 def sweep(score, *, begin: float = 1e-3) -> dict[float, float]:
@@ -71,9 +71,7 @@ def books(tmp_path_factory):
 
 
 def test_labels_of_the_tasks_are_true(books, tmp_path):
-    assert (
-        text_tasks.main(["--dataset", str(books), "--out", str(tmp_path), "--train", "80", "--validation", "40"]) == 0
-    )
+    assert text_tasks.main(f"--dataset {books} --out {tmp_path} --train 80 --validation 40".split()) == 0
     for task in text_tasks.TASKS:
         for split in ("train", "validation"):
             rows = read_rows(tmp_path / task / f"{split}.csv")
@@ -99,7 +97,7 @@ def truth(task: str, texts: list[list[str]]) -> str:
 
 
 def test_whole_documents_are_held_out(books, tmp_path):
-    text_tasks.main(["--dataset", str(books), "--out", str(tmp_path), "--train", "80", "--validation", "40"])
+    text_tasks.main(f"--dataset {books} --out {tmp_path} --train 80 --validation 40".split())
     for task in text_tasks.TASKS:
         seen = {
             split: {tuple(row[name].split()[:2]) for row in read_rows(tmp_path / task / f"{split}.csv") for name in row
@@ -109,11 +107,10 @@ def test_whole_documents_are_held_out(books, tmp_path):
         assert not seen["train"] & seen["validation"], task
 
 
+@pytest.mark.slow
 def test_a_small_roberta_is_trained(books, tmp_path):
     sizes = "--minutes 1 --max_steps 2 --hidden 32 --layers 1 --vocab_size 300 --max_length 32 --batch_size 4"
-    command = f"python scripts/train_mlm.py --dataset {books} --out {tmp_path} {sizes}"
-    result = shell(command.split())
-    assert result.returncode == 0, result.stderr
+    assert train_mlm.main(f"--dataset {books} --out {tmp_path} {sizes}".split()) == 0
     told = json.loads((tmp_path / "training.json").read_text())
     assert told["updates"] == 2 and 0 < told["masked_loss"] < 10
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path)

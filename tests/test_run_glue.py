@@ -79,8 +79,10 @@ def test_every_task_runs_on_files_of_its_schema(task, tmp_path):
         assert tuple(config.id2label[number] for number in range(config.num_labels)) == TASKS[task].labels
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("model", ["bert", "roberta", "llama"])
+@pytest.mark.parametrize("model, method", [
+    pytest.param(model, method, marks=[] if model == "roberta" or method in ("q_galore", "lora") else pytest.mark.slow)
+    for model in ("bert", "roberta", "llama") for method in METHODS
+])  # fmt: skip
 def test_what_is_saved_is_what_was_judged(model, method, tmp_path, place):
     """transformers loads the folder, and its logits give the loss and the metrics of the record."""
     assert command_line(flags(tmp_path, model_name_or_path=model, method=method, gradient_accumulation_steps=2)) == 0
@@ -161,18 +163,20 @@ def test_it_learns_and_the_best_evaluation_is_kept(tmp_path, place):
     assert results(tmp_path)["eval_accuracy"] == scores[-1]
 
 
-def test_the_command_line_of_galores_readme(place):
-    """Unchanged: the model and the data it names lie beside it. Its 30 epochs are of 2 updates here."""
-    (place / "roberta-base").exists() or make_classifier(place / "roberta-base", "roberta")
+def test_the_command_line_of_galores_readme(tmp_path, monkeypatch):
+    """Unchanged: the model and the data it names lie beside it. Its 30 epochs are of one update here."""
+    write_task(tmp_path / "glue" / "mrpc", "mrpc", train=16)
+    make_classifier(tmp_path / "roberta-base", "roberta")
+    monkeypatch.chdir(tmp_path)
     command = shlex.split(GALORES_README)[2:]
     assert command_line(command) == 0
-    out = place / "results/ft/roberta_base/mrpc"
-    assert len(losses(out)) == 60 and {"eval_accuracy", "eval_f1"} <= results(out).keys()
+    out = tmp_path / "results/ft/roberta_base/mrpc"
+    assert len(losses(out)) == 30 and {"eval_accuracy", "eval_f1"} <= results(out).keys()
     (start,) = record(out, "start")
     assert start["args"]["optimizer"] == "galore_adamw" and start["args"]["rank"] == 4
     assert [group["trained_by"] for group in start["groups"]][0].endswith("scale 4")
     lrs = [line["lr"] for line in record(out, "update")]
-    assert lrs[0] == pytest.approx(3e-5, rel=0.02) and lrs[-1] == pytest.approx(3e-5 / 60)
+    assert lrs[0] == pytest.approx(3e-5, rel=0.04) and lrs[-1] == pytest.approx(3e-5 / 30)
 
 
 def test_our_page_has_the_same_line():
@@ -215,6 +219,7 @@ def test_a_signal_ends_it_with_a_checkpoint(tmp_path, monkeypatch):
     assert results(tmp_path / "cut") == results(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_the_module_is_a_program(place, tmp_path):
     told = " ".join(map(str, flags(tmp_path, model_name_or_path=place / "bert", max_train_steps=1)))
     code = shell(["bash", "-c", f"cd {place} && PYTHONPATH={ROOT} python -m peft_pretraining.run_glue {told}"])
