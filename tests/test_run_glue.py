@@ -205,8 +205,8 @@ def test_a_signal_ends_it_with_a_checkpoint(tmp_path, monkeypatch):
     assert command_line(flags(tmp_path / "whole", **told)) == 0
     step = loop.train_step
 
-    def interrupted(run, task):
-        step(run, task)
+    def interrupted(run):
+        step(run)
         if run.state.update == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -59,7 +59,7 @@ def test_a_run_ends_well_and_goes_on_to_the_last_bit(tiny, tmp_path, monkeypatch
     flags = dict(num_training_steps=8, optimizer="galore_adamw", rank=8, save_every=2)
     run(tiny, tmp_path / "whole", **flags)
     step, margins = loop.train_step, []
-    monkeypatch.setattr(loop, "train_step", lambda run, task: (step(run, task), end_soon(run, margins=margins)))
+    monkeypatch.setattr(loop, "train_step", lambda run: (step(run), end_soon(run, margins=margins)))
     cut = tiny.flags(tmp_path / "cut", **flags, time_budget="1h")
     assert torchrun_main.command_line(cut) == 75
     assert len(losses(tmp_path / "cut")) == 4 and checkpoint(tmp_path / "cut", 4).is_dir()

@@ -25,12 +25,12 @@ from peft_pretraining.glue.model import HubTokenizer, in_order_of_model, open_co
 from peft_pretraining.model.dtypes import resolve_dtype
 from peft_pretraining.training.exit_status import exit_status
 from peft_pretraining.training.interruption import Interruption
-from peft_pretraining.training.loop import Task, loop
+from peft_pretraining.training.loop import loop
 from peft_pretraining.training.metrics import Record, open_record, set_up_log
 from peft_pretraining.training.plan import open_updates
 from peft_pretraining.training.provenance import circumstances, device_name
 from peft_pretraining.training.report import format_table
-from peft_pretraining.training.run import Run
+from peft_pretraining.training.run import Run, Task
 from peft_pretraining.training.saving import begin
 from qgalore.factory import find_recipe
 from qgalore.param_groups import ParameterGroup, frozen_parameters
@@ -57,12 +57,12 @@ def main(argv: list[str] | None = None, *, began: float) -> None:
         cleanup.enter_context(world.connected())
         deadline = began + (args.time_budget or math.inf)
         interruption = cleanup.enter_context(Interruption(deadline=deadline).listening())
-        run, judge = open_run(
+        run = open_run(
             args, config=config, examples=examples, tokenizer=tokenizer, start=start, save_dir=save_dir, world=world,
             interruption=interruption, cleanup=cleanup,
         )  # fmt: skip
         begin(run, start)
-        loop(run, Task(loss_sum=loss_sum, evaluate=judge.evaluate, save_result=judge.finish))
+        loop(run)
 
 
 def open_folder(
@@ -93,8 +93,8 @@ def open_run(
     world: World,
     interruption: Interruption,
     cleanup: ExitStack,
-) -> tuple[Run, Judge]:
-    """The run before its first update, and what judges it. `cleanup` closes what the run holds open."""
+) -> Run:
+    """The run before its first update. `cleanup` closes in reverse order what the run holds open."""
     folder = Path(world.gather(str(save_dir))[0])  # the main rank has made it
     data, judge = open_data(args, examples=examples, tokenizer=tokenizer)
     model, groups = open_model(args, config=config, dtype=resolve_dtype(args.dtype, world.device), device=world.device)
@@ -119,13 +119,13 @@ def open_run(
         record.event("start", **circumstances(args, world=world, groups=described, norm=updates.norm_of))
     cleanup.callback(record.close)
     fingerprint = examples.fingerprint()
-    run = Run(
+    return Run(
         args=args, world=world, save_dir=folder, model=model, updates=updates, batches=batches, validation=None,
         record=record, interruption=interruption, writer=writer if world.is_main else None,
         tokenizer=cast(Tokenizer, tokenizer),  # of which a run asks its files and digest only
         fingerprint={"train": fingerprint.pop("train")}, validation_fingerprint=fingerprint,
+        task=Task(loss_sum=loss_sum, evaluate=judge.evaluate, save_result=judge.finish),
     )  # fmt: skip
-    return run, judge
 
 
 def open_data(args: argparse.Namespace, *, examples: Examples, tokenizer: HubTokenizer) -> tuple[Encoded, Judge]:

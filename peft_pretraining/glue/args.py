@@ -26,7 +26,7 @@ SHARED = (
     "weight_decay", "update_proj_gap", "galore_scale", "proj_type", "subspace", "moments_on_refresh", "residual",
     "proj_lr", "proj_reg", "cos_threshold", "gamma_proj", "queue_size", "proj_group_size", "matrix_lr_ratio", "beta1",
     "beta2", "embedding_state_bits", "moments_bits", "weight_group_size", "grad_clipping",
-    "activation_checkpointing", "seed", "num_threads", "keep_last", "time_budget", "allow_changed", "max_bad_updates",
+    "activation_checkpointing", "seed", "num_threads", "keep_last", "time_budget", "resume", "continue_from", "allow_changed", "max_bad_updates",
     "log_details", "no_report",
 )  # fmt: skip
 # How transformers' schedules are called here. A linear decay ends at one step above 0, a constant rate at 1.
@@ -229,13 +229,12 @@ def _complete_saving(args: argparse.Namespace) -> None:
         if not steps.isdecimal() or int(steps) < 1:
             raise UserError(f"--checkpointing_steps {steps}: a number of updates or `epoch` is needed.")
         args.save_every = int(steps)
-    args.resume = args.continue_from = None
     if args.resume_from_checkpoint == "auto":
-        if not args.save_dir:
-            raise UserError("--resume_from_checkpoint auto needs --output_dir DIR: the folder that it looks into.")
         args.resume = "auto"
     elif args.resume_from_checkpoint:
         args.continue_from = args.resume_from_checkpoint
+    if args.resume and not args.save_dir:
+        raise UserError("--resume_from_checkpoint auto needs --output_dir DIR: the folder that it looks into.")
 
 
 def _complete_record(args: argparse.Namespace) -> None:

@@ -78,7 +78,7 @@ class Judge:
     tokenizer: Any  # of transformers
 
     def evaluate(self, run: Run) -> None:
-        """Evaluates on all splits, and records the result. See loop.Task."""
+        """Evaluates on all splits, and records the result. See run.Task."""
         state, found = run.state, {}
         with LongWait("evaluating"):
             for name, split in self.splits.items():
@@ -98,7 +98,7 @@ class Judge:
             logger.info(f"epoch {epoch:g}, update {state.update}: {name}: {told}")
 
     def finish(self, run: Run) -> None:
-        """Writes the end of the record, all_results.json and, on the main rank, the model. See loop.Task."""
+        """Writes the end of the record, all_results.json and, on the main rank, the model. See run.Task."""
         state, args = run.state, run.args
         kept = kept_bytes(run.model, run.updates.optimizer, accumulators=run.updates.sums.values())
         matrices = per_matrix(run, LowRankOptimizer.refreshes)

@@ -2,13 +2,9 @@
 
 import contextlib
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from loguru import logger
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from peft_pretraining.batch import IGNORED, Batch
 from peft_pretraining.cli.args import schedule_of
@@ -21,34 +17,19 @@ from peft_pretraining.training.incidents import react
 from peft_pretraining.training.interruption import Interrupted
 from peft_pretraining.training.replicas import check_replicas
 from peft_pretraining.training.report import evaluate_and_log, log_step
-from peft_pretraining.training.run import Run, State
+from peft_pretraining.training.run import Run, State, Task
 from peft_pretraining.training.saving import give_up, last_checkpoint, leave_time_to_save, save, save_result
 from qgalore.factory import set_lr
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a run learns: the three things in which tasks differ for the loop.
-
-    loss_sum: the sum of the losses over the targets of a batch that are not IGNORED. ()
-    evaluate: evaluates and records the result; sets run.stopping where a signal has ended it.
-    save_result: writes what the run was for, at its end.
-    """
-
-    loss_sum: Callable[[PreTrainedModel, Batch], Tensor]
-    evaluate: Callable[[Run], None]
-    save_result: Callable[[Run], None]
-
 
 LANGUAGE = Task(loss_sum=language_loss_sum, evaluate=evaluate_and_log, save_result=save_result)  # the next token
 
 
-def loop(run: Run, task: Task = LANGUAGE) -> None:
+def loop(run: Run) -> None:
     """Trains until update num_training_steps. Evaluates and saves when it is due, and at the end.
 
     Raises Interrupted, after saving, if a signal has asked to stop or the time budget is nearly used up.
     """
-    args, begun_at = run.args, run.state.update
+    args, begun_at, task = run.args, run.state.update, run.task or LANGUAGE
     # It waits for data, compiles, and computes bases.
     first_update = LongWait("first update, with compilation" if args.compile else "first update")
     while True:
@@ -63,7 +44,7 @@ def loop(run: Run, task: Task = LANGUAGE) -> None:
         if last or run.stopping:
             break
         with first_update if state.update == begun_at else contextlib.nullcontext():
-            train_step(run, task)
+            train_step(run)
     if run.stopping:
         checkpoint = last_checkpoint(run)
         said = f"stopped after update {state.update}; go on with --continue_from {checkpoint} or --resume auto"
@@ -76,7 +57,7 @@ def due(state: State, every: int) -> bool:
     return state.update > 0 and state.update % every == 0
 
 
-def train_step(run: Run, task: Task = LANGUAGE) -> None:
+def train_step(run: Run) -> None:
     """One update: the learning rate, micro-batches forward and backward, the optimizer, the record.
 
     The loss is the sum over the target tokens of all micro-batches and ranks, divided by their number.
@@ -88,7 +69,7 @@ def train_step(run: Run, task: Task = LANGUAGE) -> None:
     targets = max(1, int(run.world.sum(torch.tensor(float(targets), dtype=torch.float64))))
     set_lr(run.updates.optimizer, args.lr * lr_ratio(state.update + 1, **schedule_of(args)))
     loss = accumulate_gradients(
-        run.model, micro_batches, targets=targets, device=run.world.device, loss_sum=task.loss_sum
+        run.model, micro_batches, targets=targets, device=run.world.device, loss_sum=(run.task or LANGUAGE).loss_sum
     )
     outcome = run.updates.finish()
     reset_if_due(args, run.model, run.updates.optimizer, update=state.update + 1)

@@ -2,11 +2,12 @@
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from peft_pretraining.batch import Batch
@@ -51,6 +52,20 @@ class State:
         return cls(**saved | {"evaluation": evaluation and Evaluation(*evaluation), "health": health})
 
 
+@dataclass(frozen=True)
+class Task:
+    """What a run learns: the three things in which tasks differ for the loop.
+
+    loss_sum: the sum of the losses over the targets of a batch that are not IGNORED. ()
+    evaluate: evaluates and records the result; sets run.stopping where a signal has ended it.
+    save_result: writes what the run was for, at its end.
+    """
+
+    loss_sum: Callable[[PreTrainedModel, Batch], Tensor]
+    evaluate: Callable[["Run"], None]
+    save_result: Callable[["Run"], None]
+
+
 @dataclass(kw_only=True)
 class Run:
     """Everything that a training step, an evaluation or a save needs."""
@@ -68,6 +83,7 @@ class Run:
     tokenizer: Tokenizer  # the tokenizer of both
     fingerprint: dict[str, str]  # identifies the training data, see DocumentSource
     validation_fingerprint: dict[str, str]  # identifies the validation data
+    task: Task | None = None  # what is learned; None for the next token, see loop.LANGUAGE
     state: State = field(default_factory=State)  # how far the run has come
     memory: MemoryWatch | None = None  # puts the planned memory beside the measured one; None where it is not planned
     stopping: bool = False  # whether all ranks have agreed to end the run early
