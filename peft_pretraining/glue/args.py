@@ -27,8 +27,7 @@ SHARED = (
     "proj_lr", "proj_reg", "cos_threshold", "gamma_proj", "queue_size", "proj_group_size", "matrix_lr_ratio", "beta1",
     "beta2", "embedding_state_bits", "moments_bits", "weight_group_size", "grad_clipping",
     "activation_checkpointing", "seed", "num_threads", "keep_last", "time_budget", "resume", "continue_from",
-    "allow_changed", "max_bad_updates",
-    "log_details", "no_report",
+    "allow_changed", "max_bad_updates", "log_details", "no_report",
 )  # fmt: skip
 # How transformers' schedules are called here. A linear decay ends at one step above 0, a constant rate at 1.
 SCHEDULERS = {
