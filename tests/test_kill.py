@@ -86,12 +86,13 @@ def test_torchrun_restarts_a_run_that_was_told_to_go(tiny, tmp_path):
         "import os, signal, sys\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         "import torchrun_main\n"
-        "step = torchrun_main.train_step\n"
+        "from peft_pretraining.training import loop\n"
+        "step = loop.train_step\n"
         "def train_step(run):\n"
         "    step(run)\n"
         "    if run.state.update == 10 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
         "        os.kill(os.getpid(), signal.SIGUSR1)\n"
-        "torchrun_main.train_step = train_step\n"
+        "loop.train_step = train_step\n"
         "sys.exit(torchrun_main.command_line())\n"
     )
     result = torchrun(tiny.flags(tmp_path / "told", **flags), script=str(script), options=("--max-restarts=2",))

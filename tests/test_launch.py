@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import torchrun_main
 from peft_pretraining.export.__main__ import command_line as export
+from peft_pretraining.training import loop
 
 TORCHRUNS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -60,14 +61,14 @@ def test_one_task_of_slurm_is_a_run(tiny, tmp_path, monkeypatch):
 
 def test_a_model_of_no_use_is_kept_and_said(tiny, tmp_path, capsys, monkeypatch):
     """Its weights overflowed in the last update, after which no gradient is looked at."""
-    step = torchrun_main.train_step
+    step = loop.train_step
 
     def overflow(run):
         step(run)
         if run.state.update == 6:
             run.model.lm_head.weight.data.fill_(math.inf)
 
-    monkeypatch.setattr(torchrun_main, "train_step", overflow)
+    monkeypatch.setattr(loop, "train_step", overflow)
     assert torchrun_main.command_line(tiny.flags(tmp_path)) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("error: the validation perplexity at the end is ") and "no use" in line

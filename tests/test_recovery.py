@@ -13,6 +13,7 @@ from support.runs import losses, record
 import torchrun_main
 from peft_pretraining.errors import UserError
 from peft_pretraining.model import loss
+from peft_pretraining.training import loop
 from peft_pretraining.training.health import MIN_LOSSES, Health, is_spike
 from peft_pretraining.training.metrics import JsonlSink
 
@@ -153,7 +154,7 @@ def test_a_shard_that_disappears_ends_the_run_after_saving_it(tiny, tmp_path, ca
     data = broken_data(tiny, tmp_path / "data", bad=0)
     (data / "en" / "c4-train.99999.jsonl").unlink()
     shard = data / "en" / "c4-train.00001-of-00002.json.gz"
-    step = torchrun_main.train_step
+    step = loop.train_step
     monkeypatch.setattr("peft_pretraining.data.records.RETRY_WAITS", (0.0,))
 
     def losing_a_shard(run):
@@ -161,7 +162,7 @@ def test_a_shard_that_disappears_ends_the_run_after_saving_it(tiny, tmp_path, ca
         if run.state.update == 2:
             shard.rename(tmp_path / "aside")
 
-    monkeypatch.setattr("torchrun_main.train_step", losing_a_shard)
+    monkeypatch.setattr("peft_pretraining.training.loop.train_step", losing_a_shard)
     message = refusal(tiny.flags(tmp_path / "cut", dataset=data, **flags), capsys)
     done = len(losses(tmp_path / "cut"))
     assert str(shard) in message and f"checkpoint-{done:08}" in message and done < 16
@@ -176,7 +177,7 @@ def test_data_that_fails_within_an_update_leaves_the_state_at_the_update_before(
     """The second micro-batch of update 3 fails: what is saved is update 2 and the data behind it, and nothing else."""
     flags = dict(batch_size=32, total_batch_size=64, num_training_steps=6)
     assert torchrun_main.command_line(tiny.flags(tmp_path / "whole", save_every=2, **flags)) == 0
-    step = torchrun_main.train_step
+    step = loop.train_step
 
     def failing_once(run):
         if run.state.update == 2:
@@ -187,7 +188,7 @@ def test_data_that_fails_within_an_update_leaves_the_state_at_the_update_before(
         raise UserError("the file is gone")
         yield
 
-    monkeypatch.setattr("torchrun_main.train_step", failing_once)
+    monkeypatch.setattr("peft_pretraining.training.loop.train_step", failing_once)
     assert "the file is gone. The last good checkpoint is" in refusal(tiny.flags(tmp_path / "cut", **flags), capsys)
     monkeypatch.undo()
     saved, expected = (
@@ -201,7 +202,7 @@ def test_data_that_fails_within_an_update_leaves_the_state_at_the_update_before(
 def test_the_position_moves_when_the_update_is_done(tiny, tmp_path, spoil, monkeypatch):
     """An error in the middle of update 3, its data already read: the state still is that after update 2."""
     runs, states = [], []
-    step = torchrun_main.train_step
+    step = loop.train_step
 
     def watching(run):
         runs.append(run)
@@ -212,7 +213,7 @@ def test_the_position_moves_when_the_update_is_done(tiny, tmp_path, spoil, monke
         raise RuntimeError("out of memory")
 
     spoil({3: failing})
-    monkeypatch.setattr("torchrun_main.train_step", watching)
+    monkeypatch.setattr("peft_pretraining.training.loop.train_step", watching)
     with pytest.raises(RuntimeError, match="out of memory"):
         torchrun_main.command_line(tiny.flags(tmp_path))
     state = runs[-1].state

@@ -19,6 +19,7 @@ import torchrun_main
 from peft_pretraining.checkpoint import files
 from peft_pretraining.cli.flags import FLAGS, MAY_CHANGE
 from peft_pretraining.distributed import STOP_SIGNALS
+from peft_pretraining.training import loop
 from qgalore.factory import OPTIMIZERS
 
 
@@ -251,14 +252,14 @@ def test_evaluation_only(tiny, tmp_path, capsys):
 @pytest.mark.parametrize("number", [number for number in STOP_SIGNALS if number != signal.SIGINT], ids=str)
 def test_every_signal_that_says_stop_is_heard(tiny, tmp_path, monkeypatch, number):
     """Here with data workers, which leave it to the process that trains."""
-    step = torchrun_main.train_step
+    step = loop.train_step
 
     def told(run):
         step(run)
         if run.state.update == 3:
             signal.raise_signal(number)
 
-    monkeypatch.setattr(torchrun_main, "train_step", told)
+    monkeypatch.setattr(loop, "train_step", told)
     before = signal.getsignal(number)
     assert torchrun_main.command_line(tiny.flags(tmp_path, num_training_steps=50, workers=1)) == 75
     assert checkpoint(tmp_path, 4).is_dir() and signal.getsignal(number) is before
@@ -268,8 +269,8 @@ def test_a_hangup_that_is_ignored_stays_ignored(tiny, tmp_path, monkeypatch):
     """As nohup leaves it."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        step = torchrun_main.train_step
-        monkeypatch.setattr(torchrun_main, "train_step", lambda run: (step(run), signal.raise_signal(signal.SIGHUP)))
+        step = loop.train_step
+        monkeypatch.setattr(loop, "train_step", lambda run: (step(run), signal.raise_signal(signal.SIGHUP)))
         run(tiny, tmp_path)
     finally:
         signal.signal(signal.SIGHUP, before)

@@ -12,7 +12,7 @@ from support.runs import losses, run, shell
 
 import torchrun_main
 from peft_pretraining.cli.flags import parse_duration
-from peft_pretraining.training import interruption
+from peft_pretraining.training import interruption, loop
 from peft_pretraining.training.interruption import Interruption
 
 
@@ -58,8 +58,8 @@ def test_a_run_ends_well_and_goes_on_to_the_last_bit(tiny, tmp_path, monkeypatch
     """With status 75; the margin is an estimate before the first save, then what that save took."""
     flags = dict(num_training_steps=8, optimizer="galore_adamw", rank=8, save_every=2)
     run(tiny, tmp_path / "whole", **flags)
-    step, margins = torchrun_main.train_step, []
-    monkeypatch.setattr(torchrun_main, "train_step", lambda run: (step(run), end_soon(run, margins=margins)))
+    step, margins = loop.train_step, []
+    monkeypatch.setattr(loop, "train_step", lambda run: (step(run), end_soon(run, margins=margins)))
     cut = tiny.flags(tmp_path / "cut", **flags, time_budget="1h")
     assert torchrun_main.command_line(cut) == 75
     assert len(losses(tmp_path / "cut")) == 4 and checkpoint(tmp_path / "cut", 4).is_dir()

@@ -35,7 +35,7 @@ So there is one implementation for every torch. A price: dW exists in float32 fr
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -96,16 +96,28 @@ def block_mask(positions: Tensor) -> Tensor:
     return (document[:, None, :, None] == document[:, None, None, :]).tril_()
 
 
+def language_loss_sum(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """token_loss_sum of a batch."""
+    return token_loss_sum(model, batch.input_ids, batch.targets, batch.positions)
+
+
 def accumulate_gradients(
-    model: PreTrainedModel, batches: Iterable[Batch], *, targets: int, device: torch.device
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    *,
+    targets: int,
+    device: torch.device,
+    loss_sum: Callable[[PreTrainedModel, Batch], Tensor] = language_loss_sum,
 ) -> Tensor:
     """Forward and backward of every micro-batch, whose gradients add up or are used by hooks. Returns the loss. ()
 
-    targets: number of target tokens of the whole update, over all micro-batches and ranks: the loss is their mean.
+    targets: number of targets of the whole update, over all micro-batches and ranks: the loss is their mean.
+    loss_sum: the sum of the losses over the targets of a batch that are not IGNORED, a scalar; by default the
+        next-token loss.
     """
     loss = torch.zeros((), device=device)
     for batch in batches:
-        share = token_loss_sum(model, batch.input_ids, batch.targets, batch.positions) / targets
+        share = loss_sum(model, batch) / targets
         share.backward()
         loss += share.detach()
     return loss

@@ -3,6 +3,7 @@
     start             what the run is: args, versions, commit, device, parameter counts, groups
     update            update, loss, lr, grad_norm, tokens_seen, tokens_per_second, memory_bytes
     eval              update, loss, perplexity, tokens
+    scores            in place of eval, for classifiers: update, epoch, splits: for each its loss and metrics
     subspaces         update, matrices: for each projected matrix, the history of its bases so far
     subspace_details  update, name, and the figures that were measured of one matrix's subspace
     memory            update, when (third update or first refresh), planned (bytes by kind), planned_peak,

@@ -1,6 +1,7 @@
 """What a run is going to do: decided, checked and logged before anything slow, then built."""
 
 import argparse
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,7 @@ from peft_pretraining.training.provenance import circumstances, device_name
 from peft_pretraining.training.report import format_table
 from peft_pretraining.training.run import Run
 from qgalore.factory import create_optimizer, create_updates, find_recipe
-from qgalore.param_groups import frozen_parameters, split_parameters
+from qgalore.param_groups import ParameterGroup, frozen_parameters, split_parameters
 from qgalore.per_layer import PerLayerUpdates
 from qgalore.storage import int8_products
 from qgalore.sync import GradSync
@@ -268,15 +269,20 @@ def open_run(plan: Plan, *, interruption: Interruption, cleanup: ExitStack) -> R
     )  # fmt: skip
 
 
-def open_updates(args: argparse.Namespace, *, model: PreTrainedModel) -> WholeModelUpdates | PerLayerUpdates:
-    """The optimizer that the arguments name over the model's parameters, and the object that applies its updates."""
+def open_updates(
+    args: argparse.Namespace, *, model: PreTrainedModel, groups: Sequence[ParameterGroup] | None = None
+) -> WholeModelUpdates | PerLayerUpdates:
+    """The optimizer that the arguments name over the model's parameters, and the object that applies its updates.
+
+    groups: the parameters by kind; None for those of split_parameters.
+    """
     recipe = find_recipe(args.optimizer)
     sync = GradSync(
         at_rank_size=recipe.low_rank_engine and (recipe.per_layer or not args.grad_clipping),
         enabled=not is_sharded(model),
         order=reversed(list(model.parameters())),
     )
-    groups = split_parameters(model)
+    groups = split_parameters(model) if groups is None else groups
     optimizer = create_optimizer(args.optimizer, groups=groups, settings=settings_of(args), sync=sync)
     return create_updates(
         args.optimizer,

@@ -95,6 +95,7 @@ def per_matrix(run: Run, ask: Callable[[LowRankOptimizer, Tensor], dict[str, Any
 def evaluate_and_log(run: Run) -> None:
     """Evaluates on the validation set, over all ranks. A signal ends the evaluation without a result."""
     state, world, interruption = run.state, run.world, run.interruption
+    assert run.validation is not None, "the task predicts tokens"
     evaluation = evaluate(
         run.model, run.validation, reduce_sum=world.sum, stop=lambda: world.any(interruption.requested)
     )

@@ -2,11 +2,12 @@
 
 import argparse
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from peft_pretraining.batch import Batch
@@ -37,6 +38,7 @@ class State:
     evaluated: int = 0  # update after which the run was last evaluated
     saved: int = 0  # update after which the run was last saved
     evaluation: Evaluation | None = None  # result of the last evaluation; None before the first
+    scores: dict[str, Any] = field(default_factory=dict)  # of a task with scores: its last and its best evaluation
     health: Health = field(default_factory=Health)  # what has gone wrong so far
     position: Progress | None = None  # position in the data, as far as this rank knows; None before the first update
     began: float = field(default_factory=time.monotonic)  # start of this process, on the clock of time.monotonic
@@ -52,6 +54,20 @@ class State:
         return cls(**saved | {"evaluation": evaluation and Evaluation(*evaluation), "health": health})
 
 
+@dataclass(frozen=True)
+class Task:
+    """What a run learns: the three things in which tasks differ for the loop.
+
+    loss_sum: the sum of the losses over the targets of a batch that are not IGNORED. ()
+    evaluate: evaluates and records the result; sets run.stopping where a signal has ended it.
+    save_result: writes what the run was for, at its end.
+    """
+
+    loss_sum: Callable[[PreTrainedModel, Batch], Tensor]
+    evaluate: Callable[["Run"], None]
+    save_result: Callable[["Run"], None]
+
+
 @dataclass(kw_only=True)
 class Run:
     """Everything that a training step, an evaluation or a save needs."""
@@ -61,14 +77,15 @@ class Run:
     save_dir: Path  # the run's folder, the same on every rank
     model: PreTrainedModel  # the model in training mode
     updates: WholeModelUpdates | PerLayerUpdates  # turns gradients into an update of the weights
-    batches: Generator[Batch, None, None]  # the endless training batches of this rank
-    validation: ValidationSet  # the validation batches of this rank
+    batches: Iterator[Batch]  # the endless training batches of this rank
+    validation: ValidationSet | None  # the validation batches of this rank; None for a task that has its own
     record: Record  # takes the figures of the run
     interruption: Interruption  # knows whether a signal has asked this process to stop
     writer: CheckpointWriter | None  # writes checkpoints; None except on the main rank
     tokenizer: Tokenizer  # the tokenizer of both
     fingerprint: dict[str, str]  # identifies the training data, see DocumentSource
     validation_fingerprint: dict[str, str]  # identifies the validation data
+    task: Task | None = None  # what is learned; None for the next token, see loop.LANGUAGE
     state: State = field(default_factory=State)  # how far the run has come
     memory: MemoryWatch | None = None  # puts the planned memory beside the measured one; None where it is not planned
     stopping: bool = False  # whether all ranks have agreed to end the run early

@@ -21,9 +21,9 @@ from peft_pretraining import distributed  # noqa: E402
 from peft_pretraining.checkpoint import files, shared_file  # noqa: E402
 from peft_pretraining.errors import UserError  # noqa: E402
 from peft_pretraining.model import loss  # noqa: E402
-from peft_pretraining.training import plan, report  # noqa: E402
+from peft_pretraining.training import loop, plan, report  # noqa: E402
 
-STEP, LOSS, FILL, WRITE = torchrun_main.train_step, loss.token_loss_sum, shared_file.SharedFile.fill, files._write_file
+STEP, LOSS, FILL, WRITE = loop.train_step, loss.token_loss_sum, shared_file.SharedFile.fill, files._write_file
 
 
 class Fault:
@@ -93,7 +93,7 @@ def in_data(happens: Callable[[], Any]) -> None:
             run.batches = (happens() for _ in range(1))
         STEP(run)
 
-    torchrun_main.train_step = step
+    loop.train_step = step
 
 
 def in_save(happens: Callable[[], Any]) -> None:
@@ -139,20 +139,20 @@ FAULTS: dict[str, Callable[[], Any]] = {
 
 
 def main(fault: str, rank: str, update: str, *flags: str) -> int:
-    step = torchrun_main.train_step
+    step = loop.train_step
     if fault == "freeze":
         distributed.PATIENCE = timedelta(seconds=5)
     if os.environ["RANK"] == rank and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         now.wanted = int(update)
         FAULTS[fault]()
-        step = torchrun_main.train_step
+        step = loop.train_step
 
     def counted(run: Any) -> None:
         now.update = run.state.update + 1
         step(run)
         now.over = run.state.health.rollbacks > 0
 
-    torchrun_main.train_step = counted
+    loop.train_step = counted
     return torchrun_main.command_line(list(flags))
 
 

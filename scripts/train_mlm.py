@@ -1,0 +1,159 @@
+"""Pre-trains a small RoBERTa by masked language modelling, and its tokenizer, as something to fine-tune.
+
+    python scripts/train_mlm.py --dataset data/books --out runs/small_roberta --minutes 60
+
+--dataset is that of torchrun_main.py. A byte-level BPE is trained first; texts are joined and cut into windows of
+--max_length tokens; 15% of the tokens are masked (Liu et al. 2019, arXiv 1907.11692). transformers' Trainer does the
+rest, on a GPU in bfloat16 if there is one. The learning rate falls to 0 within --minutes, however many updates these
+are. Writes a transformers folder and prints the masked loss.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    DataCollatorForLanguageModeling,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from peft_pretraining.data.sources import open_documents
+
+SPECIAL = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>",
+    "cls_token": "<s>", "sep_token": "</s>"}  # fmt: skip
+UPDATES = 1 << 30  # more than there is time for
+
+
+class Windows(torch.utils.data.Dataset):
+    """Joined texts as windows of tokens, each between <s> and </s>."""
+
+    def __init__(self, texts: list[str], tokenizer: PreTrainedTokenizerFast, *, length: int) -> None:
+        ids: list[int] = []
+        for start in range(0, len(texts), 256):
+            found = tokenizer(texts[start : start + 256], add_special_tokens=False, verbose=False)["input_ids"]
+            ids += itertools.chain.from_iterable([*one, tokenizer.eos_token_id] for one in found)
+        inner = length - 2
+        self.ids = torch.tensor(ids[: len(ids) // inner * inner]).view(-1, inner)
+        self.ends = torch.tensor([tokenizer.bos_token_id]), torch.tensor([tokenizer.eos_token_id])
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"input_ids": torch.cat([self.ends[0], self.ids[index], self.ends[1]])}
+
+
+class TimeLimit(TrainerCallback):
+    """Ends the training when the time is over."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.began = seconds, time.monotonic()
+
+    @property
+    def left(self) -> float:
+        """The share of the time that is left, from 1 to 0."""
+        return max(0.0, 1 - (time.monotonic() - self.began) / self.seconds)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        control.should_training_stop |= self.left == 0
+
+
+def texts_of(dataset: str, split: str, *, limit: int) -> Iterator[str]:
+    """The first texts of a data set, up to so many characters."""
+    source, read = open_documents(dataset, split=split, seed=0), 0
+    for file in itertools.chain.from_iterable(source.parts(0)):
+        for record in source.records(file, line=1):
+            yield (text := record.text())
+            read += len(text)
+            if read >= limit:
+                return
+
+
+def train_tokenizer(texts: list[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
+    inner = ByteLevelBPETokenizer(add_prefix_space=True)
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # their ids are RoBERTa's, but for the last
+    inner.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=special, show_progress=False)
+    inner._tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner._tokenizer, **SPECIAL)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    torch.manual_seed(args.seed)
+    texts = list(texts_of(args.dataset, "train", limit=args.characters))
+    tokenizer = train_tokenizer(texts[:4000], vocab_size=args.vocab_size)
+    tokenizer.model_max_length = args.positions
+    windows = Windows(texts, tokenizer, length=args.max_length)
+    held_out = Windows(list(texts_of(args.dataset, "validation", limit=300_000)), tokenizer, length=args.max_length)
+    config = RobertaConfig(
+        vocab_size=len(tokenizer), hidden_size=args.hidden, num_hidden_layers=args.layers,
+        num_attention_heads=max(1, args.hidden // 64), intermediate_size=4 * args.hidden,
+        max_position_embeddings=args.positions + 2, pad_token_id=1, bos_token_id=0, eos_token_id=2, type_vocab_size=1,
+    )  # fmt: skip
+    model = RobertaForMaskedLM(config)
+    limit = TimeLimit(60 * args.minutes)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01, betas=(0.9, 0.98))
+    # A warm-up of 100 updates, then down to 0 as the time runs out.
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: min(1, (update + 1) / 100) * limit.left)
+    trainer = Trainer(
+        model,
+        TrainingArguments(
+            output_dir=args.out, per_device_train_batch_size=args.batch_size, per_device_eval_batch_size=64,
+            max_steps=args.max_steps or UPDATES, logging_steps=50, save_strategy="no", report_to=[], seed=args.seed,
+            bf16=torch.cuda.is_available(), disable_tqdm=True, remove_unused_columns=False,
+        ),
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15),
+        train_dataset=windows, eval_dataset=held_out, callbacks=[limit], optimizers=(optimizer, schedule),
+    )  # fmt: skip
+    trainer.train()
+    torch.manual_seed(0)  # the same masks for every model
+    loss = trainer.evaluate()["eval_loss"]
+    model.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    told = {
+        "updates": trainer.state.global_step, "masked_loss": loss, "perplexity": math.exp(loss),
+        "parameters": model.num_parameters(), "windows": len(windows), "minutes": args.minutes,
+    }  # fmt: skip
+    (Path(args.out) / "training.json").write_text(json.dumps(told | {"args": vars(args)}, indent=1) + "\n")
+    print(json.dumps(told))
+    return 0
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--max_steps", type=int, help="end after so many updates, if the time lasts")
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--vocab_size", type=int, default=8192)
+    parser.add_argument("--max_length", type=int, default=128)
+    parser.add_argument("--positions", type=int, default=512, help="tokens that the model can see at most")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--characters", type=int, default=60_000_000, help="of training text")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
