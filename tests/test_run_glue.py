@@ -302,6 +302,26 @@ def test_the_models_own_order_of_the_labels_is_kept(tmp_path, place):
     assert saved.label2id == {"entailment": 1, "not_entailment": 0}
 
 
+def test_scores_are_by_the_tasks_order_whatever_the_models_is(tmp_path, place):
+    """F1 was that of the other class, of `not_equivalent`, for a model that has it as number 1."""
+    scores = {}
+    for name, order in (("glue", ("NOT_EQUIVALENT", "EQUIVALENT")), ("other", ("EQUIVALENT", "NOT_EQUIVALENT"))):
+        torch.manual_seed(1)
+        model = AutoModelForSequenceClassification.from_pretrained(place / "bert", num_labels=2)
+        if name == "other":  # the same answers, by their names
+            for p in (model.classifier.weight, model.classifier.bias):
+                p.data = p.data.flip(0)
+        model.config.label2id = {label: number for number, label in enumerate(order)}
+        model.config.id2label = dict(enumerate(order))
+        model.save_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(place / "bert").save_pretrained(tmp_path / name)
+        more = dict(task_name="mrpc", model_name_or_path=tmp_path / name, learning_rate=1e-12, max_train_steps=1)
+        assert command_line(flags(tmp_path / f"out {name}", **more)) == 0
+        scores[name] = results(tmp_path / f"out {name}")
+    assert scores["other"]["eval_f1"] == scores["glue"]["eval_f1"]
+    assert scores["other"]["eval_accuracy"] == scores["glue"]["eval_accuracy"]
+
+
 BAD = [
     ({"task_name": None}, "give --task_name"),
     ({"task_name": None, "train_file": "glue/rte/train.csv"}, "--validation_file is missing"),

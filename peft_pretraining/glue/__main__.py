@@ -136,7 +136,7 @@ def open_data(args: argparse.Namespace, *, examples: Examples, tokenizer: HubTok
         return Encoded(split, tokenizer=tokenizer.tokenizer, max_length=args.max_length, pad_to=pad_to)
 
     splits = {name: encode(split) for name, split in examples.evaluations.items()}
-    return encode(examples.train), Judge(examples.task.metrics, splits, tokenizer.tokenizer)
+    return encode(examples.train), Judge(examples.task.metrics, splits, tokenizer.tokenizer, numbers=examples.numbers)
 
 
 def describe_groups(model: Any, groups: tuple[ParameterGroup, ...], args: argparse.Namespace) -> list[dict[str, Any]]:

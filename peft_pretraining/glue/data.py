@@ -30,6 +30,7 @@ class Examples:
     task: GlueTask
     train: list[Example]
     evaluations: dict[str, list[Example]]  # by the name of the split; the first decides what is best
+    numbers: tuple[int, ...] = ()  # the task's number of each class of the model, where the model has another order
 
     @property
     def regression(self) -> bool:

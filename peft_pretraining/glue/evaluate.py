@@ -42,10 +42,20 @@ def losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: Any, data: Encoded, *, metrics: tuple[str, ...], batch_size: int, world: World) -> dict[str, float]:
+def evaluate(
+    model: Any,
+    data: Encoded,
+    *,
+    metrics: tuple[str, ...],
+    batch_size: int,
+    world: World,
+    numbers: tuple[int, ...] = (),
+) -> dict[str, float]:
     """The mean loss and the metrics on a split, the same on every rank. The model is then back in its old mode.
 
     Examples of like lengths go together, so that little of a batch is padding.
+    numbers: the task's number of each class of the model, where the model has another order. Metrics are by the task's:
+        F1 asks which class is number 1.
     """
     order = sorted(range(len(data)), key=data.lengths().__getitem__)
     own, found = order[world.rank :: world.size], []
@@ -66,7 +76,9 @@ def evaluate(model: Any, data: Encoded, *, metrics: tuple[str, ...], batch_size:
     mean = sum(lost) / len(lost)
     if not math.isfinite(mean):
         return {"loss": mean, **dict.fromkeys((*metrics, "score"), 0.0)}
-    return {"loss": mean, **score(metrics, torch.tensor(predictions), data.labels)}
+    of_task = torch.tensor(numbers) if numbers else None
+    answers, labels = (x if of_task is None else of_task[x] for x in (torch.tensor(predictions), data.labels))
+    return {"loss": mean, **score(metrics, answers, labels)}
 
 
 @dataclass(frozen=True)
@@ -76,6 +88,7 @@ class Judge:
     metrics: tuple[str, ...]
     splits: dict[str, Encoded]  # by name; the first decides what is best
     tokenizer: Any  # of transformers
+    numbers: tuple[int, ...] = ()  # see evaluate
 
     def evaluate(self, run: Run) -> None:
         """Evaluates on all splits, and records the result. See run.Task."""
@@ -83,7 +96,9 @@ class Judge:
         with LongWait("evaluating"):
             for name, split in self.splits.items():
                 size = run.args.per_device_eval_batch_size
-                found[name] = evaluate(run.model, split, metrics=self.metrics, batch_size=size, world=run.world)
+                found[name] = evaluate(
+                    run.model, split, metrics=self.metrics, batch_size=size, world=run.world, numbers=self.numbers
+                )
         state.evaluated = state.update
         epoch = state.update / run.args.updates_per_epoch
         last = {"update": state.update, "epoch": epoch, "splits": found}

@@ -90,7 +90,10 @@ def in_order_of_model(examples: Examples, config: PreTrainedConfig) -> Examples:
         return [example._replace(label=numbers[int(example.label)]) for example in split]
 
     return Examples(
-        examples.task, moved(examples.train), {name: moved(split) for name, split in examples.evaluations.items()}
+        examples.task,
+        moved(examples.train),
+        {name: moved(split) for name, split in examples.evaluations.items()},
+        numbers=tuple(map(numbers.index, range(len(numbers)))),
     )
 
 
