@@ -101,6 +101,26 @@ def test_what_is_saved_is_what_was_judged(model, method, tmp_path, place):
     assert moved, "the body was trained, not the classifier alone"
 
 
+def test_nf4_goes_on_to_the_last_bit_and_is_saved_as_plain_weights(tmp_path, place):
+    """bitsandbytes' form of QLoRA's frozen weights, on a CPU, too."""
+    pytest.importorskip("bitsandbytes")
+    told = dict(method="qlora", qlora_codec="nf4", num_train_epochs=4, checkpointing_steps=3, keep_last=0)
+    assert command_line(flags(tmp_path / "whole", **told)) == 0
+    middle = tmp_path / "whole" / "checkpoint-00000003"
+    assert command_line(flags(tmp_path / "rest", resume_from_checkpoint=middle, **told)) == 0
+    assert losses(tmp_path / "rest") == losses(tmp_path / "whole")[3:]
+    (end,) = record(tmp_path / "rest", "end")
+    saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rest")
+    rows = make_rows("rte", 12, seed=2)
+    examples = [glue_data.Example((row["sentence1"], row["sentence2"]), row["label"]) for row in rows]
+    data = Encoded(examples, tokenizer=AutoTokenizer.from_pretrained(tmp_path / "rest"), max_length=128, pad_to=None)
+    again = evaluate(saved, data, metrics=("accuracy",), batch_size=5, world=glue_world())
+    assert again["loss"] == pytest.approx(end["last"]["splits"]["validation"]["loss"], rel=1e-5)
+    before = AutoModelForSequenceClassification.from_pretrained(place / "roberta").base_model.state_dict()
+    name = "encoder.layer.0.intermediate.dense.weight"
+    assert 0 < (saved.base_model.state_dict()[name] - before[name]).abs().max() < 0.1, "rounded to 4 bits, and adapted"
+
+
 def glue_world():
     from peft_pretraining.distributed import World
 

@@ -5,6 +5,7 @@ What the rest of the program reads are the flags of torchrun_main.py, so those o
 
 import argparse
 import math
+from importlib.util import find_spec
 from typing import Any
 
 from peft_pretraining.cli.args import without_effect
@@ -221,6 +222,11 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1.")
     if args.qlora_codec == "nf4" and args.method != "qlora":
         raise UserError(f"--qlora_codec nf4 with --method {args.method}: only qlora has a codec to choose.")
+    if args.qlora_codec == "nf4" and find_spec("bitsandbytes") is None:
+        raise UserError(
+            "--qlora_codec nf4 needs the package bitsandbytes: pip install bitsandbytes. Or leave it out: our own 4 "
+            "bits need none."
+        )
 
 
 def _complete_saving(args: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from peft_pretraining.batch import IGNORED, Batch
 from peft_pretraining.distributed import World
 from peft_pretraining.glue.batches import Encoded, ExampleBatch
 from peft_pretraining.glue.metrics import score
+from peft_pretraining.glue.nf4 import from_nf4
 from peft_pretraining.progress import LongWait
 from peft_pretraining.training.report import memory_bytes, per_matrix
 from peft_pretraining.training.run import Run
@@ -156,6 +157,7 @@ def save_model(model: Any, folder: Path, *, tokenizer: Any) -> None:
     if hasattr(model, "merge_and_unload"):
         model.save_pretrained(folder / "adapter")
         dequantize_linear_layers(model)
+        from_nf4(model)
         model = model.merge_and_unload()
     export(model, folder)
     tokenizer.save_pretrained(folder)

@@ -4,7 +4,6 @@ import argparse
 import hashlib
 import json
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from peft_pretraining.errors import UserError
 from peft_pretraining.glue.data import Examples
 from peft_pretraining.glue.methods import METHODS, chosen_layers
+from peft_pretraining.glue.nf4 import to_nf4
 from peft_pretraining.glue.tasks import GlueTask
 from qgalore.param_groups import ParameterGroup, split_parameters
 from qgalore.storage.convert import quantize_linear_layers
@@ -104,8 +104,8 @@ def open_model(
     parameters that are trained. Raises UserError if weights are missing or do not fit."""
     model = _load(args, config=config, dtype=dtype).to(device)
     method, layers = METHODS[args.method], chosen_layers(model, all_modules=args.lora_all_modules)
+    inner = chosen_layers(model, all_modules=True)
     if method.weight_bits is not None and args.qlora_codec == "affine":
-        inner = chosen_layers(model, all_modules=True)
         quantize_linear_layers(
             model, select=inner.__contains__, bits=args.weight_bits, group_size=args.weight_group_size,
             stochastic=args.stochastic_round,
@@ -114,6 +114,8 @@ def open_model(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if method.adapters:
         model = insert_adapters(model, layers, args=args)
+        if args.qlora_codec == "nf4":
+            to_nf4(model, select=inner.__contains__)
         matrices = [p for name, p in model.named_parameters() if ".lora_" in name]
     else:
         matrices = [model.get_submodule(name).weight for name in layers]
@@ -142,27 +144,14 @@ def _load(args: argparse.Namespace, *, config: PreTrainedConfig, dtype: torch.dt
     else:
         with _reported(f"--model_name_or_path {args.model_name_or_path}"):
             model = AutoModelForSequenceClassification.from_pretrained(
-                args.model_name_or_path, config=config, dtype=dtype,
-                ignore_mismatched_sizes=args.ignore_mismatched_sizes, **_nf4(args, dtype=dtype),
-            )  # fmt: skip
+                args.model_name_or_path,
+                config=config,
+                dtype=dtype,
+                ignore_mismatched_sizes=args.ignore_mismatched_sizes,
+            )
     if args.load_pretrained_model:
         _load_fitting(model, Path(args.load_pretrained_model))
     return model
-
-
-def _nf4(args: argparse.Namespace, *, dtype: torch.dtype) -> dict[str, Any]:
-    """What from_pretrained wants to know for --qlora_codec nf4."""
-    if args.qlora_codec != "nf4":
-        return {}
-    if find_spec("bitsandbytes") is None or not torch.cuda.is_available():
-        raise UserError(
-            "--qlora_codec nf4 needs a GPU and the package bitsandbytes: pip install bitsandbytes. Or leave it "
-            "out: our own 4 bits need neither."
-        )
-    from transformers import BitsAndBytesConfig
-
-    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    return {"quantization_config": quantization}
 
 
 def _load_fitting(model: nn.Module, folder: Path) -> None:
