@@ -11,6 +11,7 @@ from support.classifiers import make_classifier, make_rows, write_rows, write_ta
 from support.runs import ROOT, record, shell, torchrun
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from peft_pretraining.glue import args as glue_args
 from peft_pretraining.glue import data as glue_data
 from peft_pretraining.glue.__main__ import command_line
 from peft_pretraining.glue.batches import Encoded
@@ -119,6 +120,12 @@ def test_nf4_goes_on_to_the_last_bit_and_is_saved_as_plain_weights(tmp_path, pla
     before = AutoModelForSequenceClassification.from_pretrained(place / "roberta").base_model.state_dict()
     name = "encoder.layer.0.intermediate.dense.weight"
     assert 0 < (saved.base_model.state_dict()[name] - before[name]).abs().max() < 0.1, "rounded to 4 bits, and adapted"
+
+
+def test_nf4_without_its_package_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(glue_args, "find_spec", lambda name: None)
+    assert command_line(flags(tmp_path, method="qlora", qlora_codec="nf4")) == 2
+    assert "pip install bitsandbytes" in capsys.readouterr().err
 
 
 def glue_world():
@@ -355,7 +362,6 @@ BAD = [
     ({"method": "lora", "enable_galore": True}, "leave one of them out"),
     ({"push_to_hub": True}, "uploads nothing"),
     ({"trust_remote_code": "True"}, "never run"),
-    ({"qlora_codec": "nf4", "method": "qlora"}, "bitsandbytes"),
     ({"qlora_codec": "nf4"}, "only qlora"),
     ({"lora_r": 0}, "--lora_r 0"),
     ({"learning_rate": -1}, "--learning_rate -1"),

@@ -22,6 +22,7 @@ from peft_pretraining.glue.batches import Encoded, training_batches
 from peft_pretraining.glue.data import Examples, load_examples
 from peft_pretraining.glue.evaluate import Judge, loss_sum
 from peft_pretraining.glue.model import HubTokenizer, in_order_of_model, open_config, open_model, open_tokenizer
+from peft_pretraining.glue.rates import lr_ratio
 from peft_pretraining.model.dtypes import resolve_dtype
 from peft_pretraining.training.exit_status import exit_status
 from peft_pretraining.training.interruption import Interruption
@@ -124,7 +125,7 @@ def open_run(
         record=record, interruption=interruption, writer=writer if world.is_main else None,
         tokenizer=cast(Tokenizer, tokenizer),  # of which a run asks its files and digest only
         fingerprint={"train": fingerprint.pop("train")}, validation_fingerprint=fingerprint,
-        task=Task(loss_sum=loss_sum, evaluate=judge.evaluate, save_result=judge.finish),
+        task=Task(loss_sum=loss_sum, lr_ratio=lr_ratio, evaluate=judge.evaluate, save_result=judge.finish),
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from peft_pretraining.cli.args import without_effect
 from peft_pretraining.cli.flags import FLAGS, MAY_CHANGE, add_flags, defaults
 from peft_pretraining.errors import Parser, UserError
 from peft_pretraining.glue.methods import METHODS
+from peft_pretraining.glue.rates import DECAYS
 from peft_pretraining.glue.tasks import TASKS
 from peft_pretraining.model.dtypes import DTYPES
 from qgalore.factory import find_recipe
@@ -30,11 +31,6 @@ SHARED = (
     "activation_checkpointing", "seed", "num_threads", "keep_last", "time_budget", "resume", "continue_from",
     "allow_changed", "max_bad_updates", "log_details", "no_report",
 )  # fmt: skip
-# How transformers' schedules are called here. A linear decay ends at one step above 0, a constant rate at 1.
-SCHEDULERS = {
-    "linear": "linear", "polynomial": "linear", "constant": "linear", "constant_with_warmup": "linear",
-    "cosine": "cosine", "cosine_with_restarts": "cosine",
-}  # fmt: skip
 HUB = "this program uploads nothing: leave it out, and use `hf upload REPOSITORY OUTPUT_DIR` afterwards"
 REFUSED = {
     "push_to_hub": HUB,
@@ -157,7 +153,7 @@ def make_parser() -> Parser:
     train.add_argument("--num_train_epochs", type=int, default=3, help="epochs (default: 3)")
     train.add_argument("--max_train_steps", type=int, help="updates; wins over --num_train_epochs")
     train.add_argument(
-        "--lr_scheduler_type", choices=SCHEDULERS, default="linear", help="shape of the learning rate (default: linear)"
+        "--lr_scheduler_type", choices=DECAYS, default="linear", help="shape of the learning rate (default: linear)"
     )
     train.add_argument("--num_warmup_steps", type=int, default=0, help="updates of warm-up (default: 0)")
     saving = parser.add_argument_group("saving and record")
@@ -194,12 +190,6 @@ def complete_length(args: argparse.Namespace, *, examples: int) -> None:
         args.save_every = per_epoch
     if args.warmup_steps > args.num_training_steps:
         raise UserError(f"--num_warmup_steps {args.warmup_steps}: the run has {args.num_training_steps} updates.")
-    args.scheduler = SCHEDULERS[args.lr_scheduler_type]
-    steps = max(1, args.num_training_steps - args.warmup_steps)
-    ends = {"linear": 1 / steps, "polynomial": 1 / steps, "constant": 1.0, "constant_with_warmup": 1.0}
-    args.min_lr_ratio = ends.get(args.lr_scheduler_type, 0.0)
-    args.warmup_steps = 0 if args.lr_scheduler_type == "constant" else args.warmup_steps
-    args.restart_warmup_steps = 0
 
 
 def _method_of(given: argparse.Namespace) -> str:

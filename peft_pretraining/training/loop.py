@@ -21,7 +21,12 @@ from peft_pretraining.training.run import Run, State, Task
 from peft_pretraining.training.saving import give_up, last_checkpoint, leave_time_to_save, save, save_result
 from qgalore.factory import set_lr
 
-LANGUAGE = Task(loss_sum=language_loss_sum, evaluate=evaluate_and_log, save_result=save_result)  # the next token
+LANGUAGE = Task(  # the next token
+    loss_sum=language_loss_sum,
+    lr_ratio=lambda args, update: lr_ratio(update, **schedule_of(args)),
+    evaluate=evaluate_and_log,
+    save_result=save_result,
+)
 
 
 def loop(run: Run) -> None:
@@ -62,14 +67,14 @@ def train_step(run: Run) -> None:
 
     The loss is the sum over the target tokens of all micro-batches and ranks, divided by their number.
     """
-    args, state = run.args, run.state
+    args, state, task = run.args, run.state, run.task or LANGUAGE
     began = time.monotonic()
     micro_batches = read_batches(run)
     targets = sum(int((batch.targets != IGNORED).sum()) for batch in micro_batches)
     targets = max(1, int(run.world.sum(torch.tensor(float(targets), dtype=torch.float64))))
-    set_lr(run.updates.optimizer, args.lr * lr_ratio(state.update + 1, **schedule_of(args)))
+    set_lr(run.updates.optimizer, args.lr * task.lr_ratio(args, state.update + 1))
     loss = accumulate_gradients(
-        run.model, micro_batches, targets=targets, device=run.world.device, loss_sum=(run.task or LANGUAGE).loss_sum
+        run.model, micro_batches, targets=targets, device=run.world.device, loss_sum=task.loss_sum
     )
     outcome = run.updates.finish()
     reset_if_due(args, run.model, run.updates.optimizer, update=state.update + 1)

@@ -56,14 +56,16 @@ class State:
 
 @dataclass(frozen=True)
 class Task:
-    """What a run learns: the three things in which tasks differ for the loop.
+    """What a run learns: the things in which tasks differ for the loop.
 
     loss_sum: the sum of the losses over the targets of a batch that are not IGNORED. ()
+    lr_ratio: the learning rate of a 1-based update over the peak rate, by the arguments of the run.
     evaluate: evaluates and records the result; sets run.stopping where a signal has ended it.
     save_result: writes what the run was for, at its end.
     """
 
     loss_sum: Callable[[PreTrainedModel, Batch], Tensor]
+    lr_ratio: Callable[[argparse.Namespace, int], float]
     evaluate: Callable[["Run"], None]
     save_result: Callable[["Run"], None]
 
