@@ -68,6 +68,7 @@ def test_adafactor_survives_rows_and_columns_without_gradient():
     assert moved.nonzero().tolist() == [[1, 2]] and p.isfinite().all()
     assert -p[1, 2].item() <= 3 * 0.1 * math.sqrt(24) * 1.001, "clipped: the root mean square of all is at most lr"
 
+
 @pytest.mark.parametrize("rule", [name for name, rule in RULES.items() if rule.moments(WIDE)])
 def test_moments_in_8_bits_give_nearly_the_same_weights(rule):
     """Momentum rounds to 8 bits, factored second moments stay float32; directions agree but for rounding."""
