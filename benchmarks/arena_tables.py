@@ -50,8 +50,8 @@ def summary(records: Sequence[Record]) -> str:
     methods = list(dict.fromkeys(r["method"] for r in records))
     found = {method: at_best(records, method) for method in methods}
     order = sorted(methods, key=lambda method: mean(map(score, found[method].values())))
-    heads = ("matrices trained by", "rate", "of the rest", "beta2", "perplexity", "/ AdamW", "seeds", "kept, MB", "/ AdamW",
-             "tokens/s")  # fmt: skip
+    heads = ("matrices trained by", "rate", "of the rest", "beta2", "perplexity", "/ AdamW", "seeds", "kept, MB",
+             "/ AdamW", "tokens/s")  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     baseline = found.get(BASELINE)
     for method in order:
