@@ -3,12 +3,13 @@
     python benchmarks/arena.py --model_config configs/llama_arena_small.json --dataset data/books-tokens \\
         --tokenizer data/books-4096.model --updates 300 --seeds 0 1 2 --out benchmarks/results/arena_small.jsonl
 
-Embedding, head and norms are trained alike, by AdamW at --lr, in every row but those of published recipes that say
-otherwise. Of each method, the rate of the matrices is swept on a grid of factors of two until the best lies inside; a
-second beta2 is tried at that rate, and swept if it is better there; then the best pair is run with the other seeds,
-which draw other weights and another order of the data, the same for all methods. `--begin_at N` begins each sweep at
-the best rate of the trials with N updates. `--factors` takes the recommended method with one thing changed at a time.
-Finished trials are read back from --out. Prints a Markdown table; see arena_tables.py for what it has.
+Embedding, head and norms are trained alike, by AdamW at each of --lr, in every row but those of published recipes that
+say otherwise. Of each method, and at each --lr, the rate of the matrices is swept on a grid of factors of two until the
+best lies inside; a second beta2 is tried at that rate, and swept if it is better there; then the best of all is run
+with the other seeds, which draw other weights and another order of the data, the same for all methods. `--begin_at N`
+begins each sweep at the best rate of the trials with N updates. `--factors` takes the recommended method with one thing
+changed at a time. Finished trials are read back from --out. Prints a Markdown table; see arena_tables.py for what it
+has.
 """
 
 import argparse
@@ -17,11 +18,11 @@ import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.arena_tables import best_of, score, summary, sweeps
+from benchmarks.arena_tables import Record, best_of, rates, score, summary, sweeps
 from benchmarks.trials import Bench, Trial, finish
 
 ELSEWHERE = ("--embedding_optimizer", "adamw")  # AdamW trains embedding, head and norms
@@ -115,25 +116,31 @@ ALL = METHODS | FACTORS
 
 
 def wanted(
-    records: list[dict[str, Any]], *, methods: Iterable[str], lr: float, updates: int, seeds: list[int], begin_at: int
+    records: list[Record], *, methods: Iterable[str], lrs: list[float], updates: int, seeds: list[int], begin_at: int
 ) -> Iterator[Trial]:
-    """The trials wanted next: sweeps with the first seed, then the best of a finished sweep with the others."""
+    """The trials wanted next: sweeps with the first seed, then the best of a finished sweep with the others.
+
+    lrs: learning rates of embedding, head and norms; a method is swept at each of them.
+    """
     first, *others = seeds
     later = []
     for name in methods:
-        method = ALL[name]
-        trial = partial(Trial, name, method.flags, lr, updates=updates)
-        steps = list(_sweep(records, name, lr=lr, updates=updates, seed=first, begin_at=begin_at))
-        yield from (trial(rate, beta2, first) for rate, beta2 in steps)
-        mine = [r for r in records if (r["method"], r["lr"], r["updates"], r["seed"]) == (name, lr, updates, first)]
-        if mine and all(any((r["matrix_lr"], r["beta2"]) == step for r in mine) for step in steps):
-            best = best_of(mine)
-            later += [trial(best["matrix_lr"], best["beta2"], seed) for seed in others]
+        steps = [
+            (lr, rate, beta2)
+            for lr in lrs
+            for rate, beta2 in _sweep(records, name, lr=lr, updates=updates, seed=first, begin_at=begin_at)
+        ]
+        trial = partial(Trial, name, ALL[name].flags, updates=updates)
+        yield from (trial(*step, seed=first) for step in steps)
+        mine = [r for r in records if (r["method"], r["updates"], r["seed"]) == (name, updates, first)]
+        mine = [r for r in mine if r["lr"] in lrs]
+        if set(steps) <= set(map(rates, mine)):
+            later += [trial(*rates(best_of(mine)), seed=seed) for seed in others]
     yield from later
 
 
 def _sweep(
-    records: list[dict[str, Any]], name: str, *, lr: float, updates: int, seed: int, begin_at: int
+    records: list[Record], name: str, *, lr: float, updates: int, seed: int, begin_at: int
 ) -> Iterator[tuple[float, float | None]]:
     """Pairs of a rate of the matrices and a beta2 that a sweep needs, as far as the records tell."""
     method = ALL[name]
@@ -181,7 +188,9 @@ def main() -> int:
         ("evaluations", 4),
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--lr", type=float, default=0.008, help="learning rate of embedding, head and norms")
+    parser.add_argument(
+        "--lr", type=float, nargs="+", default=[0.008, 0.016], help="learning rates of embedding, head and norms"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(ALL), metavar="METHOD")
     parser.add_argument("--factors", action="store_true", help="of the recommended method, one thing changed at a time")
@@ -203,10 +212,10 @@ def main() -> int:
     )
     bench = Bench(**{name: getattr(args, name) for name in shared})
     ask = partial(
-        wanted, methods=args.methods, lr=args.lr, updates=args.updates, seeds=args.seeds, begin_at=args.begin_at
+        wanted, methods=args.methods, lrs=args.lr, updates=args.updates, seeds=args.seeds, begin_at=args.begin_at
     )
     records = finish(ask, bench, out=args.out, jobs=args.jobs, seconds=args.seconds)
-    mine = [r for r in records if r["updates"] == args.updates and r["lr"] == args.lr and r["method"] in args.methods]
+    mine = [r for r in records if r["updates"] == args.updates and r["lr"] in args.lr and r["method"] in args.methods]
     if mine:
         print(summary(mine), sweeps(mine), sep="\n\n")
     return 0 if mine else 1

@@ -2,7 +2,7 @@
 
 python benchmarks/arena_pictures.py benchmarks/results/arena_small.jsonl --updates 300 --name arena_small
 
-NAME-rates      perplexity by the rate of the matrices, one line a method at its best beta2
+NAME-rates      perplexity by the rate of the matrices, one line a method, at its best other rates
 NAME-curves     validation loss less AdamW's, by tokens, at the best rates, where runs were evaluated on the way
 """
 
@@ -37,8 +37,9 @@ def rates(axes: Axes, records: Sequence[Record], methods: Sequence[str]) -> None
     for number, method in enumerate(methods):
         mine = [r for r in records if r["method"] == method]
         first = min(r["seed"] for r in mine)
-        beta2 = best_of(mine)["beta2"]
-        swept = sorted((r["matrix_lr"], score(r)) for r in mine if (r["seed"], r["beta2"]) == (first, beta2))
+        best = best_of(r for r in mine if r["seed"] == first)
+        same = (first, best["lr"], best["beta2"])
+        swept = sorted((r["matrix_lr"], score(r)) for r in mine if (r["seed"], r["lr"], r["beta2"]) == same)
         axes.plot(*zip(*swept, strict=True), "o", linestyle=dashes(number), color=colour(number), markersize=4,
                   label=method)  # fmt: skip
     axes.set_xscale("log", base=2)
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("records", type=Path, nargs="+")
     parser.add_argument("--updates", type=int, required=True)
-    parser.add_argument("--lr", type=float, help="learning rate of embedding, head and norms (default: all)")
+    parser.add_argument("--lr", type=float, help="only this learning rate of embedding, head and norms")
     parser.add_argument("--name", required=True)
     parser.add_argument("--methods", nargs="+", help="default: all")
     parser.add_argument("--output", type=Path, default=ROOT / "docs", help="folder of the pictures (default: docs)")

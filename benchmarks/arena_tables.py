@@ -25,8 +25,9 @@ def best_of(records: Iterable[Record]) -> Record:
     return min(records, key=score)
 
 
-def rates(record: Record) -> tuple[float, float | None]:
-    return record["matrix_lr"], record["beta2"]
+def rates(record: Record) -> tuple[float, float, float | None]:
+    """Learning rate of embedding, head and norms; that of the matrices; beta2."""
+    return record["lr"], record["matrix_lr"], record["beta2"]
 
 
 def at_best(records: Sequence[Record], method: str) -> dict[int, Record]:
@@ -49,10 +50,9 @@ def summary(records: Sequence[Record]) -> str:
     methods = list(dict.fromkeys(r["method"] for r in records))
     found = {method: at_best(records, method) for method in methods}
     order = sorted(methods, key=lambda method: mean(map(score, found[method].values())))
-    lines = [
-        "| matrices trained by | rate | beta2 | perplexity | / AdamW | seeds | kept, MB | / AdamW | tokens/s |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    heads = ("matrices trained by", "rate", "of the rest", "beta2", "perplexity", "/ AdamW", "seeds", "kept, MB",
+             "/ AdamW", "tokens/s")  # fmt: skip
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     baseline = found.get(BASELINE)
     for method in order:
         mine = found[method]
@@ -66,7 +66,18 @@ def summary(records: Sequence[Record]) -> str:
         perplexity = with_error([score(r) for r in mine.values()], digits=2)
         size = f"{kept(one) / 1e6:.1f}" if one["kept_bytes"] else ""
         speed = f"{max(r['tokens_per_second'] for r in mine.values()):,}"
-        cells = (method, f"{one['matrix_lr']:g}", beta2, perplexity, beside, str(len(mine)), size, sized, speed)
+        cells = (
+            method,
+            f"{one['matrix_lr']:g}",
+            f"{one['lr']:g}",
+            beta2,
+            perplexity,
+            beside,
+            str(len(mine)),
+            size,
+            sized,
+            speed,
+        )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -77,18 +88,17 @@ def kept(record: Record) -> int:
 
 
 def sweeps(records: Sequence[Record]) -> str:
-    """Every trial of the first seed: perplexities by rate, one row for each method and beta2."""
+    """Every trial of the first seed: perplexities by the rate of the matrices, a row for each other pair of rates."""
     first = min(r["seed"] for r in records)
-    lines = ["| matrices trained by | beta2 | perplexity at each rate of the matrices |", "|---|---|---|"]
-    groups: dict[tuple[str, float | None], list[Record]] = {}
+    lines = [
+        "| matrices trained by | rate of the rest | beta2 | perplexity at each rate of the matrices |",
+        "|---|---|---|---|",
+    ]
+    groups: dict[tuple[str, float, float | None], list[Record]] = {}
     for record in records:
         if record["seed"] == first:
-            groups.setdefault((record["method"], record["beta2"]), []).append(record)
-    for (method, beta2), mine in groups.items():
-        found = (f"{r['matrix_lr']:g}: {score(r):.1f}" for r in sorted(mine, key=rates_key))
-        lines.append(f"| {method} | {'-' if beta2 is None else f'{beta2:g}'} | {', '.join(found)} |")
+            groups.setdefault((record["method"], record["lr"], record["beta2"]), []).append(record)
+    for (method, lr, beta2), mine in groups.items():
+        found = (f"{r['matrix_lr']:g}: {score(r):.1f}" for r in sorted(mine, key=rates))
+        lines.append(f"| {method} | {lr:g} | {'-' if beta2 is None else f'{beta2:g}'} | {', '.join(found)} |")
     return "\n".join(lines)
-
-
-def rates_key(record: Record) -> float:
-    return record["matrix_lr"]

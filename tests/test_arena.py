@@ -10,7 +10,7 @@ from benchmarks import arena, trials
 from benchmarks.arena_tables import at_best, summary, sweeps
 from benchmarks.trials import Bench, Trial, key_of, read_records
 
-ASK = dict(lr=0.008, updates=300, seeds=[0, 1, 2], begin_at=0)
+ASK = dict(lrs=[0.008], updates=300, seeds=[0, 1, 2], begin_at=0)
 
 
 def finished(trial: Trial, perplexity: float | None) -> dict:
@@ -62,12 +62,24 @@ def test_a_longer_sweep_begins_at_the_best_rates_of_a_shorter():
     assert [r["matrix_lr"] for r in added] == [0.004, 0.002, 0.008] and {r["beta2"] for r in added} == {0.95}
 
 
+def test_each_rate_of_the_rest_has_a_sweep_of_its_own():
+    """And the other seeds are run at the best rates of all."""
+
+    def perplexity(trial):
+        return bowl(trial, best=0.001 * 2 ** (trial.lr > 0.01)) - 5 * (trial.lr > 0.01)
+
+    records = play(perplexity, methods=["AdamW"], lrs=[0.008, 0.016])
+    swept = {lr: {r["matrix_lr"] for r in records if (r["lr"], r["beta2"]) == (lr, 0.95)} for lr in (0.008, 0.016)}
+    assert swept == {0.008: {0.0005, 0.001, 0.002}, 0.016: {0.001, 0.002, 0.004, 0.0005}}
+    assert {(r["lr"], r["matrix_lr"]) for r in records if r["seed"] > 0} == {(0.016, 0.002)}
+
+
 def test_the_table_pairs_the_seeds():
     records = play(partial(bowl, best=0.001), methods=["AdamW"])
     records += play(lambda trial: 0.9 * bowl(trial, best=0.001), methods=["GaLore"])
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in summary(records).splitlines()[2:]]
     assert [row[0] for row in rows] == ["GaLore", "AdamW"]
-    assert rows[0][4] == "0.900 ± 0.000" and rows[1][3] == "101.00 ± 0.58" and rows[0][7] == "0.50"
+    assert rows[0][5] == "0.900 ± 0.000" and rows[1][4] == "101.00 ± 0.58" and rows[0][8] == "0.50"
     assert "0.0005: 101.0, 0.001: 100.0, 0.002: 101.0" in sweeps(records)
 
 

@@ -182,7 +182,7 @@ def test_a_rank_beyond_the_matrix_is_clamped_for_bases_that_learn_or_are_drawn()
 )
 def test_every_combination_resumed_is_one_never_stopped(name, proj_type, residual, tmp_path):
     """To the last bit: bases packed, drawn or learning with their moments and their clock, and the limiter."""
-    if residual != "none" and (OPTIMIZERS[name].rule != "adam" or proj_type == "full"):
+    if residual != "none" and (OPTIMIZERS[name].rule not in ("adam", "muon") or proj_type == "full"):
         with pytest.raises(ValueError, match="residual"):
             Training(name, proj_type=proj_type, lift=residual)
         return

@@ -8,9 +8,10 @@ from support.command_line import REQUIRED, flags_refusal, parse
 from support.runs import losses, run
 
 import torchrun_main
-from peft_pretraining.cli.args import parse_args, without_effect
+from peft_pretraining.cli.args import parse_args
 from peft_pretraining.cli.config_file import LEFT_OUT, config_text
 from peft_pretraining.cli.flags import FLAGS
+from peft_pretraining.cli.no_effect import without_effect
 from peft_pretraining.cli.presets import preset_names
 
 

@@ -44,6 +44,8 @@ METHODS = {
     "foam": {},
     "apollo": {},
     "muon": {},
+    "galore_muon_per_layer, fira": {"lift": "fira"},
+    "q_galore_muon8bit": {"proj_bits": 4, "int8": True},
     "q_galore_adamw8bit": {"proj_bits": 4, "int8": True},
     "q_galore_adamw8bit_per_layer": {"proj_bits": 4, "int8": True},
 }

@@ -170,6 +170,7 @@ def refusal(method: str, settings: dict, *, width: int = 64, bits: int = 0) -> s
     "method, settings, said",
     [
         ("muon", {}, "cannot be updated by the rule muon"),
+        ("galore_muon", {"proj_type": "right"}, "cannot be updated by the rule muon"),
         ("galore_adafactor", {"proj_type": "right"}, "cannot be updated by the rule adafactor"),
         ("galore_adamw", {"proj_type": "std"}, "can be projected on the right only: proj_type 'right', not 'std'"),
         ("galore_adamw", {"proj_type": "full"}, "can be projected on the right only"),

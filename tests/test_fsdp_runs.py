@@ -213,6 +213,10 @@ def test_the_rows_of_parts(rows, width, ranks):
     "flags, said",
     [
         (["--optimizer", "muon"], "--parallel fsdp with --optimizer muon, which needs all rows"),
+        (
+            ["--optimizer", "q_galore_muon8bit"],
+            "--parallel fsdp with --optimizer q_galore_muon8bit, which needs all rows",
+        ),
         (["--optimizer", "adafactor"], "--parallel fsdp with --optimizer adafactor"),
         (["--optimizer", "apollo"], "--parallel fsdp with --optimizer apollo, which needs the norms"),
         (["--optimizer", "galore_adamw", "--residual", "fira"], "--parallel fsdp with --residual fira"),

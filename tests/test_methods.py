@@ -171,6 +171,34 @@ def test_muon_in_a_subspace_recovers_the_residual(driven):
     assert largest_difference(*compare("galore_muon" + driven, lift="fira", accumulation=4)) < 1e-10
 
 
+def muon_moved(name, *, int8, **chosen):
+    """How far twelve gradients with a common part move a matrix."""
+    draw = partial(torch.randn, 128, 256, generator=torch.Generator().manual_seed(1))
+    p, common = torch.nn.Parameter(0.1 * draw()), draw()
+    if int8:
+        p = torch.nn.Parameter(QuantizedWeight.from_float(p.detach(), group_size=64))
+    start, group = p.detach().float().clone(), ParameterGroup("matrix", "matrix", ("p",), (p,))
+    settings = Settings(lr=LR, rank=64, update_proj_gap=4, subspace="svd", **chosen)
+    optimizer = create_optimizer(name, groups=[group], settings=settings)
+    for _ in range(12):
+        p.grad = common + 0.3 * draw()
+        optimizer.step()
+    return p.detach().float() - start
+
+
+@pytest.mark.parametrize("name, few, lift", [
+    ("muon", "muon8bit", "none"), ("galore_muon", "q_galore_muon8bit", "none"),
+    ("galore_muon", "q_galore_muon8bit", "fira"),
+])  # fmt: skip
+def test_muon_in_few_bits_moves_as_in_float(name, few, lift):
+    """8-bit momentum alone: a few percent of noise. INT8 weights and INT4 bases: more of it, and as far on average."""
+    exact = muon_moved(name, int8=False, lift=lift)
+    for int8, bits, noise in [(False, None, 0.03), (True, 4, 0.2)]:
+        found = muon_moved(few, int8=int8, lift=lift, proj_bits=bits)
+        assert 0 < (found - exact).norm() / exact.norm() < noise
+        assert (found * exact).sum() / exact.square().sum() == pytest.approx(1, abs=0.02), "no shorter, no longer"
+
+
 @pytest.mark.parametrize("kind", ["embedding", "head"])
 def test_scale_has_momentum_for_the_head_alone_and_normalizes_the_columns_of_an_embedding(kind):
     assert largest_difference(*compare("scale", kind=kind)) < 1e-10

@@ -73,12 +73,19 @@ def test_it_learns_and_says_what_it_keeps(tiny, larger, tmp_path, capsys):
     assert record(tmp_path, "end")[0]["refreshes"] == sum(m["refreshes"] for m in last["matrices"])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_simulation_gives_the_same_losses_to_the_last_bit(tiny, larger, tmp_path, dtype, monkeypatch):
+@pytest.mark.parametrize(
+    "optimizer, dtype",
+    [
+        ("q_galore_adamw8bit_per_layer", "float32"),
+        ("q_galore_adamw8bit_per_layer", "bfloat16"),
+        ("q_galore_muon8bit_per_layer", "float32"),
+    ],
+)
+def test_simulation_gives_the_same_losses_to_the_last_bit(tiny, larger, tmp_path, optimizer, dtype, monkeypatch):
     monkeypatch.setattr("peft_pretraining.model.dtypes.native_bfloat16", lambda device: True)
     models = captured_model(monkeypatch)
     for name, switch in [("int8", None), ("simulated", True)]:
-        run(tiny, tmp_path / name, model_config=larger, simulation=switch, dtype=dtype)
+        run(tiny, tmp_path / name, model_config=larger, optimizer=optimizer, simulation=switch, dtype=dtype)
     assert losses(tmp_path / "int8") == losses(tmp_path / "simulated")
     kinds = [{type(p.data.codec) for n, p in model.named_parameters() if "proj" in n} for model in models]
     assert kinds == [{Affine}, {Simulated}]

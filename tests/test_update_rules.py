@@ -11,6 +11,7 @@ from qgalore.optimizer import LowRankOptimizer
 from qgalore.rules.rules import RULES
 
 SHAPES = [(12, 20), (20, 12), (16,), (2, 3, 4)]
+WIDE = torch.Size((128, 256))  # foam3 keeps an eighth of it: still enough elements for 8 bits
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -68,13 +69,13 @@ def test_adafactor_survives_rows_and_columns_without_gradient():
     assert -p[1, 2].item() <= 3 * 0.1 * math.sqrt(24) * 1.001, "clipped: the root mean square of all is at most lr"
 
 
-@pytest.mark.parametrize("rule", [name for name, rule in RULES.items() if rule.moments(torch.Size((128, 160)))])
+@pytest.mark.parametrize("rule", [name for name, rule in RULES.items() if rule.moments(WIDE)])
 def test_moments_in_8_bits_give_nearly_the_same_weights(rule):
     """Momentum rounds to 8 bits, factored second moments stay float32; directions agree but for rounding."""
-    grads = [torch.randn(128, 160) + 0.5 for _ in range(10)]
+    grads = [torch.randn(WIDE) + 0.5 for _ in range(10)]
     found = []
     for bits in (32, 8):
-        p = torch.nn.Parameter(torch.zeros(128, 160))
+        p = torch.nn.Parameter(torch.zeros(WIDE))
         optimizer = LowRankOptimizer([{"params": [p], "rule": rule, "state_bits": bits}], lr=0.01)
         for g in grads:
             p.grad = g.clone()

@@ -10,19 +10,25 @@ from typing import Any
 
 from peft_pretraining.checkpoint.start import inherited_args
 from peft_pretraining.checkpoint.weights import is_transformers_folder
+from peft_pretraining.cli.combinations import (
+    check_adapters,
+    check_feedback,
+    check_residual,
+    check_skips,
+    check_subspace,
+    complete_int8_matmul,
+    complete_parallel,
+)
 from peft_pretraining.cli.config_file import read_config_file
 from peft_pretraining.cli.flags import FLAGS, add_flags, defaults, required
 from peft_pretraining.cli.help import show_help
+from peft_pretraining.cli.no_effect import without_effect
 from peft_pretraining.cli.presets import preset_flags
 from peft_pretraining.errors import Parser, UserError
 from peft_pretraining.model.adapters import LORA_KINDS
 from peft_pretraining.schedules import check_schedule
-from qgalore.factory import Recipe, find_recipe
-from qgalore.options import GROUP_OPTIONS, Settings, declared, has_momentum
-from qgalore.rules.rules import RULES
-from qgalore.rules.skips import SKIPS
-from qgalore.subspace.bases import METHODS
-from qgalore.subspace.projector import LEARNERS, SIDE_TYPES, SMALLEST
+from qgalore.factory import find_recipe
+from qgalore.options import Settings, declared
 
 LENGTHS = ("num_training_steps", "max_train_tokens", "num_train_epochs")  # how long a run is, said in three ways
 
@@ -61,13 +67,13 @@ def parse_args(argv: list[str] | None = None, *, world_size: int = 1) -> argpars
     _check_task(args, inherited)
     _complete_optimizer(args, given)
     _complete_batch(args, world_size)
-    _complete_int8_matmul(args, given)
-    _check_subspace(args)
-    _check_skips(args)
-    _check_residual(args)
-    _check_feedback(args)
-    _check_adapters(args)
-    _complete_parallel(args, given)
+    complete_int8_matmul(args, given)
+    check_subspace(args)
+    check_skips(args)
+    check_residual(args)
+    check_feedback(args)
+    check_adapters(args)
+    complete_parallel(args, given)
     _complete_restarts(args)
     _complete_length(args)
     if args.tokenizer is None:
@@ -157,9 +163,9 @@ def with_flags(args: argparse.Namespace, flags: Mapping[str, Any], *, world_size
         changed.proj_bits = (args.proj_bits or 4) if changed.proj_quant else None
     changed.gradient_accumulation = None
     _complete_batch(changed, world_size)
-    _complete_int8_matmul(changed, argparse.Namespace())
-    _check_residual(changed)
-    _check_adapters(changed)
+    complete_int8_matmul(changed, argparse.Namespace())
+    check_residual(changed)
+    check_adapters(changed)
     return changed
 
 
@@ -212,145 +218,6 @@ def _complete_optimizer(args: argparse.Namespace, given: argparse.Namespace) -> 
         args.cos_threshold = recipe.lazy_threshold
 
 
-def _complete_int8_matmul(args: argparse.Namespace, given: argparse.Namespace) -> None:
-    """INT8 products need one scale a row: the group size follows, unless another one was asked for."""
-    if args.int8_matmul is None or not args.weight_quant:
-        return
-    told = f"--int8_matmul {args.int8_matmul}"
-    if args.weight_bits != 8 or args.simulation:
-        raise UserError(f"{told} multiplies 8-bit codes: leave out --weight_bits {args.weight_bits} and --simulation.")
-    if getattr(given, "weight_group_size", -1) != -1:
-        raise UserError(f"{told} needs one group a row: leave out --weight_group_size {args.weight_group_size}.")
-    args.weight_group_size = -1
-
-
-def _check_residual(args: argparse.Namespace) -> None:
-    """Whether what the projection leaves out can be recovered as asked; gradient_accumulation is known."""
-    recipe = find_recipe(args.optimizer)
-    if args.residual == "none" or not recipe.projected:
-        return
-    if recipe.rule not in ("adam", "muon"):
-        raise UserError(
-            f"--residual {args.residual} with --optimizer {args.optimizer}: only *galore_adamw* and *galore_muon* can."
-        )
-    if args.proj_type == "full":
-        raise UserError(f"--residual {args.residual} needs a side that is not projected: --proj_type full has none.")
-    if recipe.per_layer and args.gradient_accumulation > 1 and args.accumulate_on == "device":
-        whole = args.optimizer.removesuffix("_per_layer")
-        raise UserError(
-            f"--residual {args.residual} needs whole gradients, and a per-layer optimizer would keep them all over "
-            f"{args.gradient_accumulation} micro-batches. Take --accumulate_on host, --optimizer {whole}, or one "
-            "micro-batch per update."
-        )
-
-
-def _check_subspace(args: argparse.Namespace) -> None:
-    """Whether bases can be computed as asked."""
-    recipe = find_recipe(args.optimizer)
-    chosen = recipe.projected and "subspace" not in recipe.matrix
-    if chosen and METHODS[args.subspace].averages and args.proj_type == "full":
-        raise UserError(
-            f"--subspace {args.subspace} with --proj_type full: it has one projected side. Take --proj_type std."
-        )
-
-
-def _check_skips(args: argparse.Namespace) -> None:
-    """Whether updates can be skipped as asked."""
-    recipe = find_recipe(args.optimizer)
-    if not recipe.low_rank_engine or not SKIPS[args.skip_updates].remembers:
-        return
-    if not has_momentum(recipe.rule):
-        raise UserError(
-            f"--skip_updates {args.skip_updates} with --optimizer {args.optimizer}, which keeps no momentum of a "
-            "matrix' size to compare gradients with. Take --skip_updates skip."
-        )
-    if args.parallel != "ddp":
-        raise UserError(
-            f"--parallel {args.parallel} with --skip_updates {args.skip_updates}, which compares all rows of a matrix. "
-            "Take --skip_updates skip."
-        )
-
-
-def _check_feedback(args: argparse.Namespace) -> None:
-    """Whether the first moment can take the rounding error of the weights in."""
-    recipe, told = find_recipe(args.optimizer), f"--error_feedback {args.error_feedback}"
-    if args.error_feedback == "none":
-        return
-    if not recipe.low_rank_engine or recipe.projected or RULES[recipe.rule].absorb is None or args.beta1 == 0:
-        raise UserError(
-            f"{told} with --optimizer {args.optimizer}: it needs Adam's first moment of every weight, with --beta1 "
-            "above 0. Take --optimizer adamw8bit."
-        )
-    if not args.weight_quant:
-        raise UserError(f"{told} without --weight_quant: there is no rounding error to feed back. Add --weight_quant.")
-    if args.skip_updates != "none":
-        raise UserError(f"{told} with --skip_updates {args.skip_updates}: leave one of them out.")
-
-
-def _check_adapters(args: argparse.Namespace) -> None:
-    """Whether --peft can be had with the rest."""
-    if args.peft is None:
-        return
-    if find_recipe(args.optimizer).projected:
-        raise UserError(
-            f"--peft {args.peft} with --optimizer {args.optimizer}, which projects gradients: factors are small "
-            "already. Take one that does not project, such as adamw."
-        )
-    if args.weight_quant:
-        _check_frozen_base(args)
-    if args.reset_every is not None and args.peft != "relora":
-        raise UserError(f"--reset_every {args.reset_every} with --peft {args.peft}: only --peft relora resets.")
-    if args.peft not in LORA_KINDS and args.continue_from and is_transformers_folder(args.continue_from):
-        raise UserError(
-            f"--peft {args.peft} cannot begin with the weights of {args.continue_from}: it has factors in their place. "
-            f"Use --peft {' or '.join(LORA_KINDS)}, or leave out --continue_from."
-        )
-
-
-def _check_frozen_base(args: argparse.Namespace) -> None:
-    """Whether adapters can stand on quantized weights, which stay as they are (QLoRA)."""
-    if args.peft != "lora":
-        raise UserError(
-            f"--peft {args.peft} with --weight_quant: only the weights below lora stay as they are. Take --peft lora, "
-            "or leave out --weight_quant."
-        )
-    for flag in ("embedding_weight_bits", "int8_matmul"):
-        if getattr(args, flag) is not None:
-            raise UserError(
-                f"--{flag} {getattr(args, flag)} with --peft lora: only the matrices are quantized. Leave it out."
-            )
-
-
-def _complete_parallel(args: argparse.Namespace, given: argparse.Namespace) -> None:
-    """Whether the rows of all parameters can be spread over processes; matrices are then projected on the right."""
-    if args.parallel == "ddp":
-        return
-    mode = f"--parallel {args.parallel}"
-    if args.freeze_others:
-        raise UserError(f"{mode} with --freeze_others: rows of frozen weights are not spread. Leave one of them out.")
-    recipe, told = find_recipe(args.optimizer), f"{mode} with --optimizer {args.optimizer}"
-    if args.peft is not None:
-        raise UserError(f"{mode} with --peft {args.peft}: adapters are small. Leave out --parallel.")
-    kinds = (recipe.matrix, recipe.embedding, recipe.head, recipe.norm)
-    needs_all = [rule for rule in (kind.get("rule", "adam") for kind in kinds) if RULES[rule].separable is None]
-    if needs_all or args.optimizer == "adafactor":
-        raise UserError(f"{told}, which needs all rows of a matrix at once. Take another one, such as galore_adamw.")
-    if "lift" in recipe.matrix or (recipe.projected and args.residual != "none"):
-        what = told if "lift" in recipe.matrix else f"{mode} with --residual {args.residual}"
-        raise UserError(f"{what}, which needs the norms of all rows. Take galore_adamw without --residual, say.")
-    if recipe.projected and getattr(given, "proj_type", "right") != "right":
-        raise UserError(
-            f"{mode} with --proj_type {args.proj_type}: rows are spread over the processes, so matrices are "
-            "projected on the right. Leave it out, or take --proj_type right."
-        )
-    if recipe.projected and METHODS[args.subspace].averages:
-        raise UserError(f"{mode} with --subspace {args.subspace}, which needs all rows of a gradient. Leave it out.")
-    if recipe.projected:
-        args.proj_type = "right"
-    if args.check_replicas:
-        args.ignored["--check_replicas"] = f"with {mode}: rows are spread over the processes"
-
-
 def _complete_restarts(args: argparse.Namespace) -> None:
     """The scheduler and its restarts: ReLoRA's learning rate restarts with its adapters."""
     if args.peft != "relora":
@@ -368,48 +235,6 @@ def _complete_restarts(args: argparse.Namespace) -> None:
         setattr(args, name, needed)
     if args.restart_warmup_steps is None:
         args.restart_warmup_steps = max(1, min(100, args.reset_every // 10))
-
-
-def without_effect(args: argparse.Namespace) -> dict[str, str]:
-    """Flags that mean nothing as things are, each with the reason."""
-    recipe = find_recipe(args.optimizer)
-    missing = {name: why for name, (holds, why) in _conditions(args, recipe).items() if not holds}
-    found = {}
-    for name, each in FLAGS.items():
-        if why := next((missing[condition] for condition in each.option.needs if condition in missing), None):
-            found[name] = why
-        elif each.name in recipe.matrix and each.name in GROUP_OPTIONS:
-            found[name] = f"with --optimizer {args.optimizer}"
-    return found
-
-
-def _conditions(args: argparse.Namespace, recipe: Recipe) -> dict[str, tuple[bool, str]]:
-    """What options need to have an effect (Option.needs): whether it holds, and what is said where it does not."""
-    optimizer, proj_type = f"with --optimizer {args.optimizer}", f"with --proj_type {args.proj_type}"
-    learns, lora = args.proj_type in LEARNERS, args.peft in LORA_KINDS
-    return {
-        "projected": (recipe.projected, optimizer),
-        "skips": (recipe.low_rank_engine, optimizer),
-        "per_layer": (recipe.per_layer, optimizer),
-        "rank": (recipe.projected or args.peft is not None, optimizer),
-        "scaled": ((recipe.projected and RULES[recipe.rule].finish is None) or "scale" in recipe.uses, optimizer),
-        "beta1": ("beta1" in recipe.uses, optimizer),
-        "beta2": ("beta2" in recipe.uses, optimizer),
-        "elsewhere": (recipe.rule_elsewhere, optimizer),
-        "moments8": (recipe.state_bits == 8, optimizer),
-        "ranked": (recipe.ranked, optimizer),
-        "sided": (args.proj_type in (*SIDE_TYPES, SMALLEST), proj_type),
-        "learns": (learns, proj_type),
-        "refreshed": (not learns, proj_type),
-        "computed": (args.proj_type != "random", proj_type),
-        "packed": (args.proj_quant, "without --proj_quant"),
-        "lazy": (args.cos_threshold is not None or recipe.lazy_threshold is not None, "without --cos_threshold"),
-        "texts": (args.task == "pretrain", f"with --task {args.task}"),
-        "weight_quant": (args.weight_quant, "without --weight_quant"),
-        "recomputes": (args.activation_checkpointing, "without --activation_checkpointing"),
-        "peft": (args.peft is not None, "without --peft"),
-        "lora": (args.peft is None or lora, f"with --peft {args.peft}"),
-    }
 
 
 def _complete_batch(args: argparse.Namespace, world_size: int) -> None:

@@ -8,8 +8,8 @@ import math
 from importlib.util import find_spec
 from typing import Any
 
-from peft_pretraining.cli.args import without_effect
 from peft_pretraining.cli.flags import FLAGS, MAY_CHANGE, add_flags, defaults
+from peft_pretraining.cli.no_effect import without_effect
 from peft_pretraining.errors import Parser, UserError
 from peft_pretraining.glue.methods import METHODS
 from peft_pretraining.glue.rates import DECAYS

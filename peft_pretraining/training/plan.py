@@ -15,9 +15,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from peft_pretraining.checkpoint.lock import only_run_in
 from peft_pretraining.checkpoint.start import StartingPoint, check_data, check_tokenizer, check_validation, choose_start
 from peft_pretraining.checkpoint.writer import CheckpointWriter, check_save_dir, make_save_dir
-from peft_pretraining.cli.args import set_length, settings_of, without_effect
+from peft_pretraining.cli.args import set_length, settings_of
 from peft_pretraining.cli.config_file import save_config
 from peft_pretraining.cli.flags import MAY_CHANGE
+from peft_pretraining.cli.no_effect import without_effect
 from peft_pretraining.cli.presets import load_preset
 from peft_pretraining.data.chat import ChatTemplate, chat_tokenizer
 from peft_pretraining.data.epochs import measure_epoch
