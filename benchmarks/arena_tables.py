@@ -38,6 +38,13 @@ def at_best(records: Sequence[Record], method: str) -> dict[int, Record]:
     return {r["seed"]: r for r in mine if rates(r) == best}
 
 
+def lies_inside(best: Record, records: Sequence[Record]) -> bool:
+    """Whether half and twice the rate of the matrices were tried, with the same other rates and some seed."""
+    name, lr, rate, beta2 = best["method"], *rates(best)
+    tried = {r["matrix_lr"] for r in records if (r["method"], r["lr"], r["beta2"]) == (name, lr, beta2)}
+    return {rate / 2, rate * 2} <= tried
+
+
 def with_error(values: Sequence[float], *, digits: int) -> str:
     """The mean and its standard error, if there are several values."""
     if len(values) == 1:
