@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.classifiers import make_classifier, write_task
 from support.run_records import whole_run
 from support.runs import ROOT, record, shell
 from support.tuned import make_tuned
@@ -16,8 +17,9 @@ from support.tuned import make_tuned
 import torchrun_main
 from peft_pretraining.cli.args import parse_args
 from peft_pretraining.data.token_shards import read_index
+from peft_pretraining.glue.__main__ import command_line as run_glue
 from peft_pretraining.report.__main__ import main as report
-from scripts import tokenize_corpus, train_with_trainer
+from scripts import tokenize_corpus, train_tokenizer, train_with_trainer
 
 PRETRAIN = sorted((ROOT / "scripts" / "pretrain_c4").glob("*.sh"))
 PUBLISHED = {  # Zhao et al. 2024, table 2 and its scripts: rank, lr, updates, warm-up, gap
@@ -82,6 +84,16 @@ def check_the_trainer(command: str, tmp_path) -> None:
     assert (tmp_path / "runs" / "trainer" / "model" / "model.safetensors").exists()
 
 
+def check_a_classifier(command: str, tmp_path) -> None:
+    """It trains on a local model and files, and leaves its scores."""
+    folder = write_task(tmp_path / "files", "mrpc")
+    local = {"model_name_or_path": make_classifier(tmp_path / "roberta", "roberta"), "output_dir": tmp_path / "mrpc"}
+    local |= {"train_file": folder / "train.csv", "validation_file": folder / "validation.csv", "num_train_epochs": 1}
+    more = [str(part) for name, value in local.items() for part in (f"--{name}", value)]
+    assert run_glue([*command.split()[3:], *more]) == 0
+    assert "eval_f1" in json.loads((tmp_path / "mrpc" / "all_results.json").read_text())
+
+
 @pytest.mark.parametrize("script", PRETRAIN, ids=lambda path: path.stem)
 def test_pretraining_scripts_carry_the_published_settings(script, words_of):
     args = parse_args(words_of(["bash", str(script), "--seed", "7"]))
@@ -107,6 +119,13 @@ def test_readme_commands_run(command, tiny, tmp_path, words_of, capsys):
         return
     if "runs/60m" in command and "--save_dir" not in command:
         check_a_command_on_a_finished_run(command, tiny, tmp_path)
+        return
+    if "run_glue" in command:
+        check_a_classifier(command, tmp_path)
+        return
+    if "train_tokenizer" in command:
+        more = ["--dataset", tiny.data, "--vocab_size", 300, "--output", tmp_path / "own.model"]
+        assert train_tokenizer.command_line([*command.split()[2:], *map(str, more)]) == 0
         return
     if "peft_pretraining.report" in command:
         check_a_comparison(command, tmp_path)
