@@ -225,8 +225,6 @@ class ParameterUpdate:
         lr = self.skip.lr(group["lr"], seed=mix_seed(*noise, 2))  # 0 and 1 are in the seeds of moments
         step = StepValues.of(group, self.rule, clock, state, lr=lr, seed=mix_seed(*noise))
         needs_whole = self.lift.needs_whole
-        # As a vector of one: compiled by torch 2.13, writing to a 0-d float64 tensor on the CPU is lost.
-        alignment = self.remembered(self.skip.remembers, wide, device=R.device)
         absorbs = group["error_feedback"] != "none" and bool(group["lr"])  # at a rate of 0 there is no error
         return write_update(
             R,
@@ -240,14 +238,18 @@ class ParameterUpdate:
             ),
             G=G.to(self.p.dtype) if G is not None and needs_whole else None,
             last=self.remembered(self.lift.remembers, wide, device=R.device),
-            alignment=None if alignment is None else alignment.view(1),
+            alignment=self.remembered(self.skip.remembers, wide, device=R.device),
             watch=nullcontext if compiled else self.observer.lifting,
             whole_norm=self.shard.norm if self.shard is not None and step.clip is not None else None,
         )
 
     def remembered(self, name: str | None, dtype: torch.dtype, *, device: torch.device) -> Tensor | None:
-        """The number of that name that a lift or a skip keeps in the state, 0 at first; None without a name. ()"""
-        return self.state.setdefault(name, torch.zeros((), dtype=dtype, device=device)) if name else None
+        """The number of that name that a lift or a skip keeps in the state, 0 at first; None without a name. (1,)
+
+        In the state it is (). Compiled by torch 2.13, writing to such a float64 tensor on the CPU is lost, so it is
+        given on as a vector of one.
+        """
+        return self.state.setdefault(name, torch.zeros((), dtype=dtype, device=device)).view(1) if name else None
 
     def create_moments(self, dtype: torch.dtype, *, device: torch.device) -> None:
         """Puts moments of zeros into the state. dtype: that of the gradients which they average."""

@@ -140,6 +140,24 @@ def test_one_update_writes_what_eager_code_writes(simulation, settings):
         assert ((found[1][name].float() - eager.float()).abs() > 1e-4).sum() <= few, name
 
 
+@pytest.mark.parametrize("lift", ["fira", "apollo"])
+def test_a_limited_norm_is_remembered_in_float64(lift):
+    """Compiled by torch 2.13, what is written to a 0-d float64 tensor on the CPU is lost, and with it the limit."""
+    values, gradients, found = torch.randn(32, 24).double(), torch.randn(3, 32, 24).double(), []
+    for compile in (False, True):
+        p = torch.nn.Parameter(values.clone())
+        group = {"params": [p], "rank": 4, "lift": lift, "update_proj_gap": 10}
+        optimizer = LowRankOptimizer([group], compile=compile)
+        for size, G in zip((1, 100, 10_000), gradients, strict=True):  # each is limited
+            p.grad = size * G
+            optimizer.step()
+        (norm,) = (value for name, value in optimizer.state[p].items() if name.endswith("_norm"))
+        assert norm.shape == () and norm > 0
+        found.append((norm, p.detach()))
+    assert torch.allclose(found[0][0], found[1][0], rtol=1e-12)
+    assert torch.allclose(found[0][1], found[1][1], rtol=0, atol=1e-12)
+
+
 def test_an_average_of_gradients_is_compiled_once_beside_the_weights():
     """With a basis from it at the third update; few of its 8-bit codes differ, by one."""
     found, generator = [], torch.Generator().manual_seed(3)

@@ -11,7 +11,7 @@ are small, and U itself (m, n) is made a few rows at a time, where it is written
     G       (m, n), the whole gradient in the parameter's dtype; None unless the lift needs it
     way     the way back
 
-and returns (D', phi): D' like D, or None for zero; phi (m, 1), (1, n) or (), or None for zero.
+and returns (D', phi): D' like D, or None for zero; phi (m, 1), (1, n) or (1,), or None for zero.
 """
 
 from collections.abc import Callable, Mapping
@@ -35,7 +35,7 @@ class Way(NamedTuple):
 
     projector: Projector
     bases: Mapping[str, Tensor]  # the values of the bases, by side
-    last: Tensor | None = None  # () float32: the norm that the lift keeps, written in place; 0 before the first update
+    last: Tensor | None = None  # (1,): the norm that the lift keeps, written in place; 0 before the first update
 
     def back(self, D: Tensor, rows: slice | None = None) -> Tensor:  # compiled by torch 2.11: no slice as a default
         """P D Q^T, or some of its rows. (m, n)"""
