@@ -153,7 +153,8 @@ class Recipe:
 
 
 def _rank(group: ParameterGroup, settings: Settings) -> int:
-    return max(1, round(settings.rank * group.rank_ratio))
+    """The rank of a group, at least 1 for any ratio of a rank that is one."""
+    return max(min(settings.rank, 1), round(settings.rank * group.rank_ratio))
 
 
 def _always_learns(settings: Settings) -> bool:
