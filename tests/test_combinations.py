@@ -100,7 +100,14 @@ OTHERS = [name for name, recipe in OPTIMIZERS.items() if recipe.low_rank_engine 
 COMBINATIONS = [*itertools.product(LOW_RANK, PROJ_TYPES), *((name, "std") for name in OTHERS)]
 
 
-@pytest.mark.parametrize("name, proj_type", COMBINATIONS)
+def slow_if_alike(combinations):
+    """Marks those per layer as slow whose projection is much like another one's."""
+    for name, proj_type, *rest in combinations:
+        alike = name.endswith("_per_layer") and proj_type not in ("std", "continuous", "random")
+        yield pytest.param(name, proj_type, *rest, marks=pytest.mark.slow if alike else ())
+
+
+@pytest.mark.parametrize("name, proj_type", slow_if_alike(COMBINATIONS))
 def test_every_combination_moves_every_parameter(name, proj_type):
     """Five updates, INT4 bases where the name says so, wide enough for moments in 8 bits."""
     model = Model(width=64)
@@ -178,7 +185,12 @@ def test_a_rank_beyond_the_matrix_is_clamped_for_bases_that_learn_or_are_drawn()
 
 @pytest.mark.parametrize(
     "name, proj_type, residual",
-    [(*pair, residual) for pair in COMBINATIONS for residual in RESIDUALS if residual == "none" or pair[0] in LOW_RANK],
+    slow_if_alike(
+        (*pair, residual)
+        for pair in COMBINATIONS
+        for residual in RESIDUALS
+        if residual == "none" or pair[0] in LOW_RANK
+    ),
 )
 def test_every_combination_resumed_is_one_never_stopped(name, proj_type, residual, tmp_path):
     """To the last bit: bases packed, drawn or learning with their moments and their clock, and the limiter."""

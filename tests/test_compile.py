@@ -247,8 +247,16 @@ def test_noise_is_the_same_bits_from_tensors_and_compiled():
     assert compiles() == 1, "no seed is compiled in"
 
 
+QUICK = ("muon8bit", "scale")  # the others take a minute
+
+
 @pytest.mark.parametrize(
-    "name", [name for name, recipe in OPTIMIZERS.items() if recipe.rule != "adam" and not recipe.per_layer]
+    "name",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name, recipe in OPTIMIZERS.items()
+        if recipe.rule != "adam" and not recipe.per_layer
+    ],
 )
 def test_rules_that_are_no_adam_compile(name):
     """SCALE's head among them, whose code torch fails to generate by itself."""

@@ -37,6 +37,7 @@ def train(model, updates, *, micro_batches: int) -> None:
         (token_loss_sum(model, ids, ids) / 16).backward()
 
 
+@pytest.mark.slow
 def test_counted_bytes_are_those_that_training_holds():
     """llama_60m, Q-GaLore: on the meta device, and after three real updates. To the byte."""
     planned = meta_model(read_config(CONFIG), dtype=torch.bfloat16)
@@ -79,6 +80,7 @@ def gradients_alive(*, per_layer: bool) -> tuple[int, int]:
     return peak, sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.slow
 def test_per_layer_holds_one_gradient_at_a_time():
     """Never more than one layer's, the embedding's and the head's; the whole model's would be all of them."""
     layer = 2 * (4 * 512 * 512 + 3 * 512 * 1376 + 2 * 512)

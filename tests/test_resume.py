@@ -91,6 +91,7 @@ def test_two_ranks(tiny, tmp_path, capsys):
     assert losses(tmp_path / "alone") == pytest.approx(losses(tmp_path / "whole")[3:], rel=1e-4), "the same sequences"
 
 
+@pytest.mark.slow
 def test_one_process_and_two_train_on_the_same_sequences(tiny, tmp_path):
     """At the same total batch, with other workers: data positions, target tokens and losses of each update; then each
     goes on from the other one's checkpoint. What is left is the order of the sums."""
