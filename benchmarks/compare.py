@@ -86,6 +86,11 @@ METHODS: Methods = {  # title: optimizer, flags, learning rates
         (0.016,),
     ),
     RECOMMENDED: ("q_galore_adamw8bit", [*ITERATE, *INT8, *FIRA], RATES),
+    "Q-GaLore, lazy, averaged bases, residual recovered": (
+        "q_galore_adamw8bit",
+        [*ITERATE, *INT8, *FIRA, "--subspace", "average"],
+        (0.016,),
+    ),
     "Online Subspace Descent: AdamW, basis by AdamW": ("galore_adamw", [*ONLINE, "continuous"], RATES),
     "Online Subspace Descent: AdamW, basis by AdamW, steps of 0.04": (
         "galore_adamw",
