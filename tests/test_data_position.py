@@ -14,7 +14,7 @@ from support.batches import rows, take
 
 from peft_pretraining.batch import Batch
 from peft_pretraining.data import order as document_order
-from peft_pretraining.data import packing
+from peft_pretraining.data import pieces
 from peft_pretraining.data import position as data_position
 from peft_pretraining.data.hub import HubDocuments
 from peft_pretraining.data.loader import train_batches
@@ -77,8 +77,8 @@ def make_source(kind: str, folder: Path, *, long: bool = True, bad: bool = True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many blocks, chunks and pieces in little text."""
     monkeypatch.setattr(document_order, "BUFFER_RECORDS", 11)
-    monkeypatch.setattr(packing, "PIECE", 25)
-    monkeypatch.setattr(packing, "CHUNK", 5)
+    monkeypatch.setattr(pieces, "PIECE", 25)
+    monkeypatch.setattr(pieces, "CHUNK", 5)
 
 
 def through_json(progress: Progress) -> dict[str, Any]:

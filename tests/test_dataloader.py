@@ -18,7 +18,7 @@ from support.runs import ROOT
 
 from peft_pretraining.batch import IGNORED, Batch
 from peft_pretraining.data import loader as dataloader
-from peft_pretraining.data import packing, records
+from peft_pretraining.data import pieces, records
 from peft_pretraining.data.hub import HubDocuments
 from peft_pretraining.data.loader import train_batches
 from peft_pretraining.data.sources import LocalDocuments
@@ -312,7 +312,7 @@ def test_validation_follows_the_stream_and_reads_no_further(tmp_path: Path) -> N
     stream = [token for text in documents(20) for token in (*text.encode(), TOKENIZER.eos_id)]
     targets = rows(list(validation))[:, 1].flatten()
     assert targets[targets != IGNORED].tolist() == stream[1:101]
-    assert len(list(reading)) >= 1000 - 2 * packing.CHUNK
+    assert len(list(reading)) >= 1000 - 2 * pieces.CHUNK
 
 
 def test_bad_validation_documents_are_skipped_with_a_warning(tmp_path: Path) -> None:

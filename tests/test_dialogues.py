@@ -17,7 +17,8 @@ from peft_pretraining.data.dialogues import messages_of
 from peft_pretraining.data.epochs import measure_epoch
 from peft_pretraining.data.loader import train_batches
 from peft_pretraining.data.order import Dialogue, Document, Skipped
-from peft_pretraining.data.packing import MAX_LEFT_OUT, Piece, TooLong, Truncate, Whole, make_packer
+from peft_pretraining.data.packing import MAX_LEFT_OUT, TooLong, Truncate, Whole, make_packer
+from peft_pretraining.data.pieces import Piece
 from peft_pretraining.data.position import Position, Progress
 from peft_pretraining.data.sources import open_documents
 from peft_pretraining.data.validation import ValidationSet

@@ -8,13 +8,14 @@ import pytest
 from support.batches import TOKENIZER
 
 from peft_pretraining.batch import IGNORED
-from peft_pretraining.data import packing
+from peft_pretraining.data import pieces
 from peft_pretraining.data.order import Document, Skipped
-from peft_pretraining.data.packing import Concat, Piece, Sequence, Truncate, cut_text, encode, make_packer
+from peft_pretraining.data.packing import Concat, Sequence, Truncate, make_packer
+from peft_pretraining.data.pieces import Piece, cut_text, encode
 from peft_pretraining.data.position import Position
 
 
-def pieces(token_lists: list[list[int]]) -> list[Piece]:
+def pieces_of(token_lists: list[list[int]]) -> list[Piece]:
     return [Piece(np.array(ids, dtype=int), Position(document=i), last=True) for i, ids in enumerate(token_lists)]
 
 
@@ -23,7 +24,7 @@ def test_concat_reproduces_the_token_stream() -> None:
     stream = [token for ids in lists for token in (*ids, 0)]
     for length in (2, 3, 4, 7, 31, 32, 33, 100):
         packer = Concat(length=length, eos_id=0)
-        windows = [sequence.tokens for piece in pieces(lists) for sequence in packer.add(piece)] + list(packer.end())
+        windows = [sequence.tokens for piece in pieces_of(lists) for sequence in packer.add(piece)] + list(packer.end())
         inputs = np.concatenate([window[0] for window in windows])
         targets = np.concatenate([window[1] for window in windows])
         count = len(stream) - 1
@@ -35,7 +36,7 @@ def test_concat_reproduces_the_token_stream() -> None:
 
 def test_truncate_is_one_padded_document_a_sequence() -> None:
     packer = Truncate(length=4, eos_id=8, pad_id=9)
-    found = [packer.add(piece) for piece in pieces([[1, 2], [1, 2, 3, 4], [1, 2, 3, 4, 5]])]
+    found = [packer.add(piece) for piece in pieces_of([[1, 2], [1, 2, 3, 4], [1, 2, 3, 4, 5]])]
     short, exact, long = (sequence for (sequence,) in map(list, found))
     assert short.tokens.tolist() == [[1, 2, 8, 9], [2, 8, IGNORED, IGNORED]]
     assert exact.tokens.tolist() == long.tokens.tolist() == [[1, 2, 3, 4], [2, 3, 4, IGNORED]]
@@ -43,7 +44,7 @@ def test_truncate_is_one_padded_document_a_sequence() -> None:
 
 
 def test_long_texts_are_cut_before_white_space(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "PIECE", 10)
+    monkeypatch.setattr(pieces, "PIECE", 10)
     assert list(cut_text("ten chars!")) == [("ten chars!", True)]
     assert list(cut_text("one two\nthree four")) == [("one two", False), ("\nthree", False), (" four", True)]
     assert list(cut_text("x" * 25)) == [("x" * 10, False), ("x" * 10, False), ("x" * 5, True)]
@@ -57,7 +58,7 @@ def test_long_texts_are_cut_before_white_space(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_long_document_has_the_tokens_of_its_pieces_and_one_eos(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "PIECE", 10)
+    monkeypatch.setattr(pieces, "PIECE", 10)
     asked: list[list[str]] = []
 
     class Recorder(type(TOKENIZER)):  # type: ignore[misc]
@@ -83,8 +84,8 @@ def test_what_is_skipped_keeps_its_place_and_empty_documents_vanish() -> None:
 @pytest.mark.parametrize("piece", [7, 1000])
 def test_from_each_position_the_rest_is_made_again(monkeypatch: pytest.MonkeyPatch, kind: str, piece: int) -> None:
     """Lengths around the window's, so that windows end in, before and behind an EOS."""
-    monkeypatch.setattr(packing, "PIECE", piece)
-    monkeypatch.setattr(packing, "CHUNK", 3)
+    monkeypatch.setattr(pieces, "PIECE", piece)
+    monkeypatch.setattr(pieces, "CHUNK", 3)
     rng = random.Random(piece)
     texts = ["x" * rng.choice([0, 1, 2, 3, 4, 5, 9, 23]) + " y" * rng.randrange(3) for _ in range(120)]
     source = [Document(text, Position(document=i)) for i, text in enumerate(texts)]

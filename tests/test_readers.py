@@ -12,7 +12,7 @@ import torch
 from support.batches import TOKENIZER, rows, take
 from support.documents import write_jsonl
 
-from peft_pretraining.data import order, packing, readers
+from peft_pretraining.data import order, pieces, readers
 from peft_pretraining.data.hub import HubDocuments
 from peft_pretraining.data.loader import train_batches
 from peft_pretraining.data.order import READERS, Document, Skipped
@@ -72,8 +72,8 @@ def make_source(kind: str, folder: Path) -> DocumentSource:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many blocks, chunks and pieces in little text."""
     monkeypatch.setattr(order, "BUFFER_RECORDS", 40)
-    monkeypatch.setattr(packing, "PIECE", 60)
-    monkeypatch.setattr(packing, "CHUNK", 5)
+    monkeypatch.setattr(pieces, "PIECE", 60)
+    monkeypatch.setattr(pieces, "CHUNK", 5)
 
 
 def run(
@@ -149,7 +149,7 @@ def test_no_document_is_read_twice_or_lost(tmp_path: Path, kind: str) -> None:
 
 
 def test_workers_tokenize_only_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "PIECE", 1000)  # a text is one document's then
+    monkeypatch.setattr(pieces, "PIECE", 1000)  # a text is one document's then
     source = make_source("text", tmp_path)
     seen: list[set[str]] = []
 
@@ -197,7 +197,7 @@ def test_what_waits_is_bounded_and_the_order_stays(
 
 def test_tokens_of_shards_take_no_memory_while_they_wait(tmp_path: Path) -> None:
     items = [
-        list(packing.encode(make_source(kind, tmp_path / kind).read(epoch=0), Bytes())) for kind in ("text", "tokens")
+        list(pieces.encode(make_source(kind, tmp_path / kind).read(epoch=0), Bytes())) for kind in ("text", "tokens")
     ]
     sizes = [sum(map(readers._size, one)) for one in items]
     tokens = sum(len(item.ids) for item in items[0] if not isinstance(item, Skipped))

@@ -8,7 +8,8 @@ import numpy as np
 
 from peft_pretraining.batch import IGNORED
 from peft_pretraining.data.order import Skipped
-from peft_pretraining.data.packing import Packing, encode, make_packer
+from peft_pretraining.data.packing import Packing, make_packer
+from peft_pretraining.data.pieces import encode
 from peft_pretraining.data.sources import DocumentSource
 from peft_pretraining.data.tokenizer import Tokenizer
 

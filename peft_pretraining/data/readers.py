@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from peft_pretraining.data.order import Skipped
-from peft_pretraining.data.packing import Packing, Piece, Sequence, encode, make_packer
+from peft_pretraining.data.packing import Packing, Sequence, make_packer
+from peft_pretraining.data.pieces import Piece, encode
 from peft_pretraining.data.position import Position, Progress
 from peft_pretraining.data.sources import DocumentSource
 from peft_pretraining.errors import UserError

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from peft_pretraining.data.folders import Split
 from peft_pretraining.data.order import Document, OrderedDocuments, Skipped
-from peft_pretraining.data.packing import encode
+from peft_pretraining.data.pieces import encode
 from peft_pretraining.data.position import Position
 from peft_pretraining.data.sources import open_documents
 from peft_pretraining.data.token_shards import (

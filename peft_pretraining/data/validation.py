@@ -11,7 +11,8 @@ from loguru import logger
 
 from peft_pretraining.batch import IGNORED, Batch
 from peft_pretraining.data.order import Skipped
-from peft_pretraining.data.packing import Packer, Packing, encode, make_packer
+from peft_pretraining.data.packing import Packer, Packing, make_packer
+from peft_pretraining.data.pieces import encode
 from peft_pretraining.data.sources import DocumentSource
 from peft_pretraining.errors import UserError
 from peft_pretraining.progress import LongWait
