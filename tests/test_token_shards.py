@@ -21,7 +21,7 @@ from support.resumed_runs import checkpoint
 from support.runs import ROOT, losses, record, run
 
 import torchrun_main
-from peft_pretraining.data import order, packing
+from peft_pretraining.data import order, pieces
 from peft_pretraining.data.loader import train_batches
 from peft_pretraining.data.position import Progress
 from peft_pretraining.data.sources import open_documents
@@ -72,8 +72,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many blocks, chunks and pieces in little text."""
     monkeypatch.setattr(order, "BUFFER_RECORDS", 11)
     monkeypatch.setattr(order, "BUFFER_BYTES", 400)
-    monkeypatch.setattr(packing, "PIECE", 25)
-    monkeypatch.setattr(packing, "CHUNK", 5)
+    monkeypatch.setattr(pieces, "PIECE", 25)
+    monkeypatch.setattr(pieces, "CHUNK", 5)
 
 
 def content(folder: Path) -> dict[str, bytes]:
