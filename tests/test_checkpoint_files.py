@@ -89,6 +89,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_killed_for_good_at_random_moments(tmp_path):
     """SIGKILL to processes that save without end. Whatever they said was saved is there, or has a successor."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

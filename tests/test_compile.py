@@ -294,6 +294,7 @@ def test_a_compiled_model_has_the_names_of_an_eager_one():
     assert all(p is q for p, q in zip(model.parameters(), parameters, strict=True))
 
 
+@pytest.mark.slow
 def test_compile_flag_end_to_end(tiny, tmp_path):
     """INT8 weights, activation checkpointing, evaluations, saving: a compiled run leaves the record of an eager one.
 

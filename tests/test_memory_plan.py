@@ -74,7 +74,8 @@ LONGER = ("galore per layer", "fira", "online pca", "foam")
 
 
 @pytest.mark.parametrize(
-    "case, way", [pytest.param(*each, marks=pytest.mark.slow if each[0] in LONGER else ()) for each in PROGRAMS]
+    "case, way",
+    [pytest.param(*each, marks=pytest.mark.slow if each[0] in LONGER or each[1] in WAYS else ()) for each in PROGRAMS],
 )
 def test_the_plan_is_the_program(case, way, tiny):
     """Every phase, to the byte of what is alive; and what is held is what the tensors hold."""
