@@ -2,8 +2,9 @@
 
 import argparse
 import difflib
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 
@@ -15,6 +16,21 @@ class UserError(ValueError):
     """
 
     on_one_rank: bool | None = None  # True if perhaps only this rank knows of it, False if all do; None: not known
+
+
+def command_status(main: Callable[[], object]) -> int:
+    """Runs a command of one process. Returns its status: 2, after one line on stderr, for what the user can repair.
+
+    Any other error is raised. Runs that train have training/exit_status.py, which knows other processes and signals.
+    """
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    return 0
 
 
 class Parser(argparse.ArgumentParser):

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from peft_pretraining.data.tokenizer import Tokenizer, TransformersTokenizer
-from peft_pretraining.errors import Parser, UserError
+from peft_pretraining.errors import Parser, UserError, command_status
 from peft_pretraining.export.model import open_model
 from peft_pretraining.model.dtypes import DTYPES, resolve_dtype
 from peft_pretraining.model.family import family_of
@@ -271,14 +271,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
 
 def command_line(argv: list[str] | None = None) -> int:
     """Runs main; one line and exit status 2 for what the user can mend."""
-    try:
-        main(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return command_status(lambda: main(argv))
 
 
 if __name__ == "__main__":

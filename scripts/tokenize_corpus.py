@@ -9,7 +9,6 @@ with the files that are missing. `--verify FOLDER` compares every file of such a
 
 import argparse
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from peft_pretraining.cli.flags import add_flags, defaults
 from peft_pretraining.data.token_shards import SPLITS, read_index, verify
 from peft_pretraining.data.token_writer import check_output, tokenize
 from peft_pretraining.data.tokenizer import load_tokenizer
-from peft_pretraining.errors import Parser, UserError
+from peft_pretraining.errors import Parser, command_status
 from peft_pretraining.training.metrics import set_up_log
 
 SHARED = ("dataset", "text_field", "validation", "tokenizer", "max_bad_documents")  # with torchrun_main.py
@@ -72,14 +71,7 @@ def main(argv: list[str] | None = None) -> None:
 def command_line(argv: list[str] | None = None) -> int:
     """Runs main. Returns the exit status: 2, after one line on stderr, for what the user can repair."""
     set_up_log(is_main=True)
-    try:
-        main(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    return 0
+    return command_status(lambda: main(argv))
 
 
 if __name__ == "__main__":

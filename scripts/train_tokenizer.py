@@ -6,7 +6,6 @@ Validation documents are never read. The same documents give the same file.
 """
 
 import argparse
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from peft_pretraining.cli.flags import add_flags, defaults
 from peft_pretraining.data.order import Document
 from peft_pretraining.data.sources import open_documents
 from peft_pretraining.data.tokenizer_training import count_tokens, train_tokenizer
-from peft_pretraining.errors import Parser, UserError
+from peft_pretraining.errors import Parser, UserError, command_status
 from peft_pretraining.training.metrics import set_up_log
 
 SHARED = ("dataset", "text_field", "validation")  # with torchrun_main.py
@@ -69,14 +68,7 @@ def main(argv: list[str] | None = None) -> None:
 def command_line(argv: list[str] | None = None) -> int:
     """Runs main. Returns the exit status: 2, after one line on stderr, for what the user can repair."""
     set_up_log(is_main=True)
-    try:
-        main(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    return 0
+    return command_status(lambda: main(argv))
 
 
 if __name__ == "__main__":

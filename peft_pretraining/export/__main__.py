@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from peft_pretraining.checkpoint.files import CONFIG, Checkpoint, find_checkpoint
 from peft_pretraining.checkpoint.weights import StoredWeights, load_weights, open_checkpoint
-from peft_pretraining.errors import Parser, UserError
+from peft_pretraining.errors import Parser, UserError, command_status
 from peft_pretraining.export.adapters import export_adapters
 from peft_pretraining.export.folder import SHARD, appearing, write_description, write_weights
 from peft_pretraining.export.model import args_of, merged_model, tokenizer_of
@@ -182,16 +182,10 @@ def main(argv: list[str] | None = None) -> None:
 def command_line(argv: list[str] | None = None) -> int:
     """Runs main; one line and exit status 2 for what the user can mend, 1 where the models are not the same."""
     try:
-        main(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return command_status(lambda: main(argv))
     except NotTheSameModel as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
 
 
 if __name__ == "__main__":
