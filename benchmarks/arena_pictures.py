@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.arena_tables import BASELINE, Record, at_best, best_of, score
 from benchmarks.readme_figures import DARK, LIGHT, themed
-from benchmarks.trials import read_records
+from benchmarks.support import read_records
 from peft_pretraining.report.drawing import NUMBERS, colour, dashes, drawing
 
 ROOT = Path(__file__).parent.parent

@@ -13,11 +13,9 @@ micro-batch.
 """
 
 import argparse
-import contextlib
+import functools
 import json
 import math
-import os
-import shutil
 import sys
 import tempfile
 import time
@@ -31,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-from benchmarks.support import command_line, machine
+from benchmarks.support import command_line, machine, read_records, recorded_run
 
 METHODS = {  # the rate at which a sweep begins
     "full": 3e-4, "full_8bit": 3e-4, "galore": 3e-4, "galore_8bit": 3e-4, "q_galore": 3e-4, "apollo": 3e-4,
@@ -102,7 +100,6 @@ def next_rate(found: dict[float, float], *, begin: float) -> float | None:
 
 def run_trial(trial: Trial, args: argparse.Namespace) -> dict[str, Any]:
     """Fine-tunes and returns the record. A run that diverges has score 0."""
-    from peft_pretraining.errors import UserError
     from peft_pretraining.glue.__main__ import main
 
     folder, task = Path(tempfile.mkdtemp()), Path(args.folders[trial.task])
@@ -117,16 +114,9 @@ def run_trial(trial: Trial, args: argparse.Namespace) -> dict[str, Any]:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    failed = None
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-        try:
-            main([*flags, "--lora_all_modules", "--no_report"], began=time.monotonic())
-        except UserError as error:
-            failed = str(error)
-    if not (folder / "metrics.jsonl").exists():
-        raise RuntimeError(f"{trial}: {failed}")
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    shutil.rmtree(folder)
+    began = time.monotonic()
+    run = functools.partial(main, [*flags, "--lora_all_modules", "--no_report"], began=began)
+    lines, failed = recorded_run(run, folder=folder, trial=trial)
     return asdict(trial) | read_run(lines) | {"failed": failed, "rank": args.rank, "epochs": args.epochs, **machine()}
 
 
@@ -177,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     args.folders = {Path(folder).name: folder for folder in args.tasks}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    records = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    records = read_records(args.out)
     deadline = time.monotonic() + args.seconds
     with args.out.open("a") as file:
         while time.monotonic() < deadline:

@@ -1,11 +1,13 @@
 """What the benchmarks share: the machine's name, flags, processes that take turns, memory, tables, JSON lines."""
 
 import argparse
+import contextlib
 import functools
 import gc
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from peft_pretraining.errors import UserError
 from peft_pretraining.training.provenance import git_commit, versions
 
 T = TypeVar("T")
@@ -52,6 +55,31 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
 def command_line(values: Mapping[str, Any]) -> list[str]:
     """The flags of torchrun_main.py for these values; None leaves a flag out."""
     return [text for name, value in values.items() if value is not None for text in (f"--{name}", str(value))]
+
+
+def recorded_run(main: Callable[[], object], *, folder: Path, trial: object) -> tuple[list[dict[str, Any]], str | None]:
+    """Runs main, which says nothing and leaves its record in the folder, and removes the folder.
+
+    trial: what it is, for the message.
+    Returns the lines of the record, and what a run that could not be finished said. Raises RuntimeError if it has left
+    no record.
+    """
+    failed = None
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        try:
+            main()
+        except UserError as error:
+            failed = str(error)
+    if not (folder / "metrics.jsonl").exists():
+        raise RuntimeError(f"{trial}: {failed}")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    shutil.rmtree(folder)
+    return lines, failed
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a file of JSON lines, if it exists."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 class Worker:

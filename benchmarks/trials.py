@@ -5,12 +5,10 @@ read back from the file, so a comparison that was interrupted goes on where it w
 themselves, a trial that was interrupted goes on from its last checkpoint.
 """
 
-import contextlib
 import hashlib
 import json
 import multiprocessing
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -23,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.support import command_line
+from benchmarks.support import command_line, read_records, recorded_run
 
 POINTS = 20  # of the curve of training losses
 Key = tuple[str, float, float | None, float | None, int, int]
@@ -90,19 +88,10 @@ def run_trial(trial: Trial, bench: Bench) -> dict[str, Any]:
     else:
         name = hashlib.blake2b(repr((trial.key, trial.flags)).encode(), digest_size=8).hexdigest()
         folder = bench.work / name
-    from peft_pretraining.errors import UserError
     from torchrun_main import main
 
-    began, failed = time.monotonic(), None
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-        try:
-            main(arguments(trial, bench, folder=str(folder)), began=began)
-        except UserError as error:
-            failed = str(error)
-    if not (folder / "metrics.jsonl").exists():
-        raise RuntimeError(f"{trial}: {failed}")
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    shutil.rmtree(folder)
+    began, flags = time.monotonic(), arguments(trial, bench, folder=str(folder))
+    lines, failed = recorded_run(lambda: main(flags, began=began), folder=folder, trial=trial)
     return asdict(trial) | read_run(lines) | {"compile": bench.compile, "failed": failed and failed.partition("\n")[0]}
 
 
@@ -130,11 +119,6 @@ def read_run(lines: list[dict[str, Any]]) -> dict[str, Any]:
         "device": start["device"],
         "versions": start["versions"],
     }
-
-
-def read_records(out: Path) -> list[dict[str, Any]]:
-    """The records of a file, if it exists."""
-    return [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
 
 
 def finish(
