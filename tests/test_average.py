@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from support.bad_gradients import end_badly
 from support.command_line import flags_refusal
 from support.gradients import gradients, largest_difference, parameters
 from support.oracles import AveragedGaLore
@@ -87,13 +88,7 @@ def test_nothing_is_learnt_from_a_gradient_that_is_not_finite(update, bad):
     optimizer = LowRankOptimizer(
         [{"params": [p], "rank": 64, "state_bits": 8, "update_proj_gap": 2, "subspace": "average"}]
     )
-    for step in range(update + 1):
-        p.grad = torch.randn(80, 64)
-        if step == update:
-            before = {key: torch.as_tensor(value).clone() for key, value in optimizer.state[p].items()}
-            p.grad[3, 4] = bad
-        optimizer.step()
-        outcome = optimizer.end_update()
+    before, outcome = end_badly(optimizer, p, updates=update + 1, bad=bad)
     assert outcome.bad == (p,)
     after = optimizer.state[p]
     if update:

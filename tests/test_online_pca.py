@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from support.bad_gradients import end_badly
 
 from qgalore.optimizer import LowRankOptimizer
 from qgalore.subspace.bases import orthonormalize
@@ -98,13 +99,7 @@ def test_nothing_is_learnt_from_a_gradient_that_is_not_finite(name, bad):
     """Nor from one whose norm is no float32: basis, moments and counts stay, to the last bit."""
     p = torch.nn.Parameter(torch.zeros(24, 20))
     optimizer = LowRankOptimizer([{"params": [p], "rank": RANK, "proj_type": name}])
-    for update in range(4):
-        p.grad = torch.randn(24, 20)
-        if update == 3:
-            before = {key: torch.as_tensor(value).clone() for key, value in optimizer.state[p].items()}
-            p.grad[3, 4] = bad
-        optimizer.step()
-        outcome = optimizer.end_update()
+    before, outcome = end_badly(optimizer, p, updates=4, bad=bad)
     assert outcome.bad == (p,)
     after = optimizer.state[p]
     assert after.keys() == before.keys() and all(torch.equal(torch.as_tensor(after[key]), before[key]) for key in after)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from support.bad_gradients import end_badly
 from support.command_line import flags_refusal
 from support.gradients import gradients, largest_difference, parameters
 from support.models import Model
@@ -140,13 +141,7 @@ def test_int8_is_within_the_noise_of_its_simulation():
 def test_a_bad_gradient_writes_nothing(bad):
     p = torch.nn.Parameter(torch.randn(24, 20))
     optimizer = LowRankOptimizer([{"params": [p], "skip_updates": "magma"}])
-    for update in range(4):
-        p.grad = torch.randn(24, 20)
-        if update == 3:
-            before = {key: torch.as_tensor(value).clone() for key, value in optimizer.state[p].items()}
-            p.grad[3, 4] = bad
-        optimizer.step()
-        outcome = optimizer.end_update()
+    before, outcome = end_badly(optimizer, p, updates=4, bad=bad)
     assert outcome.bad == (p,)
     assert all(torch.equal(torch.as_tensor(value), before[key]) for key, value in optimizer.state[p].items())
 
