@@ -50,13 +50,7 @@ def parse_args(argv: list[str] | None = None, *, world_size: int = 1) -> argpars
     given = parser.parse_args(argv)
     if hasattr(given, "config"):
         given = argparse.Namespace(**over(read_config_file(Path(given.config), parser=parser), vars(given)))
-    inherited = inherited_args(given.continue_from) if _evaluates(given) else _of_start(given)
-    inherited = over(inherited, preset_flags(getattr(given, "preset", None)))
-    if getattr(given, "fit", None) is not None:
-        inherited |= _open_batch(given, inherited, world_size)
-    inherited = over(inherited, vars(given))
-    if inherited.get("task") == "sft" and inherited.get("packing") is None:
-        inherited["packing"] = "whole"
+    inherited = _layers(given, world_size=world_size)
     if missing := [f"--{name}" for name in required() if inherited.get(name) is None]:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
     args = argparse.Namespace(**defaults() | inherited)
@@ -87,6 +81,18 @@ def parse_args(argv: list[str] | None = None, *, world_size: int = 1) -> argpars
     if args.name is None:
         args.name = f"{Path(args.model_config).stem}-{args.optimizer}" + (f"-{args.peft}" if args.peft else "")
     return args
+
+
+def _layers(given: argparse.Namespace, *, world_size: int) -> dict[str, Any]:
+    """The given flags over those of a preset, over what an evaluation or a fine-tuning inherits."""
+    inherited = inherited_args(given.continue_from) if _evaluates(given) else _of_start(given)
+    inherited = over(inherited, preset_flags(getattr(given, "preset", None)))
+    if getattr(given, "fit", None) is not None:
+        inherited |= _open_batch(given, inherited, world_size)
+    inherited = over(inherited, vars(given))
+    if inherited.get("task") == "sft" and inherited.get("packing") is None:
+        inherited["packing"] = "whole"
+    return inherited
 
 
 def over(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:

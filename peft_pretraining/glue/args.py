@@ -87,6 +87,13 @@ def parse_args(argv: list[str] | None, *, world_size: int) -> argparse.Namespace
 def make_parser() -> Parser:
     """The parser, also for --help and the documentation."""
     parser = Parser(prog="python -m peft_pretraining.run_glue", description=ABOUT, allow_abbrev=False)
+    for add in (_add_data, _add_model, _add_training, _add_saving):
+        add(parser)
+    add_flags(parser, names=SHARED)
+    return parser
+
+
+def _add_data(parser: Parser) -> None:
     data = parser.add_argument_group("task and data")
     data.add_argument(
         "--task_name", choices=TASKS, help="task of GLUE; without files it is read from ./glue/TASK, or from the hub"
@@ -98,6 +105,9 @@ def make_parser() -> Parser:
     data.add_argument(
         "--pad_to_max_length", action="store_true", help="pad all texts to --max_length, not to the longest of a batch"
     )
+
+
+def _add_model(parser: Parser) -> None:
     model = parser.add_argument_group("model and method")
     model.add_argument("--model_name_or_path", required=True, help="transformers folder, or a name on the hub")
     model.add_argument(
@@ -139,6 +149,9 @@ def make_parser() -> Parser:
     model.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="data type of weights and activations (default: float32)"
     )
+
+
+def _add_training(parser: Parser) -> None:
     train = parser.add_argument_group("training")
     train.add_argument(
         "--per_device_train_batch_size", type=int, default=8, help="examples in a micro-batch (default: 8)"
@@ -156,6 +169,9 @@ def make_parser() -> Parser:
         "--lr_scheduler_type", choices=DECAYS, default="linear", help="shape of the learning rate (default: linear)"
     )
     train.add_argument("--num_warmup_steps", type=int, default=0, help="updates of warm-up (default: 0)")
+
+
+def _add_saving(parser: Parser) -> None:
     saving = parser.add_argument_group("saving and record")
     saving.add_argument("--output_dir", help="folder for model, results, record and checkpoints")
     saving.add_argument(
@@ -177,8 +193,6 @@ def make_parser() -> Parser:
     for name in ("push_to_hub", "hub_model_id", "hub_token", "trust_remote_code"):
         switch: dict[str, Any] = {"action": "store_true"} if name == "push_to_hub" else {}
         saving.add_argument(f"--{name}", help="refused", **switch)
-    add_flags(parser, names=SHARED)
-    return parser
 
 
 def complete_length(args: argparse.Namespace, *, examples: int) -> None:
