@@ -224,10 +224,7 @@ def _write(
         way = Way(projector, projector.read(bases), last)
         # Clipping would scale G and R alike, so the lift gets both unclipped.
         lifted = lift.function(D, raw, G, way)
-    lr, shrink = step.lr, step.shrink
-    if alignment is not None:
-        f = align(R, moments[0], alignment)
-        lr, shrink = None if lr is None else lr * f, 1 - (1 - shrink) * f
+    lr, shrink = _step_size(R, moments, step=step, alignment=alignment)
     if lr is None:
         return
     direction, phi = (factor if factor is None or scale == 1 else factor * scale for factor in lifted)
@@ -242,6 +239,17 @@ def _write(
             part.write(values, seed=step.seed)
             if constants.absorbs:
                 _absorb(values - part.read(R.dtype), moments, lr=lr, step=step, constants=constants)
+
+
+def _step_size(
+    R: Tensor, moments: Sequence[Moment], *, step: StepValues, alignment: Tensor | None
+) -> tuple[float | Tensor | None, float | Tensor]:
+    """The step size and the factor on the weight, multiplied by the alignment if there is one, which is updated."""
+    lr, shrink = step.lr, step.shrink
+    if alignment is not None:
+        f = align(R, moments[0], alignment)
+        lr, shrink = None if lr is None else lr * f, 1 - (1 - shrink) * f
+    return lr, shrink
 
 
 def _absorb(

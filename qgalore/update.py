@@ -225,7 +225,7 @@ class ParameterUpdate:
         lr = self.skip.lr(group["lr"], seed=mix_seed(*noise, 2))  # 0 and 1 are in the seeds of moments
         step = StepValues.of(group, self.rule, clock, state, lr=lr, seed=mix_seed(*noise))
         needs_whole = self.lift.needs_whole
-        absorbs = group["error_feedback"] != "none" and bool(group["lr"])  # at a rate of 0 there is no error
+        absorbs = group["error_feedback"] != "none"
         return write_update(
             R,
             weight,
