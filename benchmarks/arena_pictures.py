@@ -83,6 +83,12 @@ def picture(draw: Callable[..., None], *given: Any) -> str:
     return re.sub(r"\s*<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.S)
 
 
+def write_themed(svg: str, name: str, *, folder: Path) -> None:
+    """NAME-light.svg and NAME-dark.svg."""
+    for theme, colours in (("light", (*LIGHT, *MORE[0])), ("dark", (*DARK, *MORE[1]))):
+        (folder / f"{name}-{theme}.svg").write_text(themed(svg, colours))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("records", type=Path, nargs="+")
@@ -96,9 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     records = [r for r in records if args.lr in (None, r["lr"])]
     methods = args.methods or list(dict.fromkeys(r["method"] for r in records))
     for kind, draw in (("rates", rates), ("curves", curves)):
-        svg = picture(draw, records, methods)
-        for name, colours in (("light", (*LIGHT, *MORE[0])), ("dark", (*DARK, *MORE[1]))):
-            (args.output / f"{args.name}-{kind}-{name}.svg").write_text(themed(svg, colours))
+        write_themed(picture(draw, records, methods), f"{args.name}-{kind}", folder=args.output)
     return 0
 
 

@@ -4,13 +4,15 @@
 
     same_book       a pair of passages: are they of the same book? (as MRPC asks whether two sentences mean the same)
     which_book      one passage: which of 8 books is it of?
+    word_order      one passage: is it as it was written, or are six neighbouring words shuffled? (as CoLA)
     continuation    a pair: does the second passage follow on the first, or come later in the document? (as RTE)
     order           two neighbouring passages, perhaps swapped: is the first one first?
 
 --dataset is a folder of .json.gz files whose `url` ends in BOOK/NUMBER. Passages are a few sentences of one document.
 Training examples are of documents in its training files, evaluation's of those in its validation files, which are whole
-books that the others are not of; for which_book, of every fifth document of its books. Classes are equally frequent.
-Writes TASK/train.csv and TASK/validation.csv.
+books that the others are not of. For which_book, evaluation is of every fifth document of its books: a model that was
+pre-trained on the training files has read these, without their labels. Classes are equally frequent. Writes
+TASK/train.csv and TASK/validation.csv.
 """
 
 import argparse
@@ -26,7 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 BOOKS = 8  # of which_book
-WORDS = 40  # at least, of a passage
+SHUFFLED = 6  # words, of word_order
 
 
 class Passages(NamedTuple):
@@ -36,26 +38,26 @@ class Passages(NamedTuple):
     texts: list[str]
 
 
-def read_documents(dataset: Path, split: str) -> list[Passages]:
-    """The documents of a split with two passages or more."""
+def read_documents(dataset: Path, split: str, *, words: int) -> list[Passages]:
+    """The documents of a split with two passages or more, of at least so many words each."""
     found = []
     for path in sorted(dataset.rglob(f"*{split}*.json.gz")):
         with gzip.open(path, "rt") as file:
             for line in file:
                 record = json.loads(line)
-                texts = passages_of(record["text"])
+                texts = passages_of(record["text"], at_least=words)
                 if len(texts) > 1:
                     found.append(Passages(record["url"].split("/")[-2], texts))
     return found
 
 
-def passages_of(text: str) -> list[str]:
-    """The text cut at ends of sentences into passages of WORDS words or somewhat more; the rest is left out."""
+def passages_of(text: str, *, at_least: int) -> list[str]:
+    """The text cut at ends of sentences into passages of so many words up to twice as many; the rest is left out."""
     passages, words = [], []
     for sentence in re.split(r"(?<=[.!?])\s+", " ".join(text.split())):
         words += sentence.split()
-        if len(words) >= WORDS:
-            passages.append(" ".join(words[: 2 * WORDS]))
+        if len(words) >= at_least:
+            passages.append(" ".join(words[: 2 * at_least]))
             words = []
     return passages
 
@@ -74,6 +76,16 @@ def which_book(documents: list[Passages], rng: random.Random, label: int) -> Row
     book = sorted({each.book for each in documents})[label]
     own = [each for each in documents if each.book == book]
     return {"sentence": rng.choice(rng.choice(own).texts), "label": label}
+
+
+def word_order(documents: list[Passages], rng: random.Random, label: int) -> Row:
+    """The first and the last word stay: their spelling would tell."""
+    words = rng.choice(rng.choice(documents).texts).split()
+    start = rng.randrange(1, len(words) - SHUFFLED)
+    own = words[start : start + SHUFFLED]
+    while not label and words[start : start + SHUFFLED] == own and len({*own}) > 1:
+        words[start : start + SHUFFLED] = rng.sample(own, SHUFFLED)
+    return {"sentence": " ".join(words), "label": label}
 
 
 def continuation(documents: list[Passages], rng: random.Random, label: int) -> Row:
@@ -99,6 +111,7 @@ def _pair(first: str, second: str, label: int) -> Row:
 TASKS: dict[str, tuple[Callable[[list[Passages], random.Random, int], Row], int]] = {
     "same_book": (same_book, 2),
     "which_book": (which_book, BOOKS),
+    "word_order": (word_order, 2),
     "continuation": (continuation, 2),
     "order": (order, 2),
 }
@@ -127,8 +140,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--train", type=int, default=4000, help="examples to train on")
     parser.add_argument("--validation", type=int, default=1000, help="examples to evaluate on")
+    parser.add_argument("--words", type=int, default=40, help="at least, of a passage")
     args = parser.parse_args(argv)
-    splits = {"train": read_documents(args.dataset, "train"), "validation": read_documents(args.dataset, "validation")}
+    splits = {split: read_documents(args.dataset, split, words=args.words) for split in ("train", "validation")}
     for task, (make, classes) in TASKS.items():
         for split in splits:
             rng = random.Random(f"{task} {split}")

@@ -41,6 +41,7 @@ class Bench:
     compile: bool = False
     work: Path | None = None  # the folder of unfinished runs; None: they begin anew
     save_every: int = 1000  # updates between the checkpoints of an unfinished run
+    more: tuple[str, ...] = ()  # flags of every trial
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def arguments(trial: Trial, bench: Bench, *, folder: str) -> list[str]:
         "save_dir": folder, "resume": "auto" if bench.work else None,
         "save_every": bench.save_every if bench.work else 10**9, "keep_last": 1,
     }  # fmt: skip
-    return ["--optimizer", *trial.flags, *command_line(values), "--no_report", *["--compile"] * bench.compile]
+    return ["--optimizer", *trial.flags, *command_line(values), *bench.more, "--no_report", *["--compile"] * bench.compile]
 
 
 def run_trial(trial: Trial, bench: Bench) -> dict[str, Any]:

@@ -3,9 +3,10 @@
     python scripts/train_mlm.py --dataset data/books --out runs/small_roberta --minutes 60
 
 --dataset is that of torchrun_main.py. A byte-level BPE is trained first; texts are joined and cut into windows of
---max_length tokens; 15% of the tokens are masked (Liu et al. 2019, arXiv 1907.11692). transformers' Trainer does the
-rest, on a GPU in bfloat16 if there is one. The learning rate falls to 0 within --minutes, however many updates these
-are. Writes a transformers folder and prints the masked loss.
+--max_length tokens; 30% of the tokens are masked, which a short training makes more of than RoBERTa's 15% (Wettig et
+al. 2023, arXiv 2202.08005). Muon trains the matrices, AdamW the rest, in transformers' Trainer, on a GPU in bfloat16 if
+there is one. The learning rates fall to 0 within --minutes, however many updates these are. Writes a transformers
+folder and prints the masked loss.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from transformers import (
     TrainingArguments,
 )
 
+import qgalore
 from peft_pretraining.data.sources import open_documents
 
 SPECIAL = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>",
@@ -57,6 +59,17 @@ class Windows(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"input_ids": torch.cat([self.ends[0], self.ids[index], self.ends[1]])}
+
+
+class MaskedTrainer(Trainer):
+    """Computes the head where tokens are masked, and nowhere else."""
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **others: Any) -> Any:
+        labels = inputs["labels"]
+        hidden = model.roberta(inputs["input_ids"], attention_mask=inputs.get("attention_mask")).last_hidden_state
+        chosen = labels != -100
+        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[chosen]), labels[chosen])
+        return (loss, {"loss": loss}) if return_outputs else loss
 
 
 class TimeLimit(TrainerCallback):
@@ -95,6 +108,13 @@ def train_tokenizer(texts: list[str], *, vocab_size: int) -> PreTrainedTokenizer
     return PreTrainedTokenizerFast(tokenizer_object=inner._tokenizer, **SPECIAL)
 
 
+def make_optimizer(model: torch.nn.Module, *, lr: float, matrix_lr: float) -> torch.optim.Optimizer:
+    """Muon for the matrices of the layers, AdamW for embeddings, norms and head."""
+    matrices, others = qgalore.make_groups(model, rank=1)
+    matrices = {"params": matrices["params"], "rule": "muon", "lr": matrix_lr}
+    return qgalore.LowRankOptimizer([matrices, others], lr=lr, betas=(0.9, 0.95))
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     torch.manual_seed(args.seed)
@@ -107,20 +127,22 @@ def main(argv: list[str] | None = None) -> int:
         vocab_size=len(tokenizer), hidden_size=args.hidden, num_hidden_layers=args.layers,
         num_attention_heads=max(1, args.hidden // 64), intermediate_size=4 * args.hidden,
         max_position_embeddings=args.positions + 2, pad_token_id=1, bos_token_id=0, eos_token_id=2, type_vocab_size=1,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     model = RobertaForMaskedLM(config)
+    model.roberta.compile()
     limit = TimeLimit(60 * args.minutes)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01, betas=(0.9, 0.98))
+    optimizer = make_optimizer(model, lr=args.lr, matrix_lr=args.matrix_lr)
     # A warm-up of 100 updates, then down to 0 as the time runs out.
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: min(1, (update + 1) / 100) * limit.left)
-    trainer = Trainer(
+    trainer = MaskedTrainer(
         model,
         TrainingArguments(
             output_dir=args.out, per_device_train_batch_size=args.batch_size, per_device_eval_batch_size=64,
             max_steps=args.max_steps or UPDATES, logging_steps=50, save_strategy="no", report_to=[], seed=args.seed,
             bf16=torch.cuda.is_available(), disable_tqdm=True, remove_unused_columns=False,
         ),
-        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15),
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm_probability=args.masked),
         train_dataset=windows, eval_dataset=held_out, callbacks=[limit], optimizers=(optimizer, schedule),
     )  # fmt: skip
     trainer.train()
@@ -145,11 +167,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max_steps", type=int, help="end after so many updates, if the time lasts")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--vocab_size", type=int, default=8192)
+    parser.add_argument("--vocab_size", type=int, default=4096)
     parser.add_argument("--max_length", type=int, default=128)
     parser.add_argument("--positions", type=int, default=512, help="tokens that the model can see at most")
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--masked", type=float, default=0.3, help="share of the tokens")
+    parser.add_argument("--lr", type=float, default=0.008, help="of embeddings, norms and head")
+    parser.add_argument("--matrix_lr", type=float, default=0.004)
     parser.add_argument("--characters", type=int, default=60_000_000, help="of training text")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
