@@ -79,7 +79,8 @@ def arguments(trial: Trial, bench: Bench, *, folder: str) -> list[str]:
         "save_dir": folder, "resume": "auto" if bench.work else None,
         "save_every": bench.save_every if bench.work else 10**9, "keep_last": 1,
     }  # fmt: skip
-    return ["--optimizer", *trial.flags, *command_line(values), *bench.more, "--no_report", *["--compile"] * bench.compile]
+    shared = (*bench.more, "--no_report", *["--compile"] * bench.compile)
+    return ["--optimizer", *trial.flags, *command_line(values), *shared]
 
 
 def run_trial(trial: Trial, bench: Bench) -> dict[str, Any]:

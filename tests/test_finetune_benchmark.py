@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 from support.classifiers import make_classifier, write_task
@@ -102,12 +103,14 @@ def truth(task: str, texts: list[list[str]]) -> str:
 def test_whole_documents_are_held_out(books, tmp_path):
     text_tasks.main(f"--dataset {books} --out {tmp_path} --train 80 --validation 40".split())
     for task in text_tasks.TASKS:
-        seen = {
-            split: {tuple(sorted(word for word in row[name].split() if word[0] in "BD")) for row in read_rows(tmp_path / task / f"{split}.csv") for name in row
-                if name != "label"}
-            for split in ("train", "validation")
-        }  # fmt: skip
+        seen = {split: documents(tmp_path / task / f"{split}.csv") for split in ("train", "validation")}
         assert not seen["train"] & seen["validation"], task
+
+
+def documents(path: Path) -> set[tuple[str, ...]]:
+    """Book and document of every passage in a file."""
+    texts = [row[name] for row in read_rows(path) for name in row if name != "label"]
+    return {tuple(sorted(word for word in text.split() if word[0] in "BD")) for text in texts}
 
 
 @pytest.mark.slow

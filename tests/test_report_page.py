@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 from support.browser import Browser, find_chromium
 from support.command_line import message_of, refusal
-from support.run_records import end, evaluation, matrices, start, subspaces, update, whole_run, write
+from support.run_records import (
+    end,
+    evaluation,
+    matrices,
+    scores,
+    start,
+    subspaces,
+    update,
+    whole_run,
+    write,
+)
 
 from peft_pretraining.cli.flags import FLAGS
 from peft_pretraining.report import page
@@ -171,6 +181,21 @@ def test_a_record_with_little_in_it_is_drawn_or_says_why_not(tmp_path, lines, wo
     text = page.report([read_run(write(tmp_path, lines, cut="{"))])
     assert all(word in text for word in words), [word for word in words if word not in text]
     assert len(pictures(text)) == count
+
+
+def test_a_classifier_is_shown_by_its_score(tmp_path):
+    """That of the first split, in the curve, the figures and the comparison, where a perplexity has no place."""
+    runs = []
+    for seed, gain in ((0, 0.0), (1, 0.125)):
+        lines = [start(seed=seed, save_dir=f"runs/{seed}"), *(update(n) for n in range(1, 21))]
+        lines += [scores(10, score=0.5 + gain), scores(20, score=0.75 + gain), end(20)]
+        runs.append(read_run(write(tmp_path / str(seed), lines)))
+    assert [run.score for run in runs] == [0.75, 0.875] and runs[0].perplexity is None
+    alone, together = page.report(runs[:1]), page.report(runs)
+    assert "Score against updates" in pictures(alone) and "0.7500" in alone
+    assert "0.8125 ± 0.0625" in together
+    for text in (alone, together):
+        assert "perplexity" not in text.lower().partition("<details>")[0]
 
 
 def test_the_users_own_matplotlib_style_does_not_show(tmp_path):

@@ -45,6 +45,7 @@ class Curve:
 
 LOSS = Curve("loss", "Training loss", "loss, nats a token", fitted=True)
 PERPLEXITY = Curve("perplexity", "Validation perplexity", "validation perplexity", evals=True, fitted=True)
+SCORE = Curve("score", "Score", "score on the first split", evals=True)
 LEARNING_RATE = Curve("lr", "Learning rate", "learning rate", raw=False, from_zero=True)
 GRAD_NORM = Curve("grad_norm", "Gradient norm", "gradient norm")
 SPEED = Curve("tokens_per_second", "Tokens a second", "tokens a second", from_zero=True)

@@ -13,6 +13,7 @@ from peft_pretraining.report.curves import (
     LEARNING_RATE,
     LOSS,
     PERPLEXITY,
+    SCORE,
     SPEED,
     Curve,
     draw_curve,
@@ -66,7 +67,8 @@ def _opening(groups: Sequence[Group], single: RunRecord | None) -> str:
         return f"<header><h1>{escape(single.name)}</h1><p>{line}</p></header>\n{tables.figures(single)}\n"
     count = sum(len(group.runs) for group in groups)
     lines = f"{len(groups)} groups of runs that differ in their seeds alone" if len(groups) < count else "one of each"
-    note = "Perplexities are means over the seeds, ± half their range. " if len(groups) < count else ""
+    what = "Scores" if any(run.scored for run in _runs(groups)) else "Perplexities"
+    note = f"{what} are means over the seeds, ± half their range. " if len(groups) < count else ""
     body = tables.comparison(groups, swatch=_swatch)
     apart = tables.differences(groups)
     return (
@@ -77,20 +79,26 @@ def _opening(groups: Sequence[Group], single: RunRecord | None) -> str:
 
 
 def _curves(groups: Sequence[Group]) -> str:
-    """Loss and perplexity against each axis. A narrow window shows one axis at a time, chosen by radio buttons."""
+    """Loss and what runs are judged by, against each axis. A narrow window shows one axis, chosen by radio buttons."""
     choices, rows = "", ""
+    judged = [curve for curve in (PERPLEXITY, SCORE) if (curve is SCORE) in {run.scored for run in _runs(groups)}]
     for number, (axis, label) in enumerate(AXES.items()):
         checked = " checked" if number == 0 else ""
         choices += f'<input type="radio" name="axis" id="axis-{axis}"{checked}><label for="axis-{axis}">{label}</label>'
-        drawn = "".join(_drawn(curve, groups, axis=axis) for curve in (LOSS, PERPLEXITY))
+        drawn = "".join(_drawn(curve, groups, axis=axis) for curve in (LOSS, *judged))
         rows += f'<div class="against {axis}">{drawn}</div>'
     legend = _legend(groups)
-    return _section("Loss and perplexity", f'{legend}<div class="axes">{choices}{rows}</div>{_reading(groups)}')
+    names = ["Loss", *(curve.key for curve in judged)]
+    return _section(" and ".join(names), f'{legend}<div class="axes">{choices}{rows}</div>{_reading(groups)}')
+
+
+def _runs(groups: Sequence[Group]) -> list[RunRecord]:
+    return [run for group in groups for run in group.runs]
 
 
 def _reading(groups: Sequence[Group]) -> str:
     """How to read the curves."""
-    runs = [run for group in groups for run in group.runs]
+    runs = _runs(groups)
     words = ["Time is that of the updates, without evaluations."]
     if max(len(run.updates["update"]) for run in runs) >= 80:
         words.append("The loss is averaged over a fortieth of the updates.")

@@ -17,7 +17,8 @@ from peft_pretraining.errors import UserError
 
 METRICS = "metrics.jsonl"
 UPDATE_FIELDS = ("loss", "lr", "grad_norm", "tokens_seen", "tokens_per_second", "memory_bytes")
-EVENTS = ("start", "update", "eval", "subspaces", "subspace_details", "memory", "end")
+EVENTS = ("start", "update", "eval", "scores", "subspaces", "subspace_details", "memory", "end")
+EVAL_FIELDS = ("loss", "perplexity", "score")  # of text the first two, of a classification the first and the last
 INCIDENTS = {"bad_update": "bad update", "bad_documents": "bad documents", "rollback": "rollback", "resume": "resume"}
 
 
@@ -36,7 +37,7 @@ class RunRecord:
     name: str  # of the run's folder
     start: dict[str, Any] = field(default_factory=dict)  # the last start event
     updates: dict[str, np.ndarray] = field(default_factory=dict)  # "update", UPDATE_FIELDS and "seconds", all (n,)
-    evals: dict[str, np.ndarray] = field(default_factory=dict)  # "update", "loss", "perplexity", all (n,)
+    evals: dict[str, np.ndarray] = field(default_factory=dict)  # "update" and EVAL_FIELDS, all (n,)
     subspaces: dict[int, list[dict[str, Any]]] = field(default_factory=dict)  # matrices of a subspaces event, by update
     details: dict[int, dict[str, Any]] = field(default_factory=dict)  # subspace_details events, by update
     memory: list[dict[str, Any]] = field(default_factory=list)  # memory events
@@ -56,9 +57,19 @@ class RunRecord:
         return int(self.updates["update"][-1]) if len(self.updates["update"]) else 0
 
     @property
+    def scored(self) -> bool:
+        """Whether it is judged by a score, as a classification is, and not by perplexity."""
+        return bool(np.isfinite(self.evals["score"]).any())
+
+    @property
     def perplexity(self) -> float | None:
         """The validation perplexity of the last evaluation; NaN if it is not finite, None if there is none."""
-        return float(self.evals["perplexity"][-1]) if len(self.evals["perplexity"]) else None
+        return None if self.scored or not len(self.evals["update"]) else float(self.evals["perplexity"][-1])
+
+    @property
+    def score(self) -> float | None:
+        """The score of the last evaluation on the first split, None if there is none."""
+        return float(self.evals["score"][-1]) if self.scored else None
 
     def happened(self, kind: str) -> int:
         """How often an incident of this kind happened."""
@@ -106,7 +117,7 @@ class _Reader:
     def __init__(self, run: RunRecord) -> None:
         self.run, self.known = run, 0
         self.updates: dict[int, tuple[float, ...]] = {}
-        self.evals: dict[int, tuple[float, float]] = {}
+        self.evals: dict[int, tuple[float, ...]] = {}
 
     def take(self, line: dict[str, Any]) -> None:
         """Takes one event; passes over names that it does not know, and numbers that are missing."""
@@ -124,7 +135,9 @@ class _Reader:
         elif name == "update":
             self.updates[number] = tuple(_number(line.get(key)) for key in UPDATE_FIELDS)
         elif name == "eval":
-            self.evals[number] = (_number(line.get("loss")), _number(line.get("perplexity")))
+            self.evals[number] = tuple(_number(line.get(key)) for key in EVAL_FIELDS)
+        elif name == "scores":
+            self.evals[number] = tuple(_number(_first_split(line).get(key)) for key in EVAL_FIELDS)
         elif name == "subspaces":
             run.subspaces[number] = [each for each in line.get("matrices") or [] if isinstance(each, dict)]
         elif name == "subspace_details":
@@ -159,8 +172,9 @@ class _Reader:
         run.updates = {"update": np.array(order, dtype=float)}
         run.updates |= {key: rows[:, column] for column, key in enumerate(UPDATE_FIELDS)}
         run.updates["seconds"] = _seconds(run.updates)
-        results = np.array([self.evals[update] for update in evaluated], dtype=float).reshape(-1, 2)
-        run.evals = {"update": np.array(evaluated, dtype=float), "loss": results[:, 0], "perplexity": results[:, 1]}
+        results = np.array([self.evals[update] for update in evaluated], dtype=float).reshape(-1, len(EVAL_FIELDS))
+        run.evals = {"update": np.array(evaluated, dtype=float)}
+        run.evals |= {key: results[:, column] for column, key in enumerate(EVAL_FIELDS)}
         run.subspaces = dict(sorted(run.subspaces.items()))
         run.details = dict(sorted(run.details.items()))
         return run
@@ -174,6 +188,13 @@ def _seconds(updates: dict[str, np.ndarray]) -> np.ndarray:
     rate = updates["tokens_per_second"]
     spent = np.divide(tokens, rate, out=np.zeros_like(rate), where=rate > 0)
     return np.cumsum(np.nan_to_num(spent).clip(min=0))
+
+
+def _first_split(line: dict[str, Any]) -> dict[str, Any]:
+    """The metrics of a scores event on the first split, which decides what is best; empty if it has none."""
+    splits = line.get("splits")
+    first = next(iter(splits.values()), None) if isinstance(splits, dict) else None
+    return first if isinstance(first, dict) else {}
 
 
 def _number(value: Any) -> float:

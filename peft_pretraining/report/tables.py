@@ -37,7 +37,7 @@ def figures(run: RunRecord) -> str:
     seconds = run.updates["seconds"]
     tokens = run.updates["tokens_seen"]
     shown = {
-        "validation perplexity": _perplexity(run.perplexity),
+        **({"score": _score(run.score)} if run.scored else {"validation perplexity": _perplexity(run.perplexity)}),
         "updates": f"{run.last_update:,}",
         "tokens": plain_number(tokens[-1]) if len(tokens) and math.isfinite(tokens[-1]) else "–",
         "training time": duration(seconds[-1]) if len(seconds) else "–",
@@ -52,12 +52,15 @@ def figures(run: RunRecord) -> str:
 def comparison(groups: Sequence[Group], *, swatch: Callable[[Group], str]) -> str:
     """The table of the groups: what they came to."""
     seeds = any(len(group.runs) > 1 for group in groups)
-    heads = ["run", *(["seeds"] if seeds else []), "validation perplexity", "tokens a second", "optimizer state",
-             "peak memory", "updates", "incidents"]  # fmt: skip
+    scored = {run.scored for group in groups for run in group.runs}
+    judged = [name for name, is_score in (("validation perplexity", False), ("score", True)) if is_score in scored]
+    heads = ["run", *(["seeds"] if seeds else []), *judged, "tokens a second", "optimizer state", "peak memory",
+             "updates", "incidents"]  # fmt: skip
     rows = [
         [
             f"{swatch(group)} {escape(group.label)}",
             *([_seeds(group)] if seeds else []),
+            *[_judgement(group, name) for name in judged],
             *_results(group),
         ]
         for group in groups
@@ -75,12 +78,17 @@ def differences(groups: Sequence[Group]) -> str:
     return table(["argument", *(group.label for group in groups)], rows)
 
 
+def _judgement(group: Group, name: str) -> str:
+    if name == "score":
+        return with_spread(spread([run.score for run in group.runs]), words=_score)
+    return with_spread(spread([run.perplexity for run in group.runs]))
+
+
 def _results(group: Group) -> list[str]:
     runs = group.runs
     updates = sorted({run.last_update for run in runs})
     incidents = sum(len(run.incidents) for run in runs)
     return [
-        with_spread(spread([run.perplexity for run in runs])),
         _mean(spread([tokens_per_second(run) for run in runs]), plain_number),
         _mean(spread([state_bytes(run) for run in runs]), size_of),
         _mean(spread([peak_bytes(run) for run in runs]), size_of),
@@ -94,18 +102,22 @@ def _seeds(group: Group) -> str:
     return ", ".join(escape(shown(run.args.get("seed"))) for run in group.runs)
 
 
-def with_spread(figure: Spread | None) -> str:
-    """A perplexity with half the range of its runs: 24.10 ± 0.03."""
-    if figure is None:
-        return "not evaluated"
-    half = f" ± {figure.half_range:.2f}" if figure.runs > 1 and math.isfinite(figure.mean) else ""
-    return f"{_perplexity(figure.mean)}{half}"
-
-
 def _perplexity(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:,.2f}" if math.isfinite(value) else "not finite"
+
+
+def _score(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def with_spread(figure: Spread | None, *, words: Callable[[float | None], str] = _perplexity) -> str:
+    """A perplexity, or another figure, with half the range of its runs: 24.10 ± 0.03."""
+    if figure is None:
+        return "not evaluated"
+    half = f" ± {words(figure.half_range)}" if figure.runs > 1 and math.isfinite(figure.mean) else ""
+    return f"{words(figure.mean)}{half}"
 
 
 def _mean(figure: Spread | None, words: Callable[[float], str]) -> str:

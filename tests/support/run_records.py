@@ -31,6 +31,12 @@ def evaluation(number: int, *, perplexity: float | None) -> dict[str, Any]:
     return {"event": "eval", "update": number, "loss": loss, "perplexity": perplexity, "tokens": 1000}
 
 
+def scores(number: int, *, score: float, loss: float = 0.5) -> dict[str, Any]:
+    """An evaluation of a classifier on two splits, of which the first counts."""
+    splits = {"validation": {"loss": loss, "accuracy": score, "score": score}, "other": {"loss": 9.0, "score": 0.0}}
+    return {"event": "scores", "update": number, "epoch": number / 10, "splits": splits}
+
+
 def subspaces(number: int, *, refreshes: dict[str, int], overlap: float | None = None) -> dict[str, Any]:
     rows = [dict(name=k, refreshes=v, failed=0, seconds=0.1, gap=10, overlap=overlap) for k, v in refreshes.items()]
     return {"event": "subspaces", "update": number, "matrices": rows}
