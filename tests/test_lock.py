@@ -14,7 +14,7 @@ from support.checkpoints import logged
 from support.runs import ROOT
 
 import torchrun_main
-from peft_pretraining.checkpoint import lock, writer
+from peft_pretraining.checkpoint import lock, run_folder
 from peft_pretraining.checkpoint.lock import NAME, STALE, only_run_in
 from peft_pretraining.errors import UserError
 
@@ -147,6 +147,6 @@ def test_a_run_that_is_refused_gives_its_folder_back(tiny, tmp_path):
 
 def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(writer.time, "strftime", lambda text: "now")
-    names = [str(writer.make_save_dir(None, model_config="configs/llama_9m.json")) for _ in range(3)]
+    monkeypatch.setattr(run_folder.time, "strftime", lambda text: "now")
+    names = [str(run_folder.make_save_dir(None, model_config="configs/llama_9m.json")) for _ in range(3)]
     assert names == [f"checkpoints/llama_9m-now{suffix}" for suffix in ("", "-2", "-3")]

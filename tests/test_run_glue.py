@@ -15,7 +15,7 @@ from peft_pretraining.glue import args as glue_args
 from peft_pretraining.glue import data as glue_data
 from peft_pretraining.glue.__main__ import command_line
 from peft_pretraining.glue.batches import Encoded
-from peft_pretraining.glue.evaluate import evaluate
+from peft_pretraining.glue.evaluate import Judge, evaluate
 from peft_pretraining.glue.methods import METHODS
 from peft_pretraining.glue.tasks import TASKS
 from peft_pretraining.training import loop
@@ -241,6 +241,25 @@ def test_a_signal_ends_it_with_a_checkpoint(tmp_path, monkeypatch):
     cut = flags(tmp_path / "cut", resume_from_checkpoint="auto", **told)
     assert command_line(cut) == 75 and not (tmp_path / "cut" / "all_results.json").exists()
     monkeypatch.setattr(loop, "train_step", step)
+    assert command_line(cut) == 0
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert results(tmp_path / "cut") == results(tmp_path / "whole")
+
+
+def test_a_signal_ends_an_evaluation(tmp_path, monkeypatch):
+    """The run is saved without its result, and `auto` begins with it."""
+    told = dict(method="full", num_train_epochs=2)
+    assert command_line(flags(tmp_path / "whole", **told)) == 0
+    cut, judge = flags(tmp_path / "cut", resume_from_checkpoint="auto", **told), Judge.evaluate
+
+    def interrupted(self, run):
+        os.kill(os.getpid(), signal.SIGTERM)
+        judge(self, run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Judge, "evaluate", interrupted)
+        assert command_line(cut) == 75
+    assert not record(tmp_path / "cut", "scores")
     assert command_line(cut) == 0
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     assert results(tmp_path / "cut") == results(tmp_path / "whole")

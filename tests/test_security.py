@@ -11,7 +11,7 @@ from support.runs import ROOT
 from support.source_code import sources
 
 import torchrun_main
-from peft_pretraining.checkpoint.writer import make_save_dir
+from peft_pretraining.checkpoint.run_folder import make_save_dir
 
 CODE = ("torchrun_main", "qgalore", "peft_pretraining", "benchmarks", "tests.support")
 UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

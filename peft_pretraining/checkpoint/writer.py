@@ -1,12 +1,9 @@
-"""The folder of a run, and the checkpoints that are written into it."""
+"""The checkpoints that are written into a run's folder, in the background while training goes on."""
 
 import contextlib
-import errno
-import itertools
-import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -22,57 +19,6 @@ from peft_pretraining.checkpoint.files import (
     write_together,
 )
 from peft_pretraining.distributed import World
-from peft_pretraining.errors import UserError
-
-
-def make_save_dir(save_dir: str | None, *, model_config: str, checkpoint: Path | None = None) -> Path:
-    """Makes the folder of a run and proves that it can be written. Raises UserError if it cannot.
-
-    save_dir: --save_dir; without it, the run goes on in the folder of its checkpoint, or in a new one of its own.
-    """
-    if save_dir:
-        folder = Path(save_dir)
-    elif checkpoint is not None:
-        folder = checkpoint.parent
-    else:
-        return _make_new(Path("checkpoints"), f"{Path(model_config).stem}-{time.strftime('%Y-%m-%d-%H-%M-%S')}")
-    with _reported(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    return folder
-
-
-def check_save_dir(folder: Path) -> None:
-    """Raises UserError if make_save_dir would. Makes nothing."""
-    with _reported(folder):
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if not existing.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-
-
-def _make_new(parent: Path, name: str) -> Path:
-    """A folder that nobody else has made: runs may start in the same second."""
-    with _reported(parent / name):
-        parent.mkdir(parents=True, exist_ok=True)
-        for count in itertools.count(1):
-            folder = parent / (f"{name}-{count}" if count > 1 else name)
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir()
-                break
-    return folder
-
-
-@contextlib.contextmanager
-def _reported(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise UserError(f"--save_dir {folder} cannot be written ({reason}). Choose another folder.") from None
 
 
 class CheckpointWriter:

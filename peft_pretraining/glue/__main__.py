@@ -10,9 +10,9 @@ from typing import Any, cast
 from loguru import logger
 from transformers.utils import logging as transformers_logging
 
-from peft_pretraining.checkpoint.lock import only_run_in
+from peft_pretraining.checkpoint.run_folder import RunFolder
 from peft_pretraining.checkpoint.start import StartingPoint, check_data, check_validation, choose_start
-from peft_pretraining.checkpoint.writer import CheckpointWriter, make_save_dir
+from peft_pretraining.checkpoint.writer import CheckpointWriter
 from peft_pretraining.cli.args import settings_of
 from peft_pretraining.data.tokenizer import Tokenizer
 from peft_pretraining.distributed import World, make_deterministic, use_threads
@@ -69,18 +69,13 @@ def main(argv: list[str] | None = None, *, began: float) -> None:
 def open_folder(
     args: argparse.Namespace, *, config: Any, examples: Examples, world: World, cleanup: ExitStack
 ) -> tuple[StartingPoint, Path | None]:
-    """Where the run begins, and its folder, which `cleanup` gives back; only the main rank knows that of a new run."""
-    folder = Path(args.save_dir) if args.save_dir else None
-    if resumes := world.is_main and folder is not None and folder.is_dir():  # before its checkpoints are looked at
-        cleanup.enter_context(only_run_in(make_save_dir(args.save_dir, model_config=args.name)))
+    """Where the run begins, and its folder, see RunFolder."""
+    folder = RunFolder(args.save_dir, named=args.name, owned=world.is_main, cleanup=cleanup)
     start = choose_start(args, config=config, may_change=CHANGEABLE)
     now = examples.fingerprint()
     check_data({"train": now.pop("train")}, start=start, args=args)
     check_validation(now, start=start)
-    if world.is_main and not resumes:
-        folder = make_save_dir(args.save_dir, model_config=args.name, checkpoint=start.folder)
-        cleanup.enter_context(only_run_in(folder))
-    return start, folder
+    return start, folder.path(checkpoint=start.folder)
 
 
 def open_run(

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,20 +52,26 @@ def evaluate(
     batch_size: int,
     world: World,
     numbers: tuple[int, ...] = (),
-) -> dict[str, float]:
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
     """The mean loss and the metrics on a split, the same on every rank. The model is then back in its old mode.
 
     Examples of like lengths go together, so that little of a batch is padding.
     numbers: the task's number of each class of the model, where the model has another order. Metrics are by the task's:
         F1 asks which class is number 1.
+    stop: is asked before every batch, and says the same on every rank. If it says yes, the result is None.
     """
     order = sorted(range(len(data)), key=data.lengths().__getitem__)
     own, found = order[world.rank :: world.size], []
     was_training = model.training
     model.eval()
     try:
-        for start in range(0, len(own), batch_size):
+        for start in range(0, math.ceil(len(order) / world.size), batch_size):  # as many on every rank
+            if stop():
+                return None
             chosen = own[start : start + batch_size]
+            if not chosen:
+                continue
             features, targets = data.collate(chosen)
             logits = model(**{name: each.to(world.device) for name, each in features.items()}).logits.float().cpu()
             answers = logits.squeeze(-1) if targets.is_floating_point() else logits.argmax(-1)
@@ -92,14 +99,18 @@ class Judge:
     numbers: tuple[int, ...] = ()  # see evaluate
 
     def evaluate(self, run: Run) -> None:
-        """Evaluates on all splits, and records the result. See run.Task."""
+        """Evaluates on all splits, and records the result. A signal ends it without one. See run.Task."""
         state, found = run.state, {}
         with LongWait("evaluating"):
             for name, split in self.splits.items():
-                size = run.args.per_device_eval_batch_size
-                found[name] = evaluate(
-                    run.model, split, metrics=self.metrics, batch_size=size, world=run.world, numbers=self.numbers
-                )
+                result = evaluate(
+                    run.model, split, metrics=self.metrics, batch_size=run.args.per_device_eval_batch_size,
+                    world=run.world, numbers=self.numbers, stop=lambda: run.world.any(run.interruption.requested),
+                )  # fmt: skip
+                if result is None:
+                    run.stopping = True
+                    return
+                found[name] = result
         state.evaluated = state.update
         epoch = state.update / run.args.updates_per_epoch
         last = {"update": state.update, "epoch": epoch, "splits": found}

@@ -67,8 +67,8 @@ def _opening(groups: Sequence[Group], single: RunRecord | None) -> str:
         return f"<header><h1>{escape(single.name)}</h1><p>{line}</p></header>\n{tables.figures(single)}\n"
     count = sum(len(group.runs) for group in groups)
     lines = f"{len(groups)} groups of runs that differ in their seeds alone" if len(groups) < count else "one of each"
-    what = "Scores" if any(run.scored for run in _runs(groups)) else "Perplexities"
-    note = f"{what} are means over the seeds, ± half their range. " if len(groups) < count else ""
+    judged = "Scores" if any(run.scored for run in _runs(groups)) else "Perplexities"
+    note = f"{judged} are means over the seeds, ± half their range. " if len(groups) < count else ""
     body = tables.comparison(groups, swatch=_swatch)
     apart = tables.differences(groups)
     return (

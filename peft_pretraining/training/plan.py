@@ -12,9 +12,9 @@ from loguru import logger
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from peft_pretraining.checkpoint.lock import only_run_in
+from peft_pretraining.checkpoint.run_folder import RunFolder, check_save_dir
 from peft_pretraining.checkpoint.start import StartingPoint, check_data, check_tokenizer, check_validation, choose_start
-from peft_pretraining.checkpoint.writer import CheckpointWriter, check_save_dir, make_save_dir
+from peft_pretraining.checkpoint.writer import CheckpointWriter
 from peft_pretraining.cli.args import set_length, settings_of
 from peft_pretraining.cli.config_file import save_config
 from peft_pretraining.cli.flags import MAY_CHANGE
@@ -93,11 +93,8 @@ def make_plan(args: argparse.Namespace, *, world: World, cleanup: ExitStack) -> 
     groups = describe_groups(structure, args)
     check_sharding(args, model=structure, ranks=world.rows_over(args.parallel))
     log_plan(args, groups=groups, dtype=dtype, world=world)
-    save_dir = Path(args.save_dir) if args.save_dir else None
     trains = world.is_main and not (args.dry_run or args.eval_only)
-    if resumes := trains and save_dir is not None and save_dir.is_dir():  # before its checkpoints are looked at
-        make_save_dir(args.save_dir, model_config=args.model_config)
-        cleanup.enter_context(only_run_in(save_dir))
+    folder = RunFolder(args.save_dir, named=args.model_config, owned=trains, cleanup=cleanup)
     start = choose_start(args, config=config, may_change=MAY_CHANGE)
     tokenizer = open_tokenizer(args, config=config)
     source, held_out = _open_documents(args, tokenizer)
@@ -106,9 +103,7 @@ def make_plan(args: argparse.Namespace, *, world: World, cleanup: ExitStack) -> 
     check_data(fingerprint, start=start, args=args)
     check_validation(validation_fingerprint, start=start)
     check_tokenizer(tokenizer.digest(), start=start, args=args)
-    if trains and not resumes:
-        save_dir = make_save_dir(args.save_dir, model_config=args.model_config, checkpoint=start.folder)
-        cleanup.enter_context(only_run_in(save_dir))
+    save_dir = folder.path(checkpoint=start.folder)
     if args.dry_run and save_dir:
         check_save_dir(save_dir)
     return Plan(
