@@ -10,7 +10,7 @@ from support.gradients import gradients, largest_difference, parameters
 from support.oracles import AveragedGaLore
 from support.training import Training
 
-from peft_pretraining.checkpoint.files import write_checkpoint
+from peft_pretraining.checkpoint.atomic_write import write_checkpoint
 from qgalore.memory import kept_bytes
 from qgalore.optimizer import LowRankOptimizer
 from qgalore.per_layer import PerLayerUpdates

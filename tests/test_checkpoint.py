@@ -10,7 +10,8 @@ import pytest
 from support.checkpoints import fail_at, logged, names, saved_updates, snapshot
 
 from peft_pretraining.checkpoint import writer as checkpoint_module
-from peft_pretraining.checkpoint.files import complete_checkpoints, write_checkpoint
+from peft_pretraining.checkpoint.atomic_write import write_checkpoint
+from peft_pretraining.checkpoint.files import complete_checkpoints
 from peft_pretraining.checkpoint.writer import CheckpointWriter
 
 NO_SPACE = os.strerror(errno.ENOSPC)

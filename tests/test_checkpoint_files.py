@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from support.checkpoints import fail_at, logged, names, saved_updates, snapshot
 
 from peft_pretraining.checkpoint import files
+from peft_pretraining.checkpoint.atomic_write import prune, tidy, write_checkpoint
 from peft_pretraining.checkpoint.files import (
     FILES,
     Checkpoint,
@@ -22,9 +23,6 @@ from peft_pretraining.checkpoint.files import (
     find_checkpoint,
     newest_sound,
     open_tensors,
-    prune,
-    tidy,
-    write_checkpoint,
 )
 from peft_pretraining.checkpoint.tensor_file import TensorFile
 from peft_pretraining.errors import UserError
@@ -77,7 +75,7 @@ SAVING_WITHOUT_END = """
 import sys
 from pathlib import Path
 from support.checkpoints import snapshot
-from peft_pretraining.checkpoint.files import prune, write_checkpoint
+from peft_pretraining.checkpoint.atomic_write import prune, write_checkpoint
 
 save_dir, update = Path(sys.argv[1]), int(sys.argv[2])
 while True:
@@ -166,8 +164,8 @@ def test_tensors_are_read_and_not_mapped(tmp_path):
 
 
 def test_a_checkpoint_hashes_what_it_reads_and_no_file_twice(tmp_path, monkeypatch):
-    folder, hashed, sha256 = write_checkpoint(tmp_path, snapshot(7)), [], files._sha256
-    monkeypatch.setattr(files, "_sha256", lambda path: hashed.append(path.name) or sha256(path))
+    folder, hashed, sha256 = write_checkpoint(tmp_path, snapshot(7)), [], files.sha256_of
+    monkeypatch.setattr(files, "sha256_of", lambda path: hashed.append(path.name) or sha256(path))
     checkpoint = Checkpoint.open(folder)
     assert checkpoint.update == 7 and checkpoint.folder == folder and hashed == []
     assert checkpoint.state == checkpoint.state == {"update": 7} and hashed == ["state.json"]

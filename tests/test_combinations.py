@@ -12,7 +12,7 @@ from support.runs import record
 from support.training import Training
 
 import torchrun_main
-from peft_pretraining.checkpoint.files import write_checkpoint
+from peft_pretraining.checkpoint.atomic_write import write_checkpoint
 from qgalore.factory import OPTIMIZERS, Settings, create_optimizer, create_updates
 from qgalore.memory import kept_bytes
 from qgalore.optimizer import LowRankOptimizer

@@ -13,7 +13,7 @@ from support import runs
 from support.training import TOKENS, Training
 
 import torchrun_main
-from peft_pretraining.checkpoint.files import write_checkpoint
+from peft_pretraining.checkpoint.atomic_write import write_checkpoint
 from peft_pretraining.cli.args import parse_args
 from peft_pretraining.model.loss import token_loss_sum
 from peft_pretraining.training.memory_plan import plan_memory

@@ -6,7 +6,7 @@ from support.runs import losses, record
 from support.training import Training
 
 import torchrun_main
-from peft_pretraining.checkpoint.files import write_checkpoint
+from peft_pretraining.checkpoint.atomic_write import write_checkpoint
 from qgalore.factory import Settings, create_optimizer, create_updates
 from qgalore.optimizer import LowRankOptimizer
 from qgalore.param_groups import ParameterGroup

@@ -19,7 +19,8 @@ from support.runs import ROOT, losses, record, run, torchrun
 from torch import Tensor
 
 import torchrun_main
-from peft_pretraining.checkpoint.files import Snapshot, complete_checkpoints, write_together
+from peft_pretraining.checkpoint.atomic_write import Snapshot, write_together
+from peft_pretraining.checkpoint.files import complete_checkpoints
 from peft_pretraining.checkpoint.shared_file import SharedFile, rows_of, rows_to_write
 from peft_pretraining.checkpoint.tensor_file import TensorFile
 from peft_pretraining.distributed import World

@@ -223,11 +223,11 @@ def test_the_position_moves_when_the_update_is_done(tiny, tmp_path, spoil, monke
 
 def test_a_full_disk_stops_no_run(tiny, tmp_path, capsys, monkeypatch):
     """Every save after the first fails: each says so, the first checkpoint stays, the run ends as it should."""
-    from peft_pretraining.checkpoint import files as checkpoint_files
+    from peft_pretraining.checkpoint import atomic_write
 
-    write = checkpoint_files._write_file
+    write = atomic_write._write_file
     monkeypatch.setattr(
-        "peft_pretraining.checkpoint.files._write_file",
+        "peft_pretraining.checkpoint.atomic_write._write_file",
         lambda path, content: write(path, content) if "00000002" in str(path) else no_space(),
     )
     assert torchrun_main.command_line(tiny.flags(tmp_path, save_every=2)) == 0

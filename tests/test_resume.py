@@ -144,8 +144,8 @@ def test_auto_takes_the_newest_sound_checkpoint(tiny, tmp_path, capsys):
 def test_every_file_of_a_checkpoint_is_hashed_once(tiny, tmp_path, monkeypatch, how):
     """From the start of the program to the restored run; what the run saves later has other names."""
     run(tiny, tmp_path, save_every=3)
-    folder, hashed, sha256 = checkpoint(tmp_path, 6), Counter(), files._sha256
-    monkeypatch.setattr(files, "_sha256", lambda path: hashed.update([path]) or sha256(path))
+    folder, hashed, sha256 = checkpoint(tmp_path, 6), Counter(), files.sha256_of
+    monkeypatch.setattr(files, "sha256_of", lambda path: hashed.update([path]) or sha256(path))
     run(tiny, tmp_path, **{how: "auto" if how == "resume" else folder})
     assert hashed == {folder / name: 1 for name in [*files.FILES, "tokenizer/tokenizer.model"]}
 

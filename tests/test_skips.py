@@ -11,7 +11,7 @@ from support.models import Model
 from support.oracles import ORACLES
 from support.training import Training
 
-from peft_pretraining.checkpoint.files import write_checkpoint
+from peft_pretraining.checkpoint.atomic_write import write_checkpoint
 from qgalore.factory import Settings, create_optimizer
 from qgalore.memory import kept_bytes
 from qgalore.optimizer import LowRankOptimizer

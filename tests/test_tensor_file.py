@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import torchrun_main
 from peft_pretraining import host_memory
 from peft_pretraining.checkpoint import snapshot as snapshots
-from peft_pretraining.checkpoint.files import write_checkpoint
+from peft_pretraining.checkpoint.atomic_write import write_checkpoint
 from peft_pretraining.checkpoint.snapshot import take_snapshot
 from peft_pretraining.checkpoint.tensor_file import TensorFile, write_tensors
 from peft_pretraining.training import saving

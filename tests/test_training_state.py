@@ -10,7 +10,8 @@ from support.checkpoints import Bomb, replace_file
 from support.training import CONFIG, Training
 from transformers import LlamaConfig
 
-from peft_pretraining.checkpoint.files import FILES, Checkpoint, write_checkpoint
+from peft_pretraining.checkpoint.atomic_write import write_checkpoint
+from peft_pretraining.checkpoint.files import FILES, Checkpoint
 from peft_pretraining.checkpoint.snapshot import restore_model, restore_optimizer, restore_rng
 from peft_pretraining.errors import UserError
 from peft_pretraining.model.build import build_model

@@ -17,15 +17,11 @@ so that no half folder ever has a checkpoint's name, and each can be told from t
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,9 +30,6 @@ from loguru import logger
 from safetensors import SafetensorError, safe_open
 
 from peft_pretraining.checkpoint.old_format import upgrade_progress
-from peft_pretraining.checkpoint.shared_file import SharedFile
-from peft_pretraining.checkpoint.tensor_file import TensorFile
-from peft_pretraining.distributed import World
 from peft_pretraining.errors import UserError
 from peft_pretraining.json_files import read_json
 from peft_pretraining.progress import LongWait
@@ -49,32 +42,9 @@ RNG, STATE = "rng.safetensors", "state.json"
 FILES = frozenset((CONFIG, MODEL, OPTIMIZER, RNG, STATE))
 TOKENIZER = "tokenizer"  # a folder, which checkpoints of older versions do not have
 
-Content = str | bytes | TensorFile | SharedFile
 _NAME = re.compile(r"checkpoint-(\d{8,})|\.checkpoint-(\d{8,})\.replaced")
-_EXTRA = re.compile(rf"{TOKENIZER}/\w[\w.-]*")
-_HEADERS = 1 << 20  # bytes, more than what the files hold beside tensors and texts
+EXTRA = re.compile(rf"{TOKENIZER}/\w[\w.-]*")
 ADVICE = "Resume from another checkpoint."
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """The content of a checkpoint: copies in host memory, or the tensors of the run themselves."""
-
-    update: int  # the update after which it was taken
-    files: Mapping[str, Content]  # the content of each of FILES, and of the files in TOKENIZER
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors and texts."""
-        return sum(
-            file.nbytes if isinstance(file, TensorFile | SharedFile) else len(_as_bytes(file))
-            for file in self.files.values()
-        )
-
-    @property
-    def shared(self) -> dict[str, SharedFile]:
-        """The files that several processes write together."""
-        return {name: file for name, file in self.files.items() if isinstance(file, SharedFile)}
 
 
 def checkpoint_folder(save_dir: Path, *, update: int) -> Path:
@@ -82,179 +52,31 @@ def checkpoint_folder(save_dir: Path, *, update: int) -> Path:
     return save_dir / f"checkpoint-{update:08d}"
 
 
-def _hidden(folder: Path, state: str) -> Path:
+def hidden(folder: Path, state: str) -> Path:
     return folder.with_name(f".{folder.name}.{state}")
 
 
-def _update(folder: Path) -> int | None:
+def update_of(folder: Path) -> int | None:
     """The update in a checkpoint's name; None for any other name."""
     match = _NAME.fullmatch(folder.name)
     return int(match[1] or match[2]) if match else None
 
 
-# Writing
-
-
-def write_checkpoint(save_dir: Path, snapshot: Snapshot) -> Path:
-    """Writes a checkpoint into `save_dir`, which is made if it is missing. Replaces one of the same update.
-
-    Returns its folder, which is synced to the disk. Raises OSError; `tidy` then removes the rest.
-    """
-    return _finish(save_dir, snapshot, hashes=_begin(save_dir, snapshot))
-
-
-def write_together(save_dir: Path, snapshot: Snapshot, *, world: World) -> Path:
-    """write_checkpoint by all processes of a run, of which each has other rows of the tensors, see shared_file.py.
-
-    snapshot: what this process has; of other files than the shared ones, what the main process has counts.
-    Raises OSError on every rank if it fails on one.
-    """
-    hashes = _on_all(world, lambda: _begin(save_dir, snapshot) if world.is_main else {})
-    partial = _hidden(checkpoint_folder(save_dir, update=snapshot.update), "incomplete")
-
-    def fill() -> None:
-        for name, file in snapshot.shared.items():
-            file.fill(partial / name)
-
-    def finish() -> None:
-        if world.is_main:
-            read = {name: _sha256(partial / name) for name in snapshot.shared}
-            _finish(save_dir, snapshot, hashes=hashes | read)
-
-    for step in (fill, finish):
-        _on_all(world, step)
-    return checkpoint_folder(save_dir, update=snapshot.update)
-
-
-def _on_all(world: World, work: Callable[[], Any]) -> Any:
-    """What `work` returns here, when it has ended on every rank. Raises OSError on every rank if one has failed."""
-    result, problem, failed = None, None, None
-    try:
-        result = work()
-    except Exception as error:  # whatever it is, the others wait for word of it
-        failed, problem = error, getattr(error, "strerror", None) or str(error) or type(error).__name__
-    for rank, said in enumerate(world.gather(problem)):
-        if said is not None:
-            raise OSError(f"process {rank}: {said}") from failed
-    return result
-
-
-def _begin(save_dir: Path, snapshot: Snapshot) -> dict[str, str]:
-    """Writes all files but the shared ones, which it creates, under a hidden name. Returns the checksums."""
-    assert all(name in FILES or _EXTRA.fullmatch(name) for name in snapshot.files) and snapshot.files.keys() >= FILES
-    folder = checkpoint_folder(save_dir, update=snapshot.update)
-    save_dir.mkdir(parents=True, exist_ok=True)
-    tidy(save_dir)
-    if shutil.disk_usage(save_dir).free < snapshot.nbytes + _HEADERS:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    partial = _hidden(folder, "incomplete")
-    partial.mkdir()
-    for name, file in snapshot.shared.items():
-        file.create(partial / name)
-    own = ((name, file) for name, file in snapshot.files.items() if not isinstance(file, SharedFile))
-    return {name: _write_file(partial / name, content) for name, content in own}
-
-
-def _finish(save_dir: Path, snapshot: Snapshot, *, hashes: Mapping[str, str]) -> Path:
-    """Writes the manifest and gives the folder its name. Returns the folder."""
-    folder = checkpoint_folder(save_dir, update=snapshot.update)
-    partial = _hidden(folder, "incomplete")
-    files = {name: {"bytes": (partial / name).stat().st_size, "sha256": sha256} for name, sha256 in hashes.items()}
-    manifest = {"format": FORMAT, "update": snapshot.update, "files": files}
-    _write_file(partial / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True))
-    for folder_of_files in {(partial / name).parent for name in files}:
-        _sync(folder_of_files)
-    _put_in_place(partial, folder)
-    return folder
-
-
-def _write_file(path: Path, content: str | bytes | TensorFile) -> str:
-    """Writes a file to the disk and returns its SHA-256."""
-    if isinstance(content, TensorFile):
-        return content.write(path)
-    if not path.parent.exists():
-        path.parent.mkdir()
-    path.write_bytes(_as_bytes(content))
-    _sync(path)
-    return hashlib.sha256(_as_bytes(content)).hexdigest()
-
-
-def _as_bytes(content: str | bytes) -> bytes:
-    return content.encode() if isinstance(content, str) else content
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file or a folder's list of names is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync a folder
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _put_in_place(partial: Path, folder: Path) -> None:
-    """Gives a complete folder its name."""
-    replaced = _hidden(folder, "replaced")
-    if folder.exists():
-        os.replace(folder, replaced)
-    os.replace(partial, folder)
-    _sync(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def tidy(save_dir: Path) -> None:
-    """Removes the rests of unfinished saves and deletions. A checkpoint that was being replaced gets its name back.
-
-    Call it while nothing is being written there. Raises OSError if the name cannot be given.
-    """
-    for path in sorted(save_dir.glob(".checkpoint-*.*")):
-        name, _, state = path.name[1:].rpartition(".")
-        if state == "replaced" and not (save_dir / name).exists() and _is_complete(path):
-            os.replace(path, save_dir / name)
-        elif state in ("incomplete", "replaced", "deleted"):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def prune(save_dir: Path, *, newest: Path, keep_last: int, keep_every: int) -> None:
-    """Deletes old complete checkpoints.
-
-    newest: the newest checkpoint, which stays.
-    keep_last: number of checkpoints to keep, `newest` included; 0 keeps all.
-    keep_every: checkpoints whose update is a multiple of it stay, too; 0 for none.
-    Checkpoints after `newest`, from an earlier run that got further, stay. Raises OSError.
-    """
-    latest = _update(newest)
-    assert latest is not None
-    older = [(folder, update) for folder in complete_checkpoints(save_dir) if (update := _update(folder) or 0) < latest]
-    surplus = max(0, len(older) + 1 - keep_last) if keep_last else 0
-    for folder, update in older[:surplus]:
-        if not keep_every or update % keep_every:
-            deleted = _hidden(folder, "deleted")
-            os.replace(folder, deleted)
-            shutil.rmtree(deleted, ignore_errors=True)
-
-
-# Reading
-
-
 def complete_checkpoints(save_dir: Path) -> list[Path]:
     """The folders of all complete checkpoints, oldest first: the manifest is there and the files have their sizes."""
-    return [folder for folder in _candidates(save_dir) if _is_complete(folder)]
+    return [folder for folder in _candidates(save_dir) if is_complete(folder)]
 
 
 def _candidates(save_dir: Path) -> list[Path]:
     """Folders with a checkpoint's name, by update. One that was moved aside counts if no other has its name."""
     found: dict[int, Path] = {}
     for path in sorted(save_dir.glob("*checkpoint-*")):  # hidden names come first
-        if (update := _update(path)) is not None and path.is_dir():
+        if (update := update_of(path)) is not None and path.is_dir():
             found[update] = path
     return [found[update] for update in sorted(found)]
 
 
-def _is_complete(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     try:
         Checkpoint.open(folder)
     except UserError:
@@ -279,7 +101,7 @@ def find_checkpoint(path: Path) -> Path:
     """
     if not path.is_dir():
         raise UserError(f"{path}: there is no such folder. Name a checkpoint or a folder with checkpoints.")
-    if (path / MANIFEST).exists() or _update(path) is not None:
+    if (path / MANIFEST).exists() or update_of(path) is not None:
         return Checkpoint.open(path).folder
     complete = complete_checkpoints(path)
     if complete:
@@ -323,7 +145,7 @@ class Checkpoint:
     @property
     def tokenizer(self) -> Path | None:
         """The folder of the tokenizer; None in a checkpoint of an older version. Raises UserError if it is damaged."""
-        names = [name for name in self._files if _EXTRA.fullmatch(name)]
+        names = [name for name in self._files if EXTRA.fullmatch(name)]
         return [self.file(name).parent for name in names][0] if names else None
 
     def tensors(self, name: str) -> AbstractContextManager[Any]:
@@ -371,7 +193,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest.get("update"), int):
         raise UserError(f"{path}: the number of the update is missing. {ADVICE}")
     files = manifest.get("files")
-    if not isinstance(files, dict) or {name for name in files if not _EXTRA.fullmatch(name)} != FILES:
+    if not isinstance(files, dict) or {name for name in files if not EXTRA.fullmatch(name)} != FILES:
         named = sorted(files) if isinstance(files, dict) else files
         raise UserError(f"{path}: it must list {', '.join(sorted(FILES))}, but lists {named}. {ADVICE}")
     for name, entry in files.items():
@@ -389,14 +211,14 @@ def _check_size(path: Path, size: int) -> None:
 
 def _check_hash(path: Path, sha256: str) -> None:
     try:
-        found = _sha256(path)
+        found = sha256_of(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). {ADVICE}") from None
     if found != sha256:
         raise UserError(f"{path}: its checksum is wrong, the file is damaged. {ADVICE}")
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 20):

@@ -20,18 +20,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from peft_pretraining.checkpoint.files import (
-    CONFIG,
-    FORMAT,
-    MODEL,
-    OPTIMIZER,
-    RNG,
-    STATE,
-    TOKENIZER,
-    Checkpoint,
-    Content,
-    Snapshot,
-)
+from peft_pretraining.checkpoint.atomic_write import Content, Snapshot
+from peft_pretraining.checkpoint.files import CONFIG, FORMAT, MODEL, OPTIMIZER, RNG, STATE, TOKENIZER, Checkpoint
 from peft_pretraining.checkpoint.old_format import upgrade_quantized, upgrade_state
 from peft_pretraining.checkpoint.shared_file import SharedFile, rows_of, rows_to_write
 from peft_pretraining.checkpoint.tensor_file import TensorFile

@@ -9,15 +9,8 @@ from pathlib import Path
 
 from loguru import logger
 
-from peft_pretraining.checkpoint.files import (
-    Snapshot,
-    checkpoint_folder,
-    complete_checkpoints,
-    prune,
-    tidy,
-    write_checkpoint,
-    write_together,
-)
+from peft_pretraining.checkpoint.atomic_write import Snapshot, prune, tidy, write_checkpoint, write_together
+from peft_pretraining.checkpoint.files import checkpoint_folder, complete_checkpoints
 from peft_pretraining.distributed import World
 
 

@@ -4,11 +4,7 @@ Model, optimizer and updates are those of the run, built by the same functions f
 have shapes but no memory (qgalore/live_memory.py). So the plan is the program: it holds for every model, optimizer,
 batch, accumulation and option.
 
-The layers of a deep model are alike, so few of them are run. In a model of k and in one of k + 1 layers, a stretch of
-the program that works on one layer (a visit: its forward pass in the second micro-batch, say) does the same; what is
-alive besides grows by the same bytes with each further layer. So the peak within a visit is extrapolated along a
-straight line, kind by kind, and the most of all visits is the peak of the deep model, to the byte. Visits of layers in
-the middle lie between those beside them, which is checked: where it does not hold, the whole model is run.
+The layers of a deep model are alike, so few of them are run; see memory_extrapolation.py.
 """
 
 import argparse
@@ -32,6 +28,7 @@ from peft_pretraining.model.config import read_config
 from peft_pretraining.model.family import family_of
 from peft_pretraining.model.loss import accumulate_gradients, token_loss_sum
 from peft_pretraining.model.sharding import Sharding
+from peft_pretraining.training.memory_extrapolation import MemoryPlan, Trace, extrapolate
 from peft_pretraining.training.plan import open_updates
 from peft_pretraining.training.planned_ranks import one_of
 from qgalore.factory import find_recipe
@@ -69,23 +66,6 @@ AttentionInterface.register(_ATTENTION, _attention)
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
-    """What a run keeps and needs, in bytes.
-
-    held: bytes by kind between updates.
-    peaks: the peak of each phase: building the model, the first update, a later one, one with refreshes, evaluation.
-    """
-
-    held: dict[str, int]
-    peaks: dict[str, Peak]
-
-    @property
-    def peak(self) -> Peak:
-        """The largest of the peaks."""
-        return max(self.peaks.values(), key=lambda peak: peak.bytes)
-
-
-@dataclass(frozen=True)
 class _Run:
     """What is planned."""
 
@@ -95,18 +75,6 @@ class _Run:
     device_type: str  # whose way the program takes
     ranks: int  # processes
     real: bool  # whether there are data
-
-
-@dataclass(frozen=True)
-class _Trace:
-    """What was alive in a run of a model of some number of layers.
-
-    held: bytes by kind between updates.
-    visits: in each phase, the peak of each visit to a layer.
-    """
-
-    held: dict[str, int]
-    visits: dict[str, dict[Visit, Peak]]
 
 
 def plan_memory(
@@ -171,7 +139,7 @@ def _extend(run: _Run) -> MemoryPlan | None:
     if few + 1 >= layers:
         return None
     less, more = (_trace(run, layers=count) for count in (few, few + 1))
-    return _extrapolate(less, more, few=few, layers=layers)
+    return extrapolate(less, more, few=few, layers=layers)
 
 
 def _layers_due(args: argparse.Namespace, config: PreTrainedConfig) -> int:
@@ -187,42 +155,7 @@ def _layers_due(args: argparse.Namespace, config: PreTrainedConfig) -> int:
     return -(-count // sizes.count(max(sizes)))
 
 
-def _extrapolate(less: _Trace, more: _Trace, *, few: int, layers: int) -> MemoryPlan | None:
-    """The plan of a model of `layers` from traces of `few` and `few` + 1; None where these do not fit together."""
-    peaks: dict[str, Peak] = {}
-    for phase, visits in less.visits.items():
-        ends, others = _from_ends(visits, few), _from_ends(more.visits[phase], few + 1)
-        if ends.keys() != {(place, number) for place, number in others if place != few - 2}:
-            return None
-        for (place, number), peak in others.items():
-            around = [others.get((near, number)) for near in (few - 3, -2)]
-            if place == few - 2 and any(near is None for near in around):
-                return None
-            if place == few - 2 and 2 * peak.bytes != sum(near.bytes for near in around if near is not None):
-                return None
-        further = [_along(peak, others[key], by=layers - few) for key, peak in ends.items()]
-        peaks[phase] = max(further, key=lambda peak: peak.bytes)
-    return MemoryPlan(_line(less.held, more.held, by=layers - few), peaks)
-
-
-def _from_ends(visits: Mapping[Visit, Peak], layers: int) -> dict[tuple[int, int], Peak]:
-    """Peaks by the number of the layer and of the visit; the last two layers are -2 and -1, no layer is -3."""
-    names = {-1: -3, layers - 2: -2, layers - 1: -1}
-    return {(names.get(visit.part, visit.part), visit.number): peak for visit, peak in visits.items()}
-
-
-def _along(less: Peak, more: Peak, *, by: int) -> Peak:
-    kinds = _line(less.kinds, more.kinds, by=by)
-    return Peak(sum(kinds.values()), kinds, less.line)
-
-
-def _line(less: Mapping[str, int], more: Mapping[str, int], *, by: int) -> dict[str, int]:
-    """The bytes of each kind, `by` steps beyond `less`, where `more` is one step beyond it."""
-    kinds = dict.fromkeys([*less, *more])
-    return {kind: less.get(kind, 0) + by * (more.get(kind, 0) - less.get(kind, 0)) for kind in kinds}
-
-
-def _trace(run: _Run, *, layers: int) -> _Trace:
+def _trace(run: _Run, *, layers: int) -> Trace:
     """Runs the updates of a model with that many layers."""
     args, config, depth = run.args, run.config, run.config.num_hidden_layers
     place = torch.device(run.device_type if run.real else "meta")
@@ -264,7 +197,7 @@ def _trace(run: _Run, *, layers: int) -> _Trace:
         held = dict(+live.kinds)
         with _phase("evaluation", live, visits), torch.no_grad():
             token_loss_sum(model.eval(), tokens, tokens, packed)
-    return _Trace(held, visits)
+    return Trace(held, visits)
 
 
 _KERNELS: dict[Hashable, Peak] = {}  # what the kernel of an update needs, by its arguments

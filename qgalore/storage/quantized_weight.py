@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from qgalore.sharding import local, shard_of
-from qgalore.storage import affine, int8_products, quantized_ops, rounding, stored
+from qgalore.storage import affine, int8_products, quantized_ops, rounding, stored, weight_views
 from qgalore.storage.affine import Affine, Simulated, check_finite
 from qgalore.storage.quantized_ops import Dequantize, Embed, Linear
 from qgalore.storage.rounding import Seed
@@ -211,7 +211,9 @@ class QuantizedWeight(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        return _HANDLERS.get(func, _on_values)(func, *args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = _HANDLERS.get(func, _on_values)(func, *args, **kwargs)
+        return _on_values(func, *args, **kwargs) if result is NotImplemented else result
 
 
 def open_weight(p: Tensor) -> Stored:
@@ -229,7 +231,7 @@ def _code() -> str:
     """What the compiled kernels are made of."""
     return "".join(
         inspect.getsource(module)
-        for module in (rounding, affine, stored, int8_products, quantized_ops, sys.modules[__name__])
+        for module in (rounding, affine, stored, int8_products, quantized_ops, weight_views, sys.modules[__name__])
     )
 
 
@@ -254,15 +256,6 @@ def _check_products(products: str, *, bits: int, whole_rows: bool, simulation: b
         raise ValueError(f"INT8 products are for {' or '.join(int8_products.PRODUCTS)}, not for {products}")
     if bits != 8 or not whole_rows or simulation:
         raise ValueError("INT8 products need 8-bit weights with one group a row (a group size of -1), not simulated")
-
-
-def _share(
-    func: Any, weight: QuantizedWeight, *, parts: dict[str, Tensor] | None = None, shape: torch.Size | None = None
-) -> QuantizedWeight:
-    parts = parts or {name: func(part) for name, part in weight.stored().parts.items()}
-    alias = weight._like(parts, shape=shape)
-    alias.trained = weight.requires_grad or weight.trained  # `.data` of a weight that is trained is trained, too
-    return alias
 
 
 def _set_data(weight: QuantizedWeight, values: Tensor) -> None:
@@ -312,49 +305,9 @@ def _new(func: Any, weight: QuantizedWeight, *args: Any, **kwargs: Any) -> Tenso
     return func(shape, *args, **kwargs | {"device": kwargs.get("device") or weight.device})
 
 
-# Of views, what FSDP2 makes of a parameter: rows, all elements in one row, and the whole.
-
-
-def _rows(weight: QuantizedWeight, start: int, stop: int) -> QuantizedWeight:
-    parts = weight.codec.rows(weight.stored().parts, slice(start, stop), width=weight.shape[1])
-    return _share(None, weight, parts=parts, shape=torch.Size((stop - start, weight.shape[1])))
-
-
-def _slice(
-    func: Any, weight: QuantizedWeight, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
-) -> Tensor:
-    if weight.ndim != 2 or dim not in (0, -2) or step != 1:
-        return _on_values(func, weight, dim, start, end, step)
-    start, stop, _ = slice(start, end).indices(weight.shape[0])
-    return _rows(weight, start, max(start, stop))
-
-
-def _split(func: Any, weight: QuantizedWeight, size: int, dim: int = 0) -> Any:
-    if weight.ndim != 2 or dim not in (0, -2):
-        return _on_values(func, weight, size, dim)
-    rows = weight.shape[0]
-    return [_rows(weight, start, min(start + size, rows)) for start in range(0, max(1, rows), max(1, size))]
-
-
-def _view(func: Any, weight: QuantizedWeight, size: list[int]) -> Tensor:
-    if list(size) not in ([-1], [weight.numel()], list(weight.shape)):
-        return _on_values(func, weight, size)
-    shape = weight.shape if len(size) == 2 else torch.Size((weight.numel(),))
-    return _share(None, weight, parts=weight.stored().parts, shape=shape)
-
-
-def _as_strided(func: Any, weight: QuantizedWeight, size: Any, stride: Any, offset: int | None = None) -> Tensor:
-    if tuple(size) != tuple(weight.shape) or tuple(stride) != tuple(weight.stride()) or offset:
-        return _on_values(func, weight, size, stride, offset)
-    return _share(None, weight, parts=weight.stored().parts)
-
-
-def _new_zeros(func: Any, weight: QuantizedWeight, size: Any, **kwargs: Any) -> Tensor:
-    """Rows of zeros in codes, which FSDP2 copies the rows of a rank into; of any other width, an ordinary tensor."""
-    if weight.ndim != 2 or len(size) != 2 or size[1] != weight.shape[1] or kwargs.get("dtype") is not None:
-        return _new(func, weight, size, **kwargs)
-    shape = torch.Size(size)
-    return weight._like(Stored.zeros(weight.codec, shape, device=weight.device).parts, shape=shape)
+def _new_zeros(func: Any, weight: QuantizedWeight, *args: Any, **kwargs: Any) -> Tensor:
+    found = weight_views.new_zeros(func, weight, *args, **kwargs)
+    return _new(func, weight, *args, **kwargs) if found is NotImplemented else found
 
 
 def _on_values(func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -376,15 +329,15 @@ def _on_values(func: Any, *args: Any, **kwargs: Any) -> Any:
 
 _NEW = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_empty")
 _HANDLERS: dict[Any, Callable[..., Any]] = {
-    aten.detach.default: _share,
-    aten.alias.default: _share,
+    aten.detach.default: weight_views.share,
+    aten.alias.default: weight_views.share,
     aten.clone.default: _clone,
     aten._to_copy.default: _to,
     aten.copy_.default: _copy_,
-    aten.slice.Tensor: _slice,
-    aten.split.Tensor: _split,
-    aten.view.default: _view,
-    aten.as_strided.default: _as_strided,
+    aten.slice.Tensor: weight_views.slice_of,
+    aten.split.Tensor: weight_views.split,
+    aten.view.default: weight_views.view,
+    aten.as_strided.default: weight_views.as_strided,
     aten.new_zeros.default: _new_zeros,
     **{getattr(aten, name).default: _new for name in _NEW},
 }

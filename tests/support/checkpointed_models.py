@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from peft_pretraining.checkpoint import files as checkpoint_files
+from peft_pretraining.checkpoint import atomic_write
 from peft_pretraining.checkpoint.snapshot import take_snapshot
 from qgalore.storage.convert import quantize_linear_layers
 from qgalore.storage.quantized_weight import QuantizedWeight
@@ -17,7 +17,7 @@ def write_checkpoint(model: LlamaForCausalLM, folder: Path, *, update: int = 3, 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     snapshot = take_snapshot(model, optimizer, update=update, progress={"args": args})
     folder.parent.mkdir(parents=True, exist_ok=True)
-    return checkpoint_files.write_checkpoint(folder.parent, snapshot).rename(folder)
+    return atomic_write.write_checkpoint(folder.parent, snapshot).rename(folder)
 
 
 def quantize(model: LlamaForCausalLM, *, simulation: bool = False, group_size: int = 16) -> LlamaForCausalLM:

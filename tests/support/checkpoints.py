@@ -12,7 +12,9 @@ import torch
 from loguru import logger
 
 from peft_pretraining.checkpoint import tensor_file
-from peft_pretraining.checkpoint.files import FILES, Checkpoint, Snapshot, TensorFile, complete_checkpoints
+from peft_pretraining.checkpoint.atomic_write import Snapshot
+from peft_pretraining.checkpoint.files import FILES, Checkpoint, complete_checkpoints
+from peft_pretraining.checkpoint.tensor_file import TensorFile
 
 WATCHED = [
     (os, "mkdir"),

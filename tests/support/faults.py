@@ -18,12 +18,12 @@ sys.path[0] = str(Path(__file__).parents[2])  # this folder has a tokenizers.py 
 
 import torchrun_main  # noqa: E402
 from peft_pretraining import distributed  # noqa: E402
-from peft_pretraining.checkpoint import files, shared_file  # noqa: E402
+from peft_pretraining.checkpoint import atomic_write, shared_file  # noqa: E402
 from peft_pretraining.errors import UserError  # noqa: E402
 from peft_pretraining.model import loss  # noqa: E402
 from peft_pretraining.training import loop, plan, report  # noqa: E402
 
-STEP, LOSS, FILL, WRITE = loop.train_step, loss.token_loss_sum, shared_file.SharedFile.fill, files._write_file
+STEP, LOSS, FILL, WRITE = loop.train_step, loss.token_loss_sum, shared_file.SharedFile.fill, atomic_write._write_file
 
 
 class Fault:
@@ -111,7 +111,7 @@ def in_save(happens: Callable[[], Any]) -> None:
             happens()
         return WRITE(path, content)
 
-    shared_file.SharedFile.fill, files._write_file = fill, write
+    shared_file.SharedFile.fill, atomic_write._write_file = fill, write
 
 
 def at_start(happens: Callable[[], Any]) -> None:
