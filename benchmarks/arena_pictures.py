@@ -28,7 +28,7 @@ from peft_pretraining.report.drawing import NUMBERS, colour, dashes, drawing
 ROOT = Path(__file__).parent.parent
 SEQUENCE = 256  # tokens
 MORE = (("#8c6d00", "#5b4fc4"), ("#d9b44a", "#a79bff"))  # colours of lines beside LIGHT's and DARK's
-MOST = 1.35  # times the lowest perplexity: the top of the picture of rates
+MAX_RATIO = 1.35  # times the lowest perplexity: the top of the picture of rates
 
 
 def rates(axes: Axes, records: Sequence[Record], methods: Sequence[str]) -> None:
@@ -45,7 +45,7 @@ def rates(axes: Axes, records: Sequence[Record], methods: Sequence[str]) -> None
     axes.set_xscale("log", base=2)
     run = sorted({r["matrix_lr"] for r in records})
     axes.set_xticks(run, [f"{rate:.2g}" for rate in run], rotation=40, rotation_mode="anchor", ha="right")
-    axes.set_ylim(lowest * 0.985, lowest * MOST)
+    axes.set_ylim(lowest * 0.985, lowest * MAX_RATIO)
     axes.set_xlabel("peak learning rate of the matrices")
     axes.set_ylabel("validation perplexity")
 

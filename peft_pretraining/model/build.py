@@ -87,12 +87,17 @@ def build_model(
     rotary = type(family.part("rotary", model))(config=model.config)
     model.set_submodule(family.rotary, rotary.to(device))
     if activation_checkpointing:
-        # transformers renamed the method and warns about the old name.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-        if offload_activations:
-            offload_inputs(model)
+        _checkpoint_activations(model, offload=offload_activations)
     return model.train()
+
+
+def _checkpoint_activations(model: PreTrainedModel, *, offload: bool) -> None:
+    """Lets each layer keep its inputs alone, on the host with `offload`, and compute the rest again in backward."""
+    # transformers renamed the method and warns about the old name.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    if offload:
+        offload_inputs(model)
 
 
 def prepare_model(

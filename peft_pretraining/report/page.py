@@ -24,7 +24,7 @@ from peft_pretraining.report.heat_maps import draw_overlaps, draw_refreshes
 from peft_pretraining.report.memory import PLANNED_PEAK, draw_memory, memory_of
 from peft_pretraining.report.records import RunRecord, read_run
 
-MOST_HEAT_MAPS = 6  # groups whose subspaces are drawn
+MAX_HEAT_MAPS = 6  # groups whose subspaces are drawn
 MARKS = {"x": "✕", "d": "◇", "v": "▽", "|": "|"}  # of INCIDENT_MARKS, as text
 
 
@@ -131,7 +131,7 @@ def _memory(groups: Sequence[Group]) -> str:
 def _subspaces(groups: Sequence[Group]) -> str:
     """Two heat maps of the first run of each group, or why there is none."""
     parts = ""
-    for group in groups[:MOST_HEAT_MAPS]:
+    for group in groups[:MAX_HEAT_MAPS]:
         run, heading = group.runs[0], ""
         if len(groups) > 1 or len(group.runs) > 1:
             heading = f"<h3>{_swatch(group)} {escape(group.label)}: {escape(run.name)}</h3>"
@@ -144,8 +144,8 @@ def _subspaces(groups: Sequence[Group]) -> str:
         parts += (
             f'{heading}<div class="pictures">{_figure(refreshes)}{_figure(overlaps) if overlaps else missing}</div>'
         )
-    if len(groups) > MOST_HEAT_MAPS:
-        parts += f"<p>The subspaces of the first {MOST_HEAT_MAPS} groups are drawn.</p>"
+    if len(groups) > MAX_HEAT_MAPS:
+        parts += f"<p>The subspaces of the first {MAX_HEAT_MAPS} groups are drawn.</p>"
     return _section("Subspaces", f"{parts}<p>One row is one matrix; of each kind, the first layer is on top.</p>")
 
 

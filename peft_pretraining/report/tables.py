@@ -18,7 +18,7 @@ from peft_pretraining.report.groups import (
 from peft_pretraining.report.memory import size_of
 from peft_pretraining.report.records import INCIDENTS, RunRecord
 
-MOST_INCIDENTS = 200  # of a run, listed one by one
+MAX_INCIDENTS = 200  # of a run, listed one by one
 
 
 def status(run: RunRecord) -> str:
@@ -148,9 +148,7 @@ def incidents(groups: Sequence[Group]) -> str:
     parts = []
     for run in runs:
         if run.incidents:
-            rows = [
-                [f"update {each.update:,}", each.kind, escape(each.text)] for each in run.incidents[:MOST_INCIDENTS]
-            ]
+            rows = [[f"update {each.update:,}", each.kind, escape(each.text)] for each in run.incidents[:MAX_INCIDENTS]]
             left = len(run.incidents) - len(rows)
             more = f"<p>{left:,} more are in metrics.jsonl.</p>" if left else ""
             counts = (_counted(run.happened(kind), kind) for kind in INCIDENTS.values() if run.happened(kind))
