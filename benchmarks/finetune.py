@@ -115,7 +115,8 @@ def run_trial(trial: Trial, args: argparse.Namespace) -> dict[str, Any]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     began = time.monotonic()
-    run = functools.partial(main, [*flags, "--lora_all_modules", "--no_report"], began=began)
+    switches = ["--lora_all_modules", "--no_report", *["--compile"] * args.compile]
+    run = functools.partial(main, [*flags, *switches], began=began)
     lines, failed = recorded_run(run, folder=folder, trial=trial)
     return asdict(trial) | read_run(lines) | {"failed": failed, "rank": args.rank, "epochs": args.epochs, **machine()}
 
@@ -198,6 +199,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--max_length", type=int, default=160)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--compile", action="store_true", help="compile the updates of our own optimizers")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="how long trials may begin")
     return parser.parse_args(argv)
 

@@ -213,6 +213,15 @@ def test_our_page_has_the_same_line():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["full_8bit", "q_galore"])
+def test_compiled_updates_are_the_eager_ones(method, tmp_path):
+    told = dict(method=method, num_train_epochs=2)
+    assert command_line(flags(tmp_path / "eager", **told)) == 0
+    assert command_line(flags(tmp_path / "compiled", compile=True, **told)) == 0
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-5)
+
+
+@pytest.mark.slow
 def test_two_processes_train_on_the_same_examples(tmp_path, place):
     """Without dropout, the losses of one process with twice the batch; the metrics are over all examples."""
     model = make_classifier(tmp_path / "still", "bert", dropout=0.0)

@@ -23,6 +23,7 @@ from peft_pretraining.glue.data import Examples, load_examples
 from peft_pretraining.glue.evaluate import Judge, loss_sum
 from peft_pretraining.glue.model import HubTokenizer, in_order_of_model, open_config, open_model, open_tokenizer
 from peft_pretraining.glue.rates import lr_ratio
+from peft_pretraining.model.build import check_compiler
 from peft_pretraining.model.dtypes import resolve_dtype
 from peft_pretraining.training.exit_status import exit_status
 from peft_pretraining.training.interruption import Interruption
@@ -45,6 +46,8 @@ def main(argv: list[str] | None = None, *, began: float) -> None:
     world = World.from_environment()
     set_up_log(is_main=world.is_main)
     args = parse_args(argv, world_size=world.size)
+    if args.compile:
+        check_compiler(world.device)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     use_threads(world, num_threads=args.num_threads)
