@@ -4,10 +4,10 @@
 
 --dataset is that of torchrun_main.py. A byte-level BPE is trained first; texts are joined and cut into windows of
 --max_length tokens; 30% of the tokens are masked, which a short training makes more of than RoBERTa's 15% (Wettig et
-al. 2023, arXiv 2202.08005). Norms come before the layers, as in LLaMA, and positions begin as sinusoids: without them
-the loss was still that of counting words after 500 updates. Muon trains the matrices, AdamW the rest, in transformers'
-Trainer, on a GPU in bfloat16 if there is one. The learning rates fall to 0 within --minutes, however many updates these
-are. Writes a transformers folder and prints the masked loss.
+al. 2023, arXiv 2202.08005). Norms come before the layers, as in LLaMA, and positions begin as sinusoids. Muon trains the
+matrices, AdamW the rest, in transformers' Trainer, on a GPU in bfloat16 if there is one. The learning rates fall to 0
+within --minutes, however many updates these are. Writes a transformers folder and prints the masked loss: one of more
+than 6 is that of counting words, and such a model has nothing to fine-tune yet.
 """
 
 import argparse
@@ -186,7 +186,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--masked", type=float, default=0.3, help="share of the tokens")
     parser.add_argument("--lr", type=float, default=0.008, help="of embeddings, norms and head")
-    parser.add_argument("--matrix_lr", type=float, default=0.004)
+    parser.add_argument("--matrix_lr", type=float, default=0.02)
     parser.add_argument("--characters", type=int, default=60_000_000, help="of training text")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
