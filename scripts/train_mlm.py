@@ -4,9 +4,9 @@
 
 --dataset is that of torchrun_main.py. A byte-level BPE is trained first; texts are joined and cut into windows of
 --max_length tokens; 30% of the tokens are masked, which a short training makes more of than RoBERTa's 15% (Wettig et
-al. 2023, arXiv 2202.08005). Norms come before the layers, as in LLaMA, and positions begin as sinusoids. Muon trains the
-matrices, AdamW the rest, in transformers' Trainer, on a GPU in bfloat16 if there is one. The learning rates fall to 0
-within --minutes, however many updates these are. Writes a transformers folder and prints the masked loss: one of more
+al. 2023, arXiv 2202.08005). Norms come before the layers, as in LLaMA, and positions begin as sinusoids. Muon trains
+the matrices, AdamW the rest, in transformers' Trainer, on a GPU in bfloat16 if there is one. The learning rates fall to
+0 within --minutes, however many updates these are. Writes a transformers folder and prints the masked loss: one of more
 than 6 is that of counting words, and such a model has nothing to fine-tune yet.
 """
 
