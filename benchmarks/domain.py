@@ -3,10 +3,12 @@
     python benchmarks/domain.py --model runs/small_llama/model --updates 60 --out benchmarks/results/domain.jsonl
 
 --model is a transformers folder with its tokenizer, pre-trained on something else than --dataset (default: pydocs, the
-documentation that comes with Python and torch; a model that has read books is bad at it). A method's learning rate, one
-for all that it trains, is swept with the first seed on a grid of factors of 3 until the best lies inside, then run with
-the other seeds, which draw another order of the data. Finished trials are read back from --out. Prints a table of
-perplexities along the way; `--picture NAME` draws them into docs/NAME-light.svg and -dark.svg.
+documentation that comes with Python and torch; a model that has read books is bad at it). A method's learning rate is
+swept with the first seed on a grid of factors of 3 until the best lies inside, then run with the other seeds, which
+draw another order of the data. It is one for all that a method trains; but `--galore_scale` gives projected matrices a
+quarter of it, so that full training has rows in which its matrices have a smaller rate, too. Finished trials are read
+back from --out. Prints a table of losses along the way; `--picture NAME` draws them into docs/NAME-light.svg and
+-dark.svg.
 """
 
 import argparse
@@ -42,6 +44,8 @@ class Method(NamedTuple):
 
 METHODS: dict[str, Method] = {
     "full": Method(("adamw",), 1e-3),
+    "full, the matrices at a quarter of the rate": Method(("adamw", "--matrix_lr_ratio", "0.25"), 3e-3),
+    "full, the matrices at a sixteenth of the rate": Method(("adamw", "--matrix_lr_ratio", "0.0625"), 9e-3),
     "full, 8-bit": Method(("adamw8bit",), 1e-3),
     "GaLore": Method(("galore_adamw", *GAP), 3e-3),
     "GaLore, 8-bit": Method(("galore_adamw8bit", *GAP), 3e-3),
@@ -50,6 +54,7 @@ METHODS: dict[str, Method] = {
     "GaLore, others frozen": Method(("galore_adamw", *GAP, *OTHERS_FROZEN), 3e-3),
     "Q-GaLore, others frozen": Method(("q_galore_adamw8bit_per_layer", *GAP, *INT8, *OTHERS_FROZEN), 3e-3),
     "LoRA": Method(ADAPTERS, 3e-3),
+    "LoRA, others trained": Method(("adamw", "--peft", "lora"), 3e-3),
     "QLoRA": Method((*ADAPTERS, "--weight_quant", "--weight_bits", "4", "--weight_group_size", "64"), 3e-3),
 }
 
