@@ -6,9 +6,9 @@
 documentation that comes with Python and torch; a model that has read books is bad at it). A method's learning rate is
 swept with the first seed on a grid of factors of 3 until the best lies inside, then run with the other seeds, which
 draw another order of the data. It is one for all that a method trains; but `--galore_scale` gives projected matrices a
-quarter of it, so that full training has rows in which its matrices have a smaller rate, too. Finished trials are read
-back from --out. Prints a table of losses along the way; `--picture NAME` draws them into docs/NAME-light.svg and
--dark.svg.
+quarter of it, so that full training and LoRA have rows in which the matrices have a smaller rate, too. Finished trials
+are read back from --out. Prints a table of losses along the way; `--picture NAME` draws them into docs/NAME-light.svg
+and -dark.svg.
 """
 
 import argparse
@@ -50,11 +50,17 @@ METHODS: dict[str, Method] = {
     "GaLore": Method(("galore_adamw", *GAP), 3e-3),
     "GaLore, 8-bit": Method(("galore_adamw8bit", *GAP), 3e-3),
     "Q-GaLore": Method(("q_galore_adamw8bit_per_layer", *GAP, *INT8), 3e-3),
+    "Q-GaLore, the matrices at a sixteenth of the rate": Method(
+        ("q_galore_adamw8bit_per_layer", *GAP, *INT8, "--galore_scale", "0.0625"), 2.7e-2
+    ),
     "APOLLO": Method(("apollo", *GAP), 3e-3),
     "GaLore, others frozen": Method(("galore_adamw", *GAP, *OTHERS_FROZEN), 3e-3),
     "Q-GaLore, others frozen": Method(("q_galore_adamw8bit_per_layer", *GAP, *INT8, *OTHERS_FROZEN), 3e-3),
     "LoRA": Method(ADAPTERS, 3e-3),
     "LoRA, others trained": Method(("adamw", "--peft", "lora"), 3e-3),
+    "LoRA, others trained, the factors at a quarter of the rate": Method(
+        ("adamw", "--peft", "lora", "--matrix_lr_ratio", "0.25"), 9e-3
+    ),
     "QLoRA": Method((*ADAPTERS, "--weight_quant", "--weight_bits", "4", "--weight_group_size", "64"), 3e-3),
 }
 
