@@ -21,13 +21,12 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import torch
 
 from benchmarks.support import command_line, machine, read_records, recorded_run
 
@@ -111,9 +110,6 @@ def run_trial(trial: Trial, args: argparse.Namespace) -> dict[str, Any]:
         "per_device_eval_batch_size": 64, "update_proj_gap": args.gap, "galore_scale": args.scale, "dtype": args.dtype,
         "num_warmup_steps": args.warmup, "output_dir": folder, "num_threads": 1,
     })  # fmt: skip
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
     began = time.monotonic()
     switches = ["--lora_all_modules", "--no_report", *["--compile"] * args.compile]
     run = functools.partial(main, [*flags, *switches], began=began)
@@ -157,9 +153,10 @@ def table(records: list[dict[str, Any]], *, tasks: list[str], seeds: list[int]) 
             own += [run for run in runs if run["kept_bytes"]]
         if own:
             kept = mean(sum(run["kept_bytes"].values()) for run in own) / 1e6
-            peak, seconds = max(run["memory_bytes"] for run in own) / 1e6, median(r["micro_batch_seconds"] for r in own)
+            peaks, seconds = [r["memory_bytes"] or 0 for r in own], median(r["micro_batch_seconds"] for r in own)
+            peak = f"{max(peaks) / 1e6:.0f}" if any(peaks) else ""
             overall = f"{mean(means):.1f}" if len(means) == len(tasks) else ""
-            row = [method, *cells, overall, f"{kept:.2f}", f"{peak:.0f}", f"{1e3 * seconds:.0f}", ", ".join(rates)]
+            row = [method, *cells, overall, f"{kept:.2f}", peak, f"{1e3 * seconds:.0f}", ", ".join(rates)]
             lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
 
@@ -175,7 +172,8 @@ def main(argv: list[str] | None = None) -> int:
             trial = next(wanted(records, tasks=args.folders, methods=args.methods, seeds=args.seeds), None)
             if trial is None:
                 break
-            records.append(record := run_trial(trial, args))
+            with get_context("spawn").Pool(1) as own:  # a process of its own, so that its peak is its own, too
+                records.append(record := own.apply(run_trial, (trial, args)))
             file.write(json.dumps(record) + "\n")
             file.flush()
             print(f"{trial}: {record['scores']}", file=sys.stderr, flush=True)

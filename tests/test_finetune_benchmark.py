@@ -40,6 +40,7 @@ def test_a_sweep_that_only_climbs_ends():
     assert len(found) <= 6 and max(found) == pytest.approx(1e-3 * 3**4, rel=0.02)
 
 
+@pytest.mark.slow  # a process for each trial
 def test_the_comparison_runs_and_goes_on(tmp_path, capsys):
     model = make_classifier(tmp_path / "model", "bert")
     write_task(tmp_path / "easy", "sst2", train=32, validation=16)
@@ -51,6 +52,7 @@ def test_the_comparison_runs_and_goes_on(tmp_path, capsys):
     records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     table = capsys.readouterr().out
     assert {(r["method"], r["seed"]) for r in records} == {(m, s) for m in ("full", "q_galore") for s in (0, 1)}
+    assert all(record["memory_bytes"] > 1e8 for record in records)
     kept = {method: [r for r in records if r["method"] == method][0]["kept_bytes"] for method in ("full", "q_galore")}
     assert sum(kept["q_galore"].values()) < 0.6 * sum(kept["full"].values())
     assert "| full |" in table and "| q_galore |" in table and "±" in table
