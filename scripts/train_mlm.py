@@ -3,11 +3,14 @@
     python scripts/train_mlm.py --dataset data/books --out runs/small_roberta --minutes 60
 
 --dataset is that of torchrun_main.py. A byte-level BPE is trained first; texts are joined and cut into windows of
---max_length tokens; 30% of the tokens are masked, which a short training makes more of than RoBERTa's 15% (Wettig et
-al. 2023, arXiv 2202.08005). Norms come before the layers, as in LLaMA, and positions begin as sinusoids. Muon trains
-the matrices, AdamW the rest, in transformers' Trainer, on a GPU in bfloat16 if there is one. The learning rates fall to
-0 within --minutes, however many updates these are. Writes a transformers folder and prints the masked loss: one of more
-than 6 is that of counting words, and such a model has nothing to fine-tune yet.
+--max_length tokens. For the share --causal of the time the model learns to predict the next token, then masked ones. A
+small model that begins with masks learns for a long while to count words and no more; and in equal time the two in turn
+end better, too (Gisserot-Boukhlef et al. 2025, arXiv 2507.00994). 30% of the tokens are masked, which a short training
+makes more of than RoBERTa's 15% (Wettig et al. 2023, arXiv 2202.08005). Norms come before the layers, as in LLaMA, and
+positions begin as sinusoids. Muon trains the matrices, AdamW the rest, in transformers' Trainer, on a GPU in bfloat16
+if there is one. In either part the learning rates fall to 0 within its time, however many updates these are. Writes a
+transformers folder and prints the masked loss: one of more than 6 is that of counting words, and such a model has
+nothing to fine-tune yet.
 """
 
 import argparse
@@ -29,6 +32,7 @@ from transformers import (
     DataCollatorForLanguageModeling,
     PreTrainedTokenizerFast,
     RobertaPreLayerNormConfig,
+    RobertaPreLayerNormForCausalLM,
     RobertaPreLayerNormForMaskedLM,
     Trainer,
     TrainerCallback,
@@ -52,6 +56,7 @@ class Windows(torch.utils.data.Dataset):
             found = tokenizer(texts[start : start + 256], add_special_tokens=False, verbose=False)["input_ids"]
             ids += itertools.chain.from_iterable([*one, tokenizer.eos_token_id] for one in found)
         inner = length - 2
+        self.tokenizer = tokenizer
         self.ids = torch.tensor(ids[: len(ids) // inner * inner]).view(-1, inner)
         self.ends = torch.tensor([tokenizer.bos_token_id]), torch.tensor([tokenizer.eos_token_id])
 
@@ -127,45 +132,67 @@ def make_optimizer(model: torch.nn.Module, *, lr: float, matrix_lr: float) -> to
     return qgalore.LowRankOptimizer([matrices, others], lr=lr, betas=(0.9, 0.95))
 
 
+def make_config(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> RobertaPreLayerNormConfig:
+    return RobertaPreLayerNormConfig(
+        vocab_size=len(tokenizer), hidden_size=args.hidden, num_hidden_layers=args.layers,
+        num_attention_heads=max(1, args.hidden // 64), intermediate_size=4 * args.hidden,
+        max_position_embeddings=args.positions + 2, pad_token_id=1, bos_token_id=0, eos_token_id=2, type_vocab_size=1,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+
+
+def make_trainer(
+    model: torch.nn.Module, data: tuple[Windows, Windows], *, share: float, masked: bool, args: argparse.Namespace
+) -> Trainer:
+    """A Trainer whose rates rise for 100 updates, then fall to 0 as its share of the time runs out.
+
+    data: what is learned, and what is held out.
+    """
+    model.base_model.compile()
+    limit = TimeLimit(60 * args.minutes * share)
+    optimizer = make_optimizer(model, lr=args.lr, matrix_lr=args.matrix_lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: min(1, (update + 1) / 100) * limit.left)
+    return (MaskedTrainer if masked else Trainer)(
+        model,
+        TrainingArguments(
+            output_dir=args.out, per_device_train_batch_size=args.batch_size, per_device_eval_batch_size=64,
+            max_steps=args.max_steps or UPDATES, logging_steps=50, save_strategy="no", report_to=[], seed=args.seed,
+            bf16=torch.cuda.is_available(), disable_tqdm=True, remove_unused_columns=False,
+            dataloader_pin_memory=torch.cuda.is_available(),
+        ),
+        data_collator=DataCollatorForLanguageModeling(data[0].tokenizer, mlm=masked, mlm_probability=args.masked),
+        train_dataset=data[0], eval_dataset=data[1], callbacks=[limit], optimizers=(optimizer, schedule),
+    )  # fmt: skip
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     torch.manual_seed(args.seed)
     texts = list(texts_of(args.dataset, "train", limit=args.characters))
     tokenizer = train_tokenizer(texts[:4000], vocab_size=args.vocab_size)
     tokenizer.model_max_length = args.positions
-    windows = Windows(texts, tokenizer, length=args.max_length)
-    held_out = Windows(list(texts_of(args.dataset, "validation", limit=300_000)), tokenizer, length=args.max_length)
-    config = RobertaPreLayerNormConfig(
-        vocab_size=len(tokenizer), hidden_size=args.hidden, num_hidden_layers=args.layers,
-        num_attention_heads=max(1, args.hidden // 64), intermediate_size=4 * args.hidden,
-        max_position_embeddings=args.positions + 2, pad_token_id=1, bos_token_id=0, eos_token_id=2, type_vocab_size=1,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
+    held_out = list(texts_of(args.dataset, "validation", limit=300_000))
+    data = tuple(Windows(each, tokenizer, length=args.max_length) for each in (texts, held_out))
+    config = make_config(tokenizer, args)
     model = RobertaPreLayerNormForMaskedLM(config)
     begin_with_sinusoids(model.base_model.embeddings.position_embeddings)
-    model.base_model.compile()
-    limit = TimeLimit(60 * args.minutes)
-    optimizer = make_optimizer(model, lr=args.lr, matrix_lr=args.matrix_lr)
-    # A warm-up of 100 updates, then down to 0 as the time runs out.
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: min(1, (update + 1) / 100) * limit.left)
-    trainer = MaskedTrainer(
-        model,
-        TrainingArguments(
-            output_dir=args.out, per_device_train_batch_size=args.batch_size, per_device_eval_batch_size=64,
-            max_steps=args.max_steps or UPDATES, logging_steps=50, save_strategy="no", report_to=[], seed=args.seed,
-            bf16=torch.cuda.is_available(), disable_tqdm=True, remove_unused_columns=False,
-        ),
-        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm_probability=args.masked),
-        train_dataset=windows, eval_dataset=held_out, callbacks=[limit], optimizers=(optimizer, schedule),
-    )  # fmt: skip
+    told: dict[str, Any] = {}
+    if args.causal:
+        decoder = RobertaPreLayerNormForCausalLM(RobertaPreLayerNormConfig(**config.to_dict() | {"is_decoder": True}))
+        decoder.load_state_dict(model.state_dict())
+        first = make_trainer(decoder, data, share=args.causal, masked=False, args=args)
+        first.train()
+        told["causal"], told["causal_loss"] = first.state.global_step, first.evaluate()["eval_loss"]
+        model.load_state_dict(decoder.state_dict())
+    trainer = make_trainer(model, data, share=1 - args.causal, masked=True, args=args)
     trainer.train()
     torch.manual_seed(0)  # the same masks for every model
     loss = trainer.evaluate()["eval_loss"]
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    told = {
-        "updates": trainer.state.global_step, "masked_loss": loss, "perplexity": math.exp(loss),
-        "parameters": model.num_parameters(), "windows": len(windows), "minutes": args.minutes,
+    told |= {
+        "masked": trainer.state.global_step, "masked_loss": loss, "perplexity": math.exp(loss),
+        "parameters": model.num_parameters(), "windows": len(data[0]), "minutes": args.minutes,
     }  # fmt: skip
     (Path(args.out) / "training.json").write_text(json.dumps(told | {"args": vars(args)}, indent=1) + "\n")
     print(json.dumps(told))
@@ -177,7 +204,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--out", required=True)
     parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--max_steps", type=int, help="end after so many updates, if the time lasts")
+    parser.add_argument("--causal", type=float, default=0.5, help="share of the time for predicting the next token")
+    parser.add_argument("--max_steps", type=int, help="end either part after so many updates, if the time lasts")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocab_size", type=int, default=4096)
