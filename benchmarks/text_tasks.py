@@ -5,6 +5,7 @@
     same_book       a pair of passages: are they of the same book? (as MRPC asks whether two sentences mean the same)
     which_book      one passage: which of 8 books is it of?
     word_order      one passage: is it as it was written, or are six neighbouring words shuffled? (as CoLA)
+    speech          ten words: are they spoken, or told? (as SST-2; the marks around direct speech are left out)
     continuation    a pair: does the second passage follow on the first, or come later in the document? (as RTE)
     order           two neighbouring passages, perhaps swapped: is the first one first?
 
@@ -29,6 +30,10 @@ from typing import NamedTuple
 
 BOOKS = 8  # of which_book
 SHUFFLED = 6  # words, of word_order
+OPENING = 10  # words, of speech
+TRIES = 10_000  # to find some
+SPOKEN = re.compile(r'(?<!\S)["“]([A-Z][^"“”]*)["”](?!\S)')
+MARKS = re.compile(r"""["“”‘]|(?<!\S)'""")
 
 
 class Passages(NamedTuple):
@@ -88,6 +93,20 @@ def word_order(documents: list[Passages], rng: random.Random, label: int) -> Row
     return {"sentence": " ".join(words), "label": label}
 
 
+def speech(documents: list[Passages], rng: random.Random, label: int) -> Row:
+    """Both begin a sentence and have the same length, so that neither tells. Where something is told, the passages
+    before and after have no quotation marks either: it could be the middle of a long speech."""
+    for _ in range(TRIES):
+        texts = rng.choice(documents).texts
+        place = rng.randrange(len(texts))
+        told = texts[place][:1].isupper() and not MARKS.search(" ".join(texts[max(place - 1, 0) : place + 2]))
+        found = SPOKEN.findall(texts[place]) if label else [texts[place]] * told
+        long = [words for each in found if len(words := each.split()) >= OPENING]
+        if long:
+            return {"sentence": " ".join(rng.choice(long)[:OPENING]), "label": label}
+    raise ValueError(f"no {'direct speech' if label else 'passage without it'} among {TRIES:,} passages")
+
+
 def continuation(documents: list[Passages], rng: random.Random, label: int) -> Row:
     """The wrong one comes later in the same document, so that neither subject nor style tells."""
     long = rng.choice(documents)
@@ -112,6 +131,7 @@ TASKS: dict[str, tuple[Callable[[list[Passages], random.Random, int], Row], int]
     "same_book": (same_book, 2),
     "which_book": (which_book, BOOKS),
     "word_order": (word_order, 2),
+    "speech": (speech, 2),
     "continuation": (continuation, 2),
     "order": (order, 2),
 }

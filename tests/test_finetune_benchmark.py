@@ -70,6 +70,7 @@ def books(tmp_path_factory):
                 for number in range(12):
                     words = " ".join(f"w{index}" for index in range(45))
                     sentences = [f"B{book} D{number} S{place} {words} end." for place in range(8)]
+                    sentences[1] = f'"{sentences[1][:-1]}" .'
                     file.write(json.dumps({"text": " ".join(sentences), "url": f"https://x/b{book}/{number}"}) + "\n")
     return folder
 
@@ -83,16 +84,19 @@ def test_labels_of_the_tasks_are_true(books, tmp_path):
             counts = {label: sum(row["label"] == label for row in rows) for label in {row["label"] for row in rows}}
             assert len(counts) == text_tasks.TASKS[task][1] and len(set(counts.values())) == 1, "equally frequent"
             for row in rows:
-                texts = [row[name].split() for name in row if name != "label"]
+                texts = [row[name].replace('"', "").split() for name in row if name != "label"]
                 assert row["label"] == truth(task, texts), row
+                assert task != "speech" or len(row["sentence"].split()) == 10 and '"' not in row["sentence"]
 
 
 def truth(task: str, texts: list[list[str]]) -> str:
     """The label, from what the passages say of themselves."""
     if task == "which_book":
         return texts[0][0].removeprefix("B")  # of ten books with as many documents, the first eight by name
+    if task == "speech":
+        return str(int(texts[0][2] == "S1"))
     if task == "word_order":
-        return str(int(texts[0][3:-1] == [f"w{index}" for index in range(45)]))
+        return str(int(texts[0][3:48] == [f"w{index}" for index in range(45)]))
     (one, document, place), (other, same, then) = (text[:3] for text in texts)
     if task == "same_book":
         return str(int(one == other))
@@ -111,7 +115,7 @@ def test_whole_documents_are_held_out(books, tmp_path):
 
 def documents(path: Path) -> set[tuple[str, ...]]:
     """Book and document of every passage in a file."""
-    texts = [row[name] for row in read_rows(path) for name in row if name != "label"]
+    texts = [row[name].replace('"', "") for row in read_rows(path) for name in row if name != "label"]
     return {tuple(sorted(word for word in text.split() if word[0] in "BD")) for text in texts}
 
 
