@@ -267,6 +267,15 @@ class ParameterUpdate:
             self.state, self.kinds, dtype=dtype, seed=seed, compiled=compiled, prefix=self.prefix, row_start=start
         )
 
+    def allocate(self) -> None:
+        """Puts zeros into the state for every tensor that training will hold."""
+        device, wide = self.p.device, self.projector.wide
+        self.projector.allocate(self.state, device=device)
+        for each in [self] if self.learner is None else [self, self.learner]:
+            each.create_moments(wide, device=device)
+        for name in (self.lift.remembers, self.skip.remembers):
+            self.remembered(name, wide, device=device)
+
     def undo(self) -> None:
         """Takes back the counts of this update, whose gradient was not finite: the kernel has written nothing."""
         self.clock.undo(self.state)
@@ -277,6 +286,26 @@ class ParameterUpdate:
         self.clock.end()
         if self.learner is not None:
             self.learner.clock.end()
+
+    def refreshes(self) -> dict[str, Any] | None:
+        """The history of the bases; None for a parameter that is not projected.
+
+        refreshes: number of refreshes so far.
+        failed: number of refreshes that failed.
+        seconds: time spent in refreshes since the start or the last resume, as the host saw it.
+        gap: updates from one refresh to the next; None for a basis that learns.
+        overlap: overlap of the last two bases; None unless refreshes are lazy.
+        """
+        if not self.projector.sides:
+            return None
+        state, schedule = self.state, self.projector.schedule
+        return {
+            "refreshes": state.get("refreshes", 0),
+            "failed": state.get("failed_refreshes", 0),
+            "seconds": self.observer.refresh_seconds,
+            "gap": None if self.projector.learns else state.get("gap", schedule.gap),
+            "overlap": state.get("overlap"),
+        }
 
 
 class BasisUpdate(ParameterUpdate):
