@@ -5,10 +5,9 @@
 --model is a transformers folder with its tokenizer, pre-trained on something else than --dataset (default: pydocs, the
 documentation that comes with Python and torch; a model that has read books is bad at it). A method's learning rate is
 swept with the first seed on a grid of factors of 3 until the best lies inside, then run with the other seeds, which
-draw another order of the data. It is one for all that a method trains; but `--galore_scale` gives projected matrices a
-quarter of it, so that full training and LoRA have rows in which the matrices have a smaller rate, too. Finished trials
-are read back from --out. Prints a table of losses along the way; `--picture NAME` draws them into docs/NAME-light.svg
-and -dark.svg.
+draw another order of the data. It is one for all that a method trains, and `--galore_scale` gives projected matrices a
+quarter of it; in rows with `/ 16` the matrices have a sixteenth of it, and so on. Finished trials are read back from
+--out. Prints a table of losses along the way; `--picture NAME` draws them into docs/NAME-light.svg and -dark.svg.
 """
 
 import argparse
@@ -44,13 +43,13 @@ class Method(NamedTuple):
 
 METHODS: dict[str, Method] = {
     "full": Method(("adamw",), 1e-3),
-    "full, the matrices at a quarter of the rate": Method(("adamw", "--matrix_lr_ratio", "0.25"), 3e-3),
-    "full, the matrices at a sixteenth of the rate": Method(("adamw", "--matrix_lr_ratio", "0.0625"), 9e-3),
+    "full, matrices / 4": Method(("adamw", "--matrix_lr_ratio", "0.25"), 3e-3),
+    "full, matrices / 16": Method(("adamw", "--matrix_lr_ratio", "0.0625"), 9e-3),
     "full, 8-bit": Method(("adamw8bit",), 1e-3),
     "GaLore": Method(("galore_adamw", *GAP), 3e-3),
     "GaLore, 8-bit": Method(("galore_adamw8bit", *GAP), 3e-3),
     "Q-GaLore": Method(("q_galore_adamw8bit_per_layer", *GAP, *INT8), 3e-3),
-    "Q-GaLore, the matrices at a sixteenth of the rate": Method(
+    "Q-GaLore, matrices / 16": Method(
         ("q_galore_adamw8bit_per_layer", *GAP, *INT8, "--galore_scale", "0.0625"), 2.7e-2
     ),
     "APOLLO": Method(("apollo", *GAP), 3e-3),
@@ -58,9 +57,7 @@ METHODS: dict[str, Method] = {
     "Q-GaLore, others frozen": Method(("q_galore_adamw8bit_per_layer", *GAP, *INT8, *OTHERS_FROZEN), 3e-3),
     "LoRA": Method(ADAPTERS, 3e-3),
     "LoRA, others trained": Method(("adamw", "--peft", "lora"), 3e-3),
-    "LoRA, others trained, the factors at a quarter of the rate": Method(
-        ("adamw", "--peft", "lora", "--matrix_lr_ratio", "0.25"), 9e-3
-    ),
+    "LoRA, others trained, factors / 4": Method(("adamw", "--peft", "lora", "--matrix_lr_ratio", "0.25"), 9e-3),
     "QLoRA": Method((*ADAPTERS, "--weight_quant", "--weight_bits", "4", "--weight_group_size", "64"), 3e-3),
 }
 

@@ -32,8 +32,10 @@ from benchmarks.support import command_line, machine, read_records, recorded_run
 
 METHODS = {  # the rate at which a sweep begins
     "full": 3e-4, "full_8bit": 3e-4, "galore": 3e-4, "galore_8bit": 3e-4, "q_galore": 3e-4, "apollo": 3e-4,
-    "lora": 1e-3, "qlora": 1e-3,
+    "q_galore_frozen": 3e-4, "q_galore_frozen_4bit": 3e-4, "lora": 1e-3, "qlora": 1e-3,
 }  # fmt: skip
+FROZEN = ("--method", "q_galore", "--freeze_others")
+FLAGS = {"q_galore_frozen": FROZEN, "q_galore_frozen_4bit": (*FROZEN, "--weight_bits", "4")}  # else --method alone
 STEP = 3.0
 MAX_STEPS = 4  # of a sweep away from where it began, in either direction
 
@@ -104,15 +106,16 @@ def run_trial(trial: Trial, args: argparse.Namespace) -> dict[str, Any]:
     folder, task = Path(tempfile.mkdtemp()), Path(args.folders[trial.task])
     flags = command_line({
         "model_name_or_path": args.model, "train_file": task / "train.csv", "validation_file": task / "validation.csv",
-        "method": trial.method, "learning_rate": trial.lr, "seed": trial.seed, "lora_r": args.rank,
+        "learning_rate": trial.lr, "seed": trial.seed, "lora_r": args.rank,
         "lora_alpha": 2 * args.rank, "max_length": args.max_length, "num_train_epochs": args.epochs,
         "max_train_steps": args.max_steps, "per_device_train_batch_size": args.batch_size,
         "per_device_eval_batch_size": 64, "update_proj_gap": args.gap, "galore_scale": args.scale, "dtype": args.dtype,
         "num_warmup_steps": args.warmup, "output_dir": folder, "num_threads": 1,
     })  # fmt: skip
     began = time.monotonic()
+    method = FLAGS.get(trial.method, ("--method", trial.method))
     switches = ["--lora_all_modules", "--no_report", *["--compile"] * args.compile]
-    run = functools.partial(main, [*flags, *switches], began=began)
+    run = functools.partial(main, [*flags, *method, *switches], began=began)
     lines, failed = recorded_run(run, folder=folder, trial=trial)
     return asdict(trial) | read_run(lines) | {"failed": failed, "rank": args.rank, "epochs": args.epochs, **machine()}
 

@@ -16,7 +16,7 @@ from peft_pretraining.glue import data as glue_data
 from peft_pretraining.glue.__main__ import command_line
 from peft_pretraining.glue.batches import Encoded
 from peft_pretraining.glue.evaluate import Judge, evaluate
-from peft_pretraining.glue.methods import METHODS
+from peft_pretraining.glue.methods import METHODS, chosen_layers
 from peft_pretraining.glue.tasks import TASKS
 from peft_pretraining.training import loop
 
@@ -146,6 +146,31 @@ def test_methods_differ_in_memory_as_they_should(tmp_path):
     assert total["q_galore"] < total["galore_8bit"] < total["galore"] < total["full"]
     assert total["qlora"] < total["lora"] < total["full"] and total["full_8bit"] < total["full"]
     assert kept["galore"]["bases"] > kept["q_galore"]["bases"] > 0 == kept["full"]["bases"]
+
+
+@pytest.mark.parametrize("model, head", [("roberta", "classifier"), ("llama", "score")])
+def test_only_matrices_and_the_classifier_in_4_bits(model, head, tmp_path, place):
+    """What QLoRA keeps, without its factors; embeddings, norms and the rest stay to the last bit."""
+    told = dict(model_name_or_path=model, method="q_galore", weight_bits=4, freeze_others=True)
+    assert command_line(flags(tmp_path / "q", **told)) == 0
+    assert command_line(flags(tmp_path / "qlora", model_name_or_path=model, method="qlora")) == 0
+    kept = {name: record(tmp_path / name, "end")[0]["kept_bytes"] for name in ("q", "qlora")}
+    assert kept["q"]["weights"] < kept["qlora"]["weights"] and kept["q"]["scales"] == kept["qlora"]["scales"]
+    before = AutoModelForSequenceClassification.from_pretrained(place / model).state_dict()
+    after = AutoModelForSequenceClassification.from_pretrained(tmp_path / "q").state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    layers = {f"{name}.weight" for name in chosen_layers(
+        AutoModelForSequenceClassification.from_pretrained(place / model), all_modules=True)}  # fmt: skip
+    assert moved == layers | {name for name in before if name.startswith(f"{head}.")}
+
+
+@pytest.mark.parametrize("told, said", [
+    (dict(method="qlora", qlora_codec="nf4", weight_bits=8), "--weight_bits 8"),
+    (dict(method="q_galore", weight_bits=5), "--weight_bits 5"),
+])  # fmt: skip
+def test_bits_that_there_are_not(told, said, tmp_path, capsys):
+    assert command_line(flags(tmp_path, **told)) == 2
+    assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_adapters_leave_as_a_folder_of_peft(tmp_path, place):

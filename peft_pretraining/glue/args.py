@@ -27,9 +27,9 @@ SAME = {
 SHARED = (
     "weight_decay", "update_proj_gap", "galore_scale", "proj_type", "subspace", "moments_on_refresh", "residual",
     "proj_lr", "proj_reg", "cos_threshold", "gamma_proj", "queue_size", "proj_group_size", "matrix_lr_ratio", "beta1",
-    "beta2", "embedding_state_bits", "moments_bits", "weight_group_size", "grad_clipping",
-    "activation_checkpointing", "seed", "num_threads", "keep_last", "time_budget", "resume", "continue_from",
-    "allow_changed", "max_bad_updates", "log_details", "no_report",
+    "beta2", "embedding_state_bits", "moments_bits", "weight_bits", "weight_group_size", "freeze_others",
+    "grad_clipping", "activation_checkpointing", "seed", "num_threads", "keep_last", "time_budget", "resume",
+    "continue_from", "allow_changed", "max_bad_updates", "log_details", "no_report",
 )  # fmt: skip
 HUB = "this program uploads nothing: leave it out, and use `hf upload REPOSITORY OUTPUT_DIR` afterwards"
 REFUSED = {
@@ -45,6 +45,7 @@ CHANGEABLE = MAY_CHANGE | {
     "micro_batches",
 }  # fmt: skip
 NEVER = 1 << 62
+GROUP_SIZES = {8: 256, 4: 64}  # by the bits of a weight; NF4's blocks, too, have 64
 ABOUT = (
     "Fine-tunes a model of transformers for classification or regression, as GaLore's run_glue.py, by full training, "
     "LoRA, QLoRA, GaLore, Q-GaLore or APOLLO. See docs/finetuning.md."
@@ -65,10 +66,11 @@ def parse_args(argv: list[str] | None, *, world_size: int) -> argparse.Namespace
     own = vars(given)
     told = {name: value for name, value in own.items() if name in FLAGS}
     told |= {flag: own[name] for name, flag in SAME.items() if own[name] is not None}
-    usual = {"weight_group_size": method.weight_group_size}
+    bits = told.get("weight_bits", method.weight_bits or 8)
+    usual = {"weight_bits": bits, "weight_group_size": GROUP_SIZES.get(bits)}
     args = argparse.Namespace(**own | defaults() | usual | told | method.flags)
     args.optimizer, args.peft = method.optimizer, "lora" if method.adapters else None
-    args.weight_quant, args.weight_bits = method.weight_bits is not None, method.weight_bits or 8
+    args.weight_quant = method.weight_bits is not None
     args.dataset = given.task_name or given.train_file
     args.allow_changed = ",".join(filter(None, ["model_config", args.allow_changed]))
     args.name = f"{args.dataset}-{given.method}"
@@ -231,6 +233,8 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1.")
     if args.qlora_codec == "nf4" and args.method != "qlora":
         raise UserError(f"--qlora_codec nf4 with --method {args.method}: only qlora has a codec to choose.")
+    if args.qlora_codec == "nf4" and args.weight_bits != 4:
+        raise UserError(f"--weight_bits {args.weight_bits} with --qlora_codec nf4, which has 4 bits: leave it out.")
     if args.qlora_codec == "nf4" and find_spec("bitsandbytes") is None:
         raise UserError(
             "--qlora_codec nf4 needs the package bitsandbytes: pip install bitsandbytes. Or leave it out: our own 4 "

@@ -16,15 +16,14 @@ class Method:
 
     optimizer: name of qgalore.OPTIMIZERS.
     adapters: whether LoRA's factors and the classifier are trained, and nothing else.
-    weight_bits: bits of the weights of linear layers, the classifier's excepted; None for floating point.
-    weight_group_size: largest number of weights in a row that share a scale, if nothing else is asked for.
+    weight_bits: bits of the weights of linear layers, the classifier's excepted, if nothing else is asked for; None for
+        floating point.
     flags: flags of torchrun_main.py that belong to it.
     """
 
     optimizer: str
     adapters: bool = False
     weight_bits: int | None = None
-    weight_group_size: int = 256
     flags: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -33,7 +32,7 @@ METHODS: dict[str, Method] = {
     "full": Method("adamw"),
     "full_8bit": Method("adamw8bit"),
     "lora": Method("adamw", adapters=True),
-    "qlora": Method("adamw", adapters=True, weight_bits=4, weight_group_size=64),  # NF4's blocks, too, have 64
+    "qlora": Method("adamw", adapters=True, weight_bits=4),
     "galore": Method("galore_adamw"),
     "galore_8bit": Method("galore_adamw8bit"),
     "q_galore": Method("q_galore_adamw8bit_per_layer", weight_bits=8, flags=Q_GALORE),

@@ -119,6 +119,11 @@ def open_model(
         matrices = [p for name, p in model.named_parameters() if ".lora_" in name]
     else:
         matrices = [model.get_submodule(name).weight for name in layers]
+    if args.freeze_others and not method.adapters:
+        heads = [p for name in heads_of(model) for p in model.get_submodule(name).parameters()]
+        trained = {id(p) for p in (*matrices, *heads)}
+        for p in model.parameters():
+            p.requires_grad_(id(p) in trained)
     return model.train(), split_parameters(model, matrices=matrices)
 
 
@@ -128,12 +133,16 @@ def insert_adapters(model: Any, layers: list[str], *, args: argparse.Namespace) 
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise UserError(f"--method {args.method} needs the package peft ({error}): pip install peft.") from error
-    heads = [name for name, _ in model.named_children() if name in ("classifier", "score")]
     config = LoraConfig(
-        task_type="SEQ_CLS", r=args.rank, lora_alpha=args.peft_alpha, target_modules=layers, modules_to_save=heads,
-        base_model_name_or_path=args.model_name_or_path,
+        task_type="SEQ_CLS", r=args.rank, lora_alpha=args.peft_alpha, target_modules=layers,
+        modules_to_save=heads_of(model), base_model_name_or_path=args.model_name_or_path,
     )  # fmt: skip
     return get_peft_model(model, config)
+
+
+def heads_of(model: nn.Module) -> list[str]:
+    """The names of the modules that make labels of what the model has made of a text."""
+    return [name for name, _ in model.named_children() if name in ("classifier", "score")]
 
 
 def _load(args: argparse.Namespace, *, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
