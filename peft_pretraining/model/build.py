@@ -14,6 +14,7 @@ from peft_pretraining.errors import UserError
 from peft_pretraining.model.adapters import BASE, Adapters, draw_factors, insert, is_factor
 from peft_pretraining.model.attention import attention_for
 from peft_pretraining.model.family import family_of
+from peft_pretraining.model.lean_layers import keep_little
 from peft_pretraining.model.offload import offload_inputs
 from peft_pretraining.model.sharding import Sharding
 from peft_pretraining.progress import LongWait
@@ -63,6 +64,7 @@ def build_model(
     """
     device = torch.device(device)
     model = meta_model(config, dtype=dtype, adapters=adapters)
+    keep_little(model)
     family = family_of(config)
     # On the meta device there is nothing to draw, and no generator.
     generator = None if device.type == "meta" else torch.Generator(device=device).manual_seed(seed)

@@ -31,6 +31,7 @@ class Family:
     rotary: str = "model.rotary_emb"  # its buffers are computed from the configuration and are in no checkpoint
     head: str = "lm_head"  # the linear layer from hidden states to logits
     norm: str = "RMSNorm"  # the end of the names of the norms' classes; their weights begin as ones
+    mlp: str = "MLP"  # the end of the name of the MLPs' class, which have gate_proj, up_proj, down_proj and act_fn
     full_attention: bool = False  # whether no option of the configuration makes a layer look at fewer earlier tokens
     own_shape: tuple[str, ...] = ()  # fields besides those in SHAPE that change what the weights compute
 
