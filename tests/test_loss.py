@@ -9,6 +9,7 @@ from transformers import LlamaConfig
 from peft_pretraining.batch import IGNORED
 from peft_pretraining.model.build import build_model
 from peft_pretraining.model.loss import head_loss_sum, rows_per_chunk, token_loss_sum
+from qgalore.storage import chunks
 
 ROWS, HIDDEN, VOCAB = 50, 12, 37
 
@@ -174,3 +175,22 @@ def test_a_frozen_head_has_no_gradient_and_none_is_computed(frozen):
     (d_h,) = torch.autograd.grad(whole_loss(h, weight, targets), h)
     assert relative_error(h.grad, d_h.double()) < 0.01
     assert (((VOCAB, HIDDEN), torch.float32) in made) == (not frozen)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 333])
+def test_a_gradient_that_a_hook_takes_stays_in_the_memory_of_its_sum(rows, monkeypatch):
+    """The same gradient, in chunks of any number of rows; without a hook, it is of its own size."""
+    monkeypatch.setattr(chunks, "CPU_ELEMENTS", rows * 16)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(40, 16, generator=generator).bfloat16()
+    targets = torch.randint(0, 333, (40,), generator=generator)
+    taken = []
+    for hooked in (False, True):
+        weight = torch.nn.Parameter(torch.randn(333, 16, generator=torch.Generator().manual_seed(1)).bfloat16())
+        if hooked:
+            weight.register_post_accumulate_grad_hook(lambda p, taken=taken: taken.append(p.grad))
+        (head_loss_sum(hidden, weight, targets, chunk_rows=16) / 40).backward()
+        bytes_each = 4 if hooked else 2
+        assert weight.grad.untyped_storage().nbytes() == bytes_each * weight.numel()
+        taken += [] if hooked else [weight.grad]
+    assert torch.equal(*taken)

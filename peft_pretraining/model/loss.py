@@ -154,6 +154,8 @@ class _HeadLoss(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=_wide(weight.dtype)) if ctx.needs_input_grad[1] else None
         ctx.gradients = d_hidden, d_weight
+        # Where a hook takes the gradient at once, it may stay in the memory of its sum until then.
+        ctx.in_place = bool(getattr(weight, "_post_accumulate_grad_hooks", None))
         loss = _head_loss(hidden, weight, targets, chunk_rows, gradients=ctx.gradients)
         ctx.finite = loss.isfinite()
         return loss
@@ -166,8 +168,25 @@ class _HeadLoss(torch.autograd.Function):
         (d_hidden, d_weight), ctx.gradients = ctx.gradients, None
         # Whoever sums gradients over the ranks must learn of a loss that is not finite.
         d_loss = torch.where(ctx.finite, d_loss, math.nan)
-        d_weight = None if d_weight is None else d_weight.mul_(d_loss).to(d_hidden.dtype)
+        if d_weight is not None:
+            d_weight = (_narrow_in_place if ctx.in_place else _narrow)(d_weight, d_loss, d_hidden.dtype)
         return d_hidden.mul_(d_loss), d_weight, None, None
+
+
+def _narrow(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """total * factor in another dtype."""
+    return total.mul_(factor).to(dtype)
+
+
+def _narrow_in_place(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same in the first part of the memory of `total`, whose values are lost: of a large vocabulary, a copy in
+    bfloat16 beside the float32 is a GB."""
+    if dtype.itemsize >= total.dtype.itemsize:
+        return _narrow(total, factor, dtype)
+    narrow = total.view(-1).view(dtype)[: total.numel()].view(total.shape)
+    for rows in row_chunks(*total.shape, device=total.device):  # rows that are written have been read
+        narrow[rows] = total[rows] * factor
+    return narrow
 
 
 def _head_loss(
