@@ -163,7 +163,16 @@ class PerLayerUpdates:
 
 def release(parameters: Iterable[Tensor]) -> None:
     """Removes every PerLayerUpdates that drives one of the parameters, of an earlier optimizer for example."""
-    hooks = [hook for p in parameters for hook in (p._post_accumulate_grad_hooks or {}).values()]  # type: ignore[attr-defined]
-    owners = [getattr(hook, "__self__", None) for hook in hooks]
-    for updates in {owner for owner in owners if isinstance(owner, PerLayerUpdates)}:
+    for updates in {owner for p in parameters for owner in _drivers(p)}:
         updates.remove()
+
+
+def uses_up_gradient(p: Tensor) -> bool:
+    """Whether the gradient of p is used up inside every backward pass, so that nobody else will see it."""
+    return any(updates.accumulation == 1 for updates in _drivers(p))
+
+
+def _drivers(p: Tensor) -> list[PerLayerUpdates]:
+    hooks = (getattr(p, "_post_accumulate_grad_hooks", None) or {}).values()
+    owners = [getattr(hook, "__self__", None) for hook in hooks]
+    return [owner for owner in owners if isinstance(owner, PerLayerUpdates)]

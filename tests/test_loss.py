@@ -9,6 +9,8 @@ from transformers import LlamaConfig
 from peft_pretraining.batch import IGNORED
 from peft_pretraining.model.build import build_model
 from peft_pretraining.model.loss import head_loss_sum, rows_per_chunk, token_loss_sum
+from qgalore import LowRankOptimizer
+from qgalore.per_layer import PerLayerUpdates
 from qgalore.storage import chunks
 
 ROWS, HIDDEN, VOCAB = 50, 12, 37
@@ -178,19 +180,20 @@ def test_a_frozen_head_has_no_gradient_and_none_is_computed(frozen):
 
 
 @pytest.mark.parametrize("rows", [1, 5, 333])
-def test_a_gradient_that_a_hook_takes_stays_in_the_memory_of_its_sum(rows, monkeypatch):
-    """The same gradient, in chunks of any number of rows; without a hook, it is of its own size."""
+def test_a_gradient_that_is_used_up_stays_in_the_memory_of_its_sum(rows, monkeypatch):
+    """The same gradient, in chunks of any number of rows. One that is summed over micro-batches has its own size."""
     monkeypatch.setattr(chunks, "CPU_ELEMENTS", rows * 16)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(40, 16, generator=generator).bfloat16()
     targets = torch.randint(0, 333, (40,), generator=generator)
-    taken = []
-    for hooked in (False, True):
-        weight = torch.nn.Parameter(torch.randn(333, 16, generator=torch.Generator().manual_seed(1)).bfloat16())
-        if hooked:
-            weight.register_post_accumulate_grad_hook(lambda p, taken=taken: taken.append(p.grad))
+    start = torch.randn(333, 16, generator=generator).bfloat16()
+    seen = []
+    for accumulation in (None, 1, 2):  # None: no updates inside backward
+        weight = torch.nn.Parameter(start.clone())
+        weight.register_post_accumulate_grad_hook(lambda p: seen.append((p.grad.clone(), p.grad.untyped_storage())))
+        if accumulation is not None:
+            PerLayerUpdates(LowRankOptimizer([weight], lr=0.0), accumulation=accumulation)
         (head_loss_sum(hidden, weight, targets, chunk_rows=16) / 40).backward()
-        bytes_each = 4 if hooked else 2
-        assert weight.grad.untyped_storage().nbytes() == bytes_each * weight.numel()
-        taken += [] if hooked else [weight.grad]
-    assert torch.equal(*taken)
+    gradients, storages = zip(*seen, strict=True)
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+    assert [storage.nbytes() // start.numel() for storage in storages] == [2, 4, 2]

@@ -45,6 +45,7 @@ from transformers import PreTrainedModel
 
 from peft_pretraining.batch import IGNORED, Batch
 from peft_pretraining.model.family import family_of
+from qgalore.per_layer import uses_up_gradient
 from qgalore.storage.chunks import on_cpu, row_chunks
 from qgalore.storage.quantized_weight import QuantizedWeight
 
@@ -154,8 +155,7 @@ class _HeadLoss(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=_wide(weight.dtype)) if ctx.needs_input_grad[1] else None
         ctx.gradients = d_hidden, d_weight
-        # Where a hook takes the gradient at once, it may stay in the memory of its sum until then.
-        ctx.in_place = bool(getattr(weight, "_post_accumulate_grad_hooks", None))
+        ctx.in_place = uses_up_gradient(weight)  # it may stay in the memory of its sum until then
         loss = _head_loss(hidden, weight, targets, chunk_rows, gradients=ctx.gradients)
         ctx.finite = loss.isfinite()
         return loss
