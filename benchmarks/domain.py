@@ -31,6 +31,7 @@ from peft_pretraining.report.drawing import NUMBERS, colour, dashes
 GAP = ("--update_proj_gap", "10")
 OTHERS_FROZEN = ("--freeze_others",)
 INT8 = ("--weight_quant", "--stochastic_round", "--proj_quant")
+FOUR_BITS = ("--weight_bits", "4", "--weight_group_size", "64")
 ADAPTERS = ("adamw", "--peft", "lora", *OTHERS_FROZEN)
 
 
@@ -55,10 +56,13 @@ METHODS: dict[str, Method] = {
     "APOLLO": Method(("apollo", *GAP), 3e-3),
     "GaLore, others frozen": Method(("galore_adamw", *GAP, *OTHERS_FROZEN), 3e-3),
     "Q-GaLore, others frozen": Method(("q_galore_adamw8bit_per_layer", *GAP, *INT8, *OTHERS_FROZEN), 3e-3),
+    "Q-GaLore, others frozen, 4 bits": Method(
+        ("q_galore_adamw8bit_per_layer", *GAP, *INT8, *OTHERS_FROZEN, *FOUR_BITS), 3e-3
+    ),
     "LoRA": Method(ADAPTERS, 3e-3),
     "LoRA, others trained": Method(("adamw", "--peft", "lora"), 3e-3),
     "LoRA, others trained, factors / 4": Method(("adamw", "--peft", "lora", "--matrix_lr_ratio", "0.25"), 9e-3),
-    "QLoRA": Method((*ADAPTERS, "--weight_quant", "--weight_bits", "4", "--weight_group_size", "64"), 3e-3),
+    "QLoRA": Method((*ADAPTERS, "--weight_quant", *FOUR_BITS), 3e-3),
 }
 
 
