@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +9,6 @@ from pathlib import Path
 import torchrun_main
 
 ROOT = Path(__file__).parents[2]
-
-
-def says_perplexity(printed: str, expected: float) -> bool:
-    """Whether a program has printed this perplexity, to the last digits but one: another batch rounds another way."""
-    (said,) = re.findall(r"perplexity ([\d.]+) on 2,000 validation tokens", printed)
-    return abs(float(said) / expected - 1) < 1e-5
 
 
 def record(save_dir: Path, event: str) -> list[dict]:
