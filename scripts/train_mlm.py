@@ -132,12 +132,14 @@ def make_optimizer(model: torch.nn.Module, *, lr: float, matrix_lr: float) -> to
     return qgalore.LowRankOptimizer([matrices, others], lr=lr, betas=(0.9, 0.95))
 
 
-def make_config(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> RobertaPreLayerNormConfig:
+def make_config(
+    tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace, *, causal: bool
+) -> RobertaPreLayerNormConfig:
     return RobertaPreLayerNormConfig(
         vocab_size=len(tokenizer), hidden_size=args.hidden, num_hidden_layers=args.layers,
         num_attention_heads=max(1, args.hidden // 64), intermediate_size=4 * args.hidden,
         max_position_embeddings=args.positions + 2, pad_token_id=1, bos_token_id=0, eos_token_id=2, type_vocab_size=1,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, is_decoder=causal,
     )  # fmt: skip
 
 
@@ -173,12 +175,11 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer.model_max_length = args.positions
     held_out = list(texts_of(args.dataset, "validation", limit=300_000))
     data = tuple(Windows(each, tokenizer, length=args.max_length) for each in (texts, held_out))
-    config = make_config(tokenizer, args)
-    model = RobertaPreLayerNormForMaskedLM(config)
+    model = RobertaPreLayerNormForMaskedLM(make_config(tokenizer, args, causal=False))
     begin_with_sinusoids(model.base_model.embeddings.position_embeddings)
     told: dict[str, Any] = {}
     if args.causal:
-        decoder = RobertaPreLayerNormForCausalLM(RobertaPreLayerNormConfig(**config.to_dict() | {"is_decoder": True}))
+        decoder = RobertaPreLayerNormForCausalLM(make_config(tokenizer, args, causal=True))
         decoder.load_state_dict(model.state_dict())
         first = make_trainer(decoder, data, share=args.causal, masked=False, args=args)
         first.train()
@@ -217,7 +218,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--matrix_lr", type=float, default=0.02)
     parser.add_argument("--characters", type=int, default=60_000_000, help="of training text")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not 0 <= args.causal < 1:
+        parser.error(f"--causal {args.causal}: must be at least 0 and below 1, as masks come last.")
+    return args
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Norms and MLPs that keep little for the backward pass.
 
 transformers' RMSNorm keeps its input in float32 and its normalised input, and its MLP keeps what SiLU made of the gate.
-All three are cheap to compute again, so here they are: for each token, layer and number of 2 bytes that is
-8 x hidden + 2 x intermediate bytes less. The forward pass is transformers' to the last bit. The gradients are written
-out, with fewer steps and, in 2 bytes, fewer roundings than automatic ones have.
+All three are cheap to compute again, so here they are. In bfloat16 that saves 8 x hidden + 2 x intermediate bytes for
+each token and layer. The forward pass is transformers' to the last bit. The gradients are written out, in fewer steps
+than automatic ones take and, in bfloat16, with fewer roundings.
 
 Compiled layers are left alone: their compiler decides what is kept.
 """
