@@ -33,6 +33,7 @@ WEIGHTS = ("--weight_quant", "--stochastic_round")
 INT8 = (*WEIGHTS, "--proj_quant")
 FIRA = ("--residual", "fira")
 AVERAGED = ("--subspace", "average")
+LEAN = ("--proj_type", "auto", "--embedding_weight_bits", "8")  # the fewest bytes that cost no perplexity
 ADAMS, NONE = (0.95, 0.999), (None,)
 MAX_STEPS = 8  # of a sweep away from where it began, in either direction
 
@@ -72,6 +73,7 @@ METHODS: dict[str, Method] = {
     "GaLore Muon": Method(("galore_muon", *ITERATE), 0.004),
     "GaLore Muon, residual": Method(("galore_muon", *ITERATE, *FIRA), 0.004),
     "Q-GaLore": Method(("q_galore_adamw8bit_per_layer", *ITERATE, *INT8), 0.002),
+    "Q-GaLore, lean": Method(("q_galore_adamw8bit_per_layer", *ITERATE, *INT8, *LEAN), 0.002),
     "Q-GaLore, residual": Method(("q_galore_adamw8bit", *ITERATE, *INT8, *FIRA), 0.002),
     "Q-GaLore, averaged bases, residual": Method(("q_galore_adamw8bit", *ITERATE, *INT8, *AVERAGED, *FIRA), 0.002),
     "Q-GaLore Muon": Method(("q_galore_muon8bit_per_layer", *ITERATE, *INT8), 0.004),

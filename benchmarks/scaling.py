@@ -40,12 +40,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.support import add_data_flags, command_line, machine, print_table, save_lines
+from peft_pretraining.batch import IGNORED
 from peft_pretraining.distributed import World
 from peft_pretraining.model.build import meta_model
 from peft_pretraining.model.config import read_config
 from peft_pretraining.model.dtypes import DTYPES
 from peft_pretraining.model.family import family_of
 from peft_pretraining.model.sharding import TokenLoss
+from peft_pretraining.training.loop import read_batches, train_step
 from qgalore.param_groups import split_parameters
 
 GALORE = dict(optimizer="galore_adamw", proj_type="right")
@@ -121,9 +123,9 @@ def open_case(title: str, flags: list[str], *, world: World, folder: Path, clean
     plan = script.make_plan(args, world=world, cleanup=cleanup)
     run = script.open_run(plan, interruption=script.Interruption(), cleanup=cleanup)
     if not around.startswith("torch"):
-        return lambda: script.train_step(run)
+        return lambda: train_step(run)
     step = plain_torch(script.open_model(plan), around=around, ranks=world.size)  # without our hooks
-    return lambda: [step(batch) for batch in script.read_batches(run)]
+    return lambda: [step(batch) for batch in read_batches(run)]
 
 
 def plain_torch(model: Any, *, around: str, ranks: int) -> Callable[[Any], None]:
@@ -140,7 +142,7 @@ def plain_torch(model: Any, *, around: str, ranks: int) -> Callable[[Any], None]
     optimizer = torch.optim.AdamW(root.parameters(), lr=1e-3, foreach=True)
 
     def step(batch: Any) -> None:
-        loss = root(batch.input_ids, batch.targets) / (batch.targets != script.IGNORED).sum()
+        loss = root(batch.input_ids, batch.targets) / (batch.targets != IGNORED).sum()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -30,6 +30,9 @@ limit, stop_after, log, root, *flags = sys.argv[1:]
 sys.path.insert(0, root)
 import torchrun_main as script  # before torch, for which it sets environment variables
 import torch
+from dataclasses import replace
+from peft_pretraining.training import loop
+from peft_pretraining.training.run import Run
 from qgalore.memory import kept_bytes
 
 GPU = torch.cuda.is_available()
@@ -51,10 +54,9 @@ def peak():
     status = open("/proc/self/status").read()
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
-def timed(name):
-    function = getattr(script, name)
+def timed(name, function):
     def measured(*given, **named):
-        run = given[0] if given and isinstance(given[0], script.Run) else None
+        run = given[0] if given and isinstance(given[0], Run) else None
         if name == "train_step" and run.state.update + 1 == int(stop_after):
             os.kill(os.getpid(), signal.SIGTERM)
         reset_peak()
@@ -68,17 +70,19 @@ def timed(name):
         with open(log, "a") as file:
             file.write(json.dumps(told) + chr(10))
         return result
-    setattr(script, name, measured)
+    return measured
 
-for name in ("open_run", "begin", "train_step", "evaluate_and_log", "save", "save_result"):
-    timed(name)
+for where, name in ((script, "open_run"), (script, "begin"), (loop, "train_step"), (loop, "save")):
+    setattr(where, name, timed(name, getattr(where, name)))
+task = {name: timed(name, getattr(loop.LANGUAGE, name)) for name in ("evaluate", "save_result")}
+loop.LANGUAGE = replace(loop.LANGUAGE, **task)
 sys.exit(script.command_line(flags))
 """
 PHASES = {
     "open_run": "drawing and quantizing the weights",
     "begin": "reading the checkpoint",
     "train_step": "update",
-    "evaluate_and_log": "evaluating",
+    "evaluate": "evaluating",
     "save": "writing the checkpoint",
     "save_result": "exporting the model",
 }

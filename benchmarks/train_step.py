@@ -32,6 +32,7 @@ CASES = {  # title: optimizer and flags
     "AdamW": ("adamw", []),
     "8-bit AdamW": ("adamw8bit", []),
     "GaLore": ("galore_adamw", []),
+    "GaLore per layer": ("galore_adamw_per_layer", []),
     "Q-GaLore per layer": ("q_galore_adamw8bit_per_layer", INT8),
     "Q-GaLore, residual": ("q_galore_adamw8bit", [*INT8, "--residual", "fira"]),
     "Online Subspace Descent": ("galore_adamw", ["--proj_type", "continuous"]),
@@ -43,6 +44,7 @@ sys.path.insert(0, root)
 import torchrun_main as script  # before torch, for which it sets environment variables
 import torch
 from torch._dynamo.utils import counters
+from peft_pretraining.training.loop import train_step
 from peft_pretraining.training.report import memory_bytes
 with contextlib.ExitStack() as cleanup:
     world = script.World.from_environment()
@@ -58,7 +60,7 @@ with contextlib.ExitStack() as cleanup:
 
     def update():
         began = time.perf_counter()
-        script.train_step(run)
+        train_step(run)
         if on_gpu:
             torch.cuda.synchronize()
         return time.perf_counter() - began

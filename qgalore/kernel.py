@@ -86,6 +86,7 @@ class UpdateConstants(NamedTuple):
     scale: float  # factor on the update
     aligned: bool = False  # whether the step size is multiplied by the alignment, see rules.skips
     absorbs: bool = False  # whether the first moment takes the rounding error of the weight in
+    spends: bool = False  # whether nobody needs R once the direction is known
 
 
 def write_update(
@@ -282,7 +283,7 @@ def _direction(R: Tensor, moments: Sequence[Moment], *, step: StepValues, consta
     chunks = list(_chunks(R, moments)) if rule.separable and R.ndim == 2 else []
     if len(chunks) < 2:
         return rule.direction(R, *moments, **keywords).view(shape)
-    D = torch.empty_like(R)
+    D = R if constants.spends else torch.empty_like(R)
     for rows in chunks:
         D[rows] = rule.direction(R[rows], *(moment.rows(rows) for moment in moments), **keywords)
     return D.view(shape)

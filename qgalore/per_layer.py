@@ -18,6 +18,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from qgalore.factored import free
 from qgalore.optimizer import LowRankOptimizer
 from qgalore.outcome import Outcome
 from qgalore.sharding import local
@@ -34,6 +35,7 @@ class PerLayerUpdates:
     """
 
     norm_of = "all gradients as projected"
+    takes_products = True  # gradients may come as FactoredGradient
 
     def __init__(
         self,
@@ -63,6 +65,8 @@ class PerLayerUpdates:
         release(optimizer.updates)
         optimizer.flush, optimizer.driven = self._flush, set(optimizer.updates)
         self._hooks = [p.register_post_accumulate_grad_hook(self._on_gradient) for p in optimizer.updates]
+        for p in optimizer.updates:
+            p.takes_product = self.takes_products  # type: ignore[attr-defined]  # see factored.py
 
     def finish(self) -> Outcome:
         """Ends the update; call it after the last backward. The outcome's norm is that of all projected gradients."""
@@ -82,6 +86,8 @@ class PerLayerUpdates:
         self.optimizer.flush, self.optimizer.driven = None, ()
         for hook in self._hooks:
             hook.remove()
+        for p in self.optimizer.updates:
+            p.takes_product = False  # type: ignore[attr-defined]
 
     def _flush(self) -> None:
         """Applies what has been summed, and counts micro-batches from the beginning."""
@@ -108,6 +114,8 @@ class PerLayerUpdates:
         assert p.grad is not None
         G = local(p.grad)
         part = self.optimizer.updates[p].prepare(G) if self.accumulation == 1 else self._accumulate(p, G)
+        if p not in self._waiting:
+            free(G)
         if part is not None:
             self.optimizer.complete(self._exchange.send(p, part))
         p.grad = None

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from qgalore.clock import Clock
 from qgalore.compiling import compiled_rows
+from qgalore.factored import dense
 from qgalore.kernel import StepValues, UpdateConstants, write_rows, write_update
 from qgalore.rules.lifts import LIFTS, Lift
 from qgalore.rules.moments import Moment, create_moments, follow_basis, open_moments
@@ -122,7 +123,7 @@ class ParameterUpdate:
 
     def part(self, G: Tensor) -> Tensor:
         """What is summed of a gradient G (m, n): G if this update needs the whole gradient, else R."""
-        return G if self.whole else self.project(G)
+        return dense(G) if self.whole else self.project(G)
 
     def complete(self, total: Tensor) -> None:
         """The update from the sum of all parts, over micro-batches and ranks."""
@@ -190,7 +191,7 @@ class ParameterUpdate:
         with self.observer.refreshing(self.projector, state):
             average = None if self.learner is None else self.learner.average()
             turn = self.projector.refresh(
-                G.to(self.p.dtype), state, step=self.steps + 1, shard=self.shard, average=average
+                dense(G).to(self.p.dtype), state, step=self.steps + 1, shard=self.shard, average=average
             )
             if turn is not None and self.clock.counts_moments(state):
                 self._follow(turn)
@@ -225,7 +226,8 @@ class ParameterUpdate:
         lr = self.skip.lr(group["lr"], seed=mix_seed(*noise, 2))  # 0 and 1 are in the seeds of moments
         step = StepValues.of(group, self.rule, clock, state, lr=lr, seed=mix_seed(*noise))
         needs_whole = self.lift.needs_whole
-        absorbs = group["error_feedback"] != "none"
+        absorbs, skip = group["error_feedback"] != "none", self.skip
+        spends = bool(self.projector.sides) and not (needs_whole or skip.remembers or self.learner)
         return write_update(
             R,
             weight,
@@ -234,8 +236,14 @@ class ParameterUpdate:
             bases=self.projector.open(state),
             step=step.as_tensors(wide) if compiled else step,
             constants=UpdateConstants(
-                self.projector, self.rule, self.lift, *options, aligned=bool(self.skip.remembers), absorbs=absorbs
-            ),
+                self.projector,
+                self.rule,
+                self.lift,
+                *options,
+                aligned=bool(skip.remembers),
+                absorbs=absorbs,
+                spends=spends,
+            ),  # fmt: skip
             G=G.to(self.p.dtype) if G is not None and needs_whole else None,
             last=self.remembered(self.lift.remembers, wide, device=R.device),
             alignment=self.remembered(self.skip.remembers, wide, device=R.device),

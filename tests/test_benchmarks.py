@@ -1,10 +1,13 @@
 """The benchmarks run and print their tables, on models that take seconds. Figures are not looked at."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from support.runs import shell
 
+import torchrun_main
 from benchmarks import memory_plan
 
 SMALL = ["--model_config", "configs/llama_3m.json", "--dataset", "pydocs"]
@@ -26,11 +29,18 @@ def test_a_plan_of_memory_is_a_table(capsys, tmp_path):
     assert "error: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("path", sorted(Path("benchmarks").glob("*.py")), ids=lambda path: path.name)
+def test_what_they_take_from_the_program_is_there(path):
+    """Also in code that they give to other processes, which only slow tests run."""
+    code = path.read_text()
+    assert not [name for name in re.findall(r"\bscript\.(\w+)", code) if not hasattr(torchrun_main, name)]
+
+
 @pytest.mark.slow
 def test_whole_updates_take_turns(tmp_path):
     out = tmp_path / "out.jsonl"
     command = ["python", "benchmarks/train_step.py", *SMALL, "--rank", "16", "--rounds", "2", "--updates", "1"]
-    result = shell([*command, "--batch_size", "1", "--only", "GaLore per", "--output", str(out)])
+    result = shell([*command, "--batch_size", "1", "--only", "Q-GaLore per", "--output", str(out)])
     assert result.returncode == 0, result.stderr
     adamw, ours = rows(result.stdout)
     assert (adamw["case"], ours["case"], adamw["/ AdamW"]) == ("AdamW", "Q-GaLore per layer", "1")

@@ -9,6 +9,7 @@ from support.runs import losses, record
 
 import torchrun_main
 from peft_pretraining.training import plan
+from qgalore.per_layer import PerLayerUpdates
 from qgalore.storage.affine import Affine, Simulated
 from qgalore.storage.quantized_weight import QuantizedWeight
 
@@ -91,11 +92,15 @@ def test_simulation_gives_the_same_losses_to_the_last_bit(tiny, larger, tmp_path
     assert kinds == [{Affine}, {Simulated}]
 
 
-def test_per_layer_is_the_whole_model(tiny, larger, tmp_path):
-    """With all of it switched on: bit for bit."""
-    for name, optimizer in [("inside", "q_galore_adamw8bit_per_layer"), ("after", "q_galore_adamw8bit")]:
+def test_per_layer_is_the_whole_model(tiny, larger, tmp_path, monkeypatch):
+    """With all of it switched on: bit for bit where gradients are multiplied out, and close where they are not."""
+    for name, optimizer in [("factored", "q_galore_adamw8bit_per_layer"), ("after", "q_galore_adamw8bit")]:
         run(tiny, tmp_path / name, model_config=larger, optimizer=optimizer, batch_size=4)
+    monkeypatch.setattr(PerLayerUpdates, "takes_products", False)
+    run(tiny, tmp_path / "inside", model_config=larger, optimizer="q_galore_adamw8bit_per_layer", batch_size=4)
     assert losses(tmp_path / "inside") == losses(tmp_path / "after")
+    assert losses(tmp_path / "factored") == pytest.approx(losses(tmp_path / "after"), rel=1e-3)
+    assert losses(tmp_path / "factored") != losses(tmp_path / "after")  # so products were used
 
 
 def test_accumulation_changes_little(tiny, larger, tmp_path):

@@ -18,6 +18,7 @@ from peft_pretraining.model.lean_layers import keep_little
 from peft_pretraining.model.offload import offload_inputs
 from peft_pretraining.model.sharding import Sharding
 from peft_pretraining.progress import LongWait
+from qgalore.factored import allow_in_graphs
 from qgalore.param_groups import ParameterGroup, split_parameters
 from qgalore.storage.convert import quantize_module_weight
 
@@ -164,6 +165,7 @@ def compile_layers(model: PreTrainedModel) -> None:
     The layers are alike, so whichever runs first is compiled for all of them, once for each shape of a batch and each
     mode: training, evaluation, and the last, smaller batch of an evaluation. Embedding, head and loss stay eager.
     """
+    allow_in_graphs()
     for layer in family_of(model.config).part("layers", model):
         layer.compile(dynamic=False)
 

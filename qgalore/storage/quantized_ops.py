@@ -1,6 +1,6 @@
 """What autograd sees of a quantized weight: its values, a linear layer, the rows of an embedding.
 
-The gradient of a weight is an ordinary tensor of its shape, in the dtype that it appears in.
+The gradient of a weight is a tensor of its shape, in the dtype that it appears in; see also factored.py.
 """
 
 from typing import Any
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qgalore.factored import weight_gradient
 from qgalore.storage import int8_products
 from qgalore.storage.stored import Stored
 
@@ -25,20 +26,24 @@ class Dequantize(torch.autograd.Function):
 
 
 class Linear(torch.autograd.Function):
-    """The three products at the top of quantized_weight.py. Saves x and the weight as it is, in codes."""
+    """The three products at the top of quantized_weight.py. Saves x and the weight as it is, in codes.
+
+    factored: whether dW may be a FactoredGradient.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Any, bias: Tensor | None, factored: bool = False) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        ctx.factored = factored
         if not _in_int8(x, weight):
             return F.linear(x, weight._decode(weight.dtype), bias)
         y = int8_products.output(x.flatten(0, -2), **weight.stored().parts).unflatten(0, x.shape[:-1])
         return y if bias is None else y.add_(bias)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
-        needs_dx, _, needs_db = ctx.needs_input_grad
+        needs_dx, _, needs_db, _ = ctx.needs_input_grad
         rows = dy.reshape(-1, dy.shape[-1])  # (tokens, out)
         columns = None if x is None else x.reshape(-1, x.shape[-1]).to(dy.dtype)  # (tokens, in)
         dx, dW = None, None
@@ -49,8 +54,9 @@ class Linear(torch.autograd.Function):
                 dW = int8_products.weight_gradient(rows, columns)
         else:
             dx = dy @ weight._decode(dy.dtype) if needs_dx else None
-            dW = rows.mT @ columns if columns is not None else None
-        return dx, dW, rows.sum(0) if needs_db else None
+            if columns is not None:
+                dW = weight_gradient(rows, columns, factored=ctx.factored)
+        return dx, dW, rows.sum(0) if needs_db else None, None
 
 
 class Embed(torch.autograd.Function):

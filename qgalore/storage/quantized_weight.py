@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from qgalore import factored
 from qgalore.sharding import local, shard_of
 from qgalore.storage import affine, int8_products, quantized_ops, rounding, stored, weight_views
 from qgalore.storage.affine import Affine, Simulated, check_finite
@@ -41,7 +42,7 @@ from qgalore.storage.stored import Stored
 
 aten = torch.ops.aten
 
-_Settings = tuple[Affine, torch.dtype, str | None]  # of a weight: codec, dtype and products
+_Settings = tuple[Affine, torch.dtype, str | None, bool]  # codec, dtype, products, takes_product
 
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 _NO_DATA = "the .data of quantized weights cannot be replaced. Convert models by model.to(dtype), not by model.float()."
@@ -62,6 +63,7 @@ class QuantizedWeight(Tensor):
     codec: Affine
     products: str | None
     trained = False  # of an alias: whether the weight behind it is trained
+    takes_product = False  # whether its gradient may be a factored.FactoredGradient
 
     @staticmethod
     def __new__(cls, stored: Stored, *, dtype: torch.dtype, products: str | None = None) -> "QuantizedWeight":
@@ -181,14 +183,16 @@ class QuantizedWeight(Tensor):
         return f"{type(self).__name__}({shape}, {self.dtype}, {settings}{grad})"
 
     def __tensor_flatten__(self) -> tuple[list[str], _Settings]:
-        return list(self.codec.PARTS), (self.codec, self.dtype, self.products)
+        return list(self.codec.PARTS), (self.codec, self.dtype, self.products, self.takes_product)
 
     @classmethod
     def __tensor_unflatten__(
         cls, parts: Mapping[str, Tensor], settings: _Settings, size: Any, stride: Any
     ) -> "QuantizedWeight":
-        codec, dtype, products = settings
-        return cls(Stored(codec, dict(parts), codec.shape_of(parts)), dtype=dtype, products=products)
+        codec, dtype, products, takes_product = settings
+        weight = cls(Stored(codec, dict(parts), codec.shape_of(parts)), dtype=dtype, products=products)
+        weight.takes_product = takes_product
+        return weight
 
     def _stable_hash_for_caching(self) -> str:
         """For torch.compile's cache on disk. The code counts: compiled kernels hold it, but the cache cannot see it."""
@@ -231,13 +235,22 @@ def _code() -> str:
     """What the compiled kernels are made of."""
     return "".join(
         inspect.getsource(module)
-        for module in (rounding, affine, stored, int8_products, quantized_ops, weight_views, sys.modules[__name__])
+        for module in (
+            rounding,
+            affine,
+            stored,
+            int8_products,
+            quantized_ops,
+            weight_views,
+            factored,
+            sys.modules[__name__],
+        )  # fmt: skip
     )
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if isinstance(weight, QuantizedWeight):
-        return Linear.apply(input, weight, bias)
+        return Linear.apply(input, weight, bias, factored.takes_product(weight))
     with torch._C.DisableTorchFunctionSubclass():
         return F.linear(input, weight, bias)
 

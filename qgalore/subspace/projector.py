@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qgalore.factored import dense, factors_of
 from qgalore.sharding import Shard
 from qgalore.storage.affine import Affine
 from qgalore.storage.rounding import mix_seed
@@ -187,13 +188,25 @@ class Projector:
         Without a side it is G itself, in its own dtype: the largest tensors of a model are not projected.
         """
         if not self.sides:
-            return G
-        R = G.to(self.dtype)
+            return dense(G)
+        factors = factors_of(G)
+        if factors is not None and self._is_cheaper(tokens=len(factors[0])):
+            left, right = (factor.to(self.dtype) for factor in factors)
+            left = left @ bases["left"].read(self.dtype) if "left" in self.sides else left
+            right = right @ bases["right"].read(self.dtype) if "right" in self.sides else right
+            return (left.mT @ right).to(self.wide)
+        R = dense(G).to(self.dtype)
         if "left" in self.sides:
             R = bases["left"].read(self.dtype).mT @ R
         if "right" in self.sides:
             R = R @ bases["right"].read(self.dtype)
         return R.to(self.wide)
+
+    def _is_cheaper(self, *, tokens: int) -> bool:
+        """Whether R takes fewer multiplications from the factors of G, see factored.py, than from G."""
+        (m, n), (k, l), r = self.shape, self.projected_shape, self.rank
+        of_factors = tokens * (k * l + r * sum(self.shape[SIDES.index(side)] for side in self.sides))
+        return of_factors < tokens * m * n + (r * m * n if len(self.sides) == 1 else r * n * (m + r))
 
     def read(self, bases: Mapping[str, Stored]) -> dict[str, Tensor]:
         """The values of the bases, as products use them."""
