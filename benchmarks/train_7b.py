@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--max_length", type=int, default=256, metavar="TOKENS")
     parser.add_argument("--rank", type=int, default=1024)
     parser.add_argument("--lr", type=float, default=0.0004)
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", metavar="TYPE", help="default: bfloat16 where the device multiplies it natively")
     parser.add_argument("--threads", type=int, metavar="THREADS")
     parser.add_argument("--output", type=Path, help="a file for JSON lines")
     args = parser.parse_args()

@@ -47,6 +47,7 @@ _KINDS = (
     ("sums.py", "", "sums"),
     ("loss.py", "forward", "gradients"),  # _HeadLoss makes them there
     ("loss.py", "_head_loss", "logits"),
+    ("loss_by_words.py", "_logits", "logits"),
     ("moments.py", "create_moments", "moments"),
     ("projector.py", "_refresh_side", "refresh"),
     ("quantized_weight.py", "_decode", "dequantized weights"),

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 
 from peft_pretraining.batch import IGNORED
+from peft_pretraining.model import loss as loss_module
 from peft_pretraining.model.build import build_model
 from peft_pretraining.model.loss import head_loss_sum, rows_per_chunk, token_loss_sum
 from qgalore import LowRankOptimizer
@@ -46,6 +47,60 @@ def test_equals_the_whole_loss(chunk_rows):
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(h.grad, d_h, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(weight.grad, d_weight, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("elements", [1, 64 * ROWS, 10**6])
+def test_by_words_it_is_the_same(elements, monkeypatch):
+    """Three chunks of 64 words, of which the last is short, or all at once."""
+    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", elements)
+    h, weight, targets = operands(vocab=150)
+    expected = whole_loss(h, weight, targets)
+    d_h, d_weight = torch.autograd.grad(0.37 * expected, (h, weight))
+    loss = head_loss_sum(h, weight, targets, by_words=True)
+    (0.37 * loss).backward()
+    for ours, theirs in ((loss, expected), (h.grad, d_h), (weight.grad, d_weight)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("by_words", [False, True])
+def test_bfloat16_by_words_is_no_worse(by_words):
+    h, weight, targets = operands(torch.bfloat16, rows=200, hidden=64, vocab=700)
+    expected = whole_loss(h, weight, targets)
+    d_h, d_weight = torch.autograd.grad(0.37 * expected, (h, weight))
+    loss = head_loss_sum(h, weight, targets, by_words=by_words)
+    (0.37 * loss).backward()
+    assert loss.dtype == torch.float32 and relative_error(loss, expected) < 1e-3
+    assert h.grad.dtype == weight.grad.dtype == torch.bfloat16
+    assert relative_error(h.grad, d_h) < 4e-3 and relative_error(weight.grad, d_weight) < 4e-3
+
+
+def test_by_words_extremes_stay_finite_and_bad_numbers_are_passed_on():
+    h, weight, targets = operands(torch.float32)
+    with torch.no_grad():
+        weight[3] = 1e4
+    head_loss_sum(h, weight, targets, by_words=True).backward()
+    assert h.grad.isfinite().all() and weight.grad.isfinite().all()
+    h, weight, targets = operands(torch.float32)
+    with torch.no_grad():
+        weight[3] = torch.inf
+    head_loss_sum(h, weight, targets, by_words=True).backward()
+    assert h.grad.isnan().all() and weight.grad.isnan().all()
+    h, weight, targets = operands(torch.float32)
+    loss = head_loss_sum(h, weight, torch.full_like(targets, IGNORED), by_words=True)
+    loss.backward()
+    assert loss == 0 and not h.grad.any() and not weight.grad.any()
+
+
+@pytest.mark.parametrize("rows, vocab, chosen", [(512, 2**16, True), (2**15, 2**15, False), (64, 2**12, False)])
+def test_a_gpu_takes_words_where_they_are_many(rows, vocab, chosen):
+    """Planned on the meta device: dW exists once, in the model's dtype, where the loss is made by words."""
+    h = torch.empty(rows, 8, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    weight = torch.empty(vocab, 8, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    targets = torch.empty(rows, dtype=torch.int64, device="meta")
+    names = {type(head_loss_sum(h, weight, targets).grad_fn).__name__}
+    with chunks.meta_stands_for("cpu"):
+        names.add("CPU " + type(head_loss_sum(h, weight, targets).grad_fn).__name__)
+    assert names == {"HeadLossByWordsBackward" if chosen else "_HeadLossBackward", "CPU _HeadLossBackward"}
 
 
 def test_without_gradients_the_same_loss():

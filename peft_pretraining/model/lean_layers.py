@@ -63,7 +63,7 @@ class _Mlp(nn.Module):
             return super().forward(x)
         down = self.down_proj
         if torch.is_grad_enabled() and isinstance(down, _Linear) and down.is_plain():
-            return SwiGLULinear.apply(self.gate_proj(x), self.up_proj(x), down.weight)
+            return swiglu_linear(self.gate_proj(x), self.up_proj(x), down.weight)
         return down(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
@@ -120,34 +120,61 @@ class SwiGLU(torch.autograd.Function):
         return _swiglu_gradients(gate, up, dh)
 
 
-class SwiGLULinear(torch.autograd.Function):
-    """h W^T with h = SiLU(gate) * up, of which gate and up are kept. gate, up: (..., n), W: (m, n) -> (..., m)"""
+def swiglu_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+    """h W^T with h = SiLU(gate) * up, of which gate and up are kept. gate, up: (..., n), W: (m, n) -> (..., m)
+
+    They are kept before the product is made. Where a layer is run again for its activations, torch ends that with the
+    last tensor that is kept, and a Function's are when it returns: so it does not make this product again.
+    """
+    kept = _Kept.apply(gate, up, weight)
+    return _Product.apply(kept, gate.detach(), up.detach(), weight.detach())
+
+
+class _Kept(torch.autograd.Function):
+    """Has the gradients of `swiglu_linear`. Returns zeros of its result's shape, in no memory."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up, weight)
         ctx.factored = takes_product(weight)
-        return F.linear(F.silu(gate).mul_(up), _values(weight, gate.dtype))
+        return gate.new_zeros(()).expand(*gate.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         gate, up, weight = ctx.saved_tensors
-        dh, dW = dy @ _values(weight, dy.dtype), None
-        if ctx.needs_input_grad[2]:
-            h = F.silu(gate).mul_(up).flatten(0, -2)
-            dW = weight_gradient(dy.flatten(0, -2), h, factored=ctx.factored)
-        return *_swiglu_gradients(gate, up, dh), dW
+        dh = dy @ _values(weight, dy.dtype)
+        d_gate, d_up = _swiglu_gradients(gate, up, dh, h_over_dh=True)
+        if not ctx.needs_input_grad[2]:
+            return d_gate, d_up, None
+        return d_gate, d_up, weight_gradient(dy.flatten(0, -2), dh.flatten(0, -2), factored=ctx.factored)
 
 
-def _swiglu_gradients(gate: Tensor, up: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of gate and up from that of h, in their memory. All have one shape."""
+class _Product(torch.autograd.Function):
+    """The result of `swiglu_linear`, whose gradient goes to what was kept for it."""
+
+    @staticmethod
+    def forward(ctx: Any, kept: Tensor, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(F.silu(gate).mul_(up), _values(weight, gate.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        return dy, None, None, None
+
+
+def _swiglu_gradients(gate: Tensor, up: Tensor, dh: Tensor, *, h_over_dh: bool = False) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up from that of h, in their memory. All have one shape.
+
+    h_over_dh: whether h is written over dh, which is contiguous.
+    """
     gate, up = gate.contiguous(), up.contiguous()
     g, u, d = (tensor.flatten(0, -2) for tensor in (gate, up, dh))
     for rows in row_chunks(*g.shape, device=g.device):
-        up_rows = u[rows].clone()
-        u[rows] = F.silu(g[rows]).mul_(d[rows])
-        g[rows] = torch.ops.aten.silu_backward(up_rows.mul_(d[rows]), g[rows])
+        activated = F.silu(g[rows])
+        d_up, d_activated = activated * d[rows], d[rows] * u[rows]
+        if h_over_dh:
+            torch.mul(activated, u[rows], out=d[rows])
+        u[rows], g[rows] = d_up, torch.ops.aten.silu_backward(d_activated, g[rows])
     return gate, up
 
 

@@ -31,7 +31,8 @@ relative to float64:
     whole logits                       2.7      758      4e-09    3.5e-07  2.6e-07
 
 So there is one implementation for every torch. A price: dW exists in float32 from forward to the start of backward,
-4 bytes for each element of the head (0.5 GB for the 7B), at a time when no other gradient exists.
+4 bytes for each element of the head (0.5 GB for the 7B). loss_by_words.py has the other order, which a GPU takes where
+the vocabulary is larger than twice the rows.
 """
 
 import math
@@ -45,6 +46,7 @@ from transformers import PreTrainedModel
 
 from peft_pretraining.batch import IGNORED, Batch
 from peft_pretraining.model.family import family_of
+from peft_pretraining.model.loss_by_words import HeadLossByWords
 from qgalore.per_layer import uses_up_gradient
 from qgalore.storage.chunks import on_cpu, row_chunks
 from qgalore.storage.quantized_weight import QuantizedWeight
@@ -124,19 +126,35 @@ def accumulate_gradients(
     return loss
 
 
-def head_loss_sum(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_rows: int | None = None) -> Tensor:
+def head_loss_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    chunk_rows: int | None = None,
+    by_words: bool | None = None,
+) -> Tensor:
     """The summed cross-entropy of softmax(hidden @ weight.T), chunk by chunk; differentiable once.
 
     hidden: (rows, hidden).
     weight: (vocab, hidden), in the dtype of `hidden`.
     targets: (rows,) int64, or IGNORED.
     chunk_rows: rows whose logits exist at once, by default as many as CHUNK_ELEMENTS allows.
+    by_words: whether chunks are of words instead, where gradients are wanted; None for what suits device and sizes.
     Returns a scalar in float32 (in float64 for float64).
     """
     chunk_rows = chunk_rows or rows_per_chunk(weight.shape[0])
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        if _suits_words(hidden, weight) if by_words is None else by_words:
+            return HeadLossByWords.apply(hidden, weight, targets, CHUNK_ELEMENTS)
         return _HeadLoss.apply(hidden, weight, targets, chunk_rows)
     return _head_loss(hidden, weight, targets, chunk_rows, gradients=None)
+
+
+def _suits_words(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether several chunks of words, on a GPU, take less memory and no more time than chunks of rows."""
+    rows, vocab = len(hidden), len(weight)
+    return not on_cpu(hidden.device) and weight.requires_grad and 2 * rows <= vocab and rows * vocab > CHUNK_ELEMENTS
 
 
 def rows_per_chunk(vocab_size: int) -> int:
