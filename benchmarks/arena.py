@@ -76,12 +76,15 @@ METHODS: dict[str, Method] = {
     "Q-GaLore, lean": Method(("q_galore_adamw8bit_per_layer", *ITERATE, *INT8, *LEAN), 0.002),
     "Q-GaLore, residual": Method(("q_galore_adamw8bit", *ITERATE, *INT8, *FIRA), 0.002),
     "Q-GaLore, averaged bases, residual": Method(("q_galore_adamw8bit", *ITERATE, *INT8, *AVERAGED, *FIRA), 0.002),
+    "the same, INT8 embedding and head": Method(
+        ("q_galore_adamw8bit", *ITERATE, *INT8, *AVERAGED, *FIRA, "--embedding_weight_bits", "8"), 0.002
+    ),
     "Q-GaLore Muon": Method(("q_galore_muon8bit_per_layer", *ITERATE, *INT8), 0.004),
     "Q-GaLore Muon, residual": Method(("q_galore_muon8bit", *ITERATE, *INT8, *FIRA), 0.004),
 }
 
 
-RECOMMENDED = "Q-GaLore, residual"
+RECOMMENDED = "Q-GaLore, averaged bases, residual"
 
 
 def _without(*left_out: str) -> tuple[str, ...]:
@@ -90,13 +93,14 @@ def _without(*left_out: str) -> tuple[str, ...]:
 
 def _factor(*more: str, of: tuple[str, ...] = METHODS[RECOMMENDED].flags) -> Method:
     """The recommended method with other flags, of which the last counts."""
-    return Method((*of, *more), METHODS[RECOMMENDED].matrix_lr, (0.999,))
+    return Method((*of, *more), METHODS[RECOMMENDED].matrix_lr, (0.95,))
 
 
 FACTORS: dict[str, Method] = {  # what it is that pays: the recommended method with one thing changed
     "as recommended": _factor(),
     "exact singular vectors": _factor("--subspace", "svd"),
-    "random bases": _factor("--proj_type", "random"),
+    "bases from one gradient": _factor(of=_without(*AVERAGED)),
+    "bases drawn at random": _factor("--proj_type", "random", of=_without(*AVERAGED)),
     "gap 50": _factor("--update_proj_gap", "50"),
     "gap 200": _factor("--update_proj_gap", "200"),
     "never lazy": _factor("--cos_threshold", "1"),
