@@ -8,6 +8,7 @@ from compare import METHODS, RECOMMENDED
 from support.command_line import flags_refusal
 from support.runs import ROOT
 
+from benchmarks import arena
 from peft_pretraining.cli.args import parse_args
 from peft_pretraining.cli.flags import defaults
 from peft_pretraining.cli.presets import FOLDER, load_preset, preset_names
@@ -28,9 +29,13 @@ def test_every_recipe_is_there():
 
 @pytest.mark.parametrize("size", PERPLEXITY["recommended"])
 def test_what_is_recommended_is_what_was_measured(size):
-    """The settings of benchmarks/compare.py's row; but at 7B the residual would keep 13 GB of gradients."""
+    """The settings of a row of compare.py, or of arena.py; but at 7B the residual would keep 13 GB of gradients."""
     args = parse_args(["--preset", f"recommended_{size}"])
     optimizer, flags, _ = METHODS[RECOMMENDED]
+    if size == "20m":
+        row = arena.METHODS[arena.RECOMMENDED]
+        (optimizer, *flags), rates = row.flags, (args.lr * args.matrix_lr_ratio, args.beta2)
+        assert rates == (row.matrix_lr, row.beta2[0])
     expected = parse_args([*flags, "--optimizer", optimizer, "--model_config", "x.json", "--batch_size", "1"])
     given = {flag.removeprefix("--") for flag in flags if flag.startswith("--")}
     if size == "7b":
