@@ -228,6 +228,9 @@ class ParameterUpdate:
         needs_whole = self.lift.needs_whole
         absorbs, skip = group["error_feedback"] != "none", self.skip
         spends = bool(self.projector.sides) and not (needs_whole or skip.remembers or self.learner)
+        constants = UpdateConstants(
+            self.projector, self.rule, self.lift, *options, aligned=bool(skip.remembers), absorbs=absorbs, spends=spends
+        )
         return write_update(
             R,
             weight,
@@ -235,15 +238,7 @@ class ParameterUpdate:
             kernel=self.engine.kernel,
             bases=self.projector.open(state),
             step=step.as_tensors(wide) if compiled else step,
-            constants=UpdateConstants(
-                self.projector,
-                self.rule,
-                self.lift,
-                *options,
-                aligned=bool(skip.remembers),
-                absorbs=absorbs,
-                spends=spends,
-            ),  # fmt: skip
+            constants=constants,
             G=G.to(self.p.dtype) if G is not None and needs_whole else None,
             last=self.remembered(self.lift.remembers, wide, device=R.device),
             alignment=self.remembered(self.skip.remembers, wide, device=R.device),

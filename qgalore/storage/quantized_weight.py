@@ -233,19 +233,8 @@ def open_weight(p: Tensor) -> Stored:
 @functools.cache
 def _code() -> str:
     """What the compiled kernels are made of."""
-    return "".join(
-        inspect.getsource(module)
-        for module in (
-            rounding,
-            affine,
-            stored,
-            int8_products,
-            quantized_ops,
-            weight_views,
-            factored,
-            sys.modules[__name__],
-        )  # fmt: skip
-    )
+    modules = rounding, affine, stored, int8_products, quantized_ops, weight_views, factored, sys.modules[__name__]
+    return "".join(map(inspect.getsource, modules))
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
