@@ -33,7 +33,7 @@ WEIGHTS = ("--weight_quant", "--stochastic_round")
 INT8 = (*WEIGHTS, "--proj_quant")
 FIRA = ("--residual", "fira")
 AVERAGED = ("--subspace", "average")
-LEAN = ("--proj_type", "auto", "--embedding_weight_bits", "8")  # the fewest bytes that cost no perplexity
+INT8_EMBEDDING = ("--embedding_weight_bits", "8")
 ADAMS, NONE = (0.95, 0.999), (None,)
 MAX_STEPS = 8  # of a sweep away from where it began, in either direction
 
@@ -73,11 +73,13 @@ METHODS: dict[str, Method] = {
     "GaLore Muon": Method(("galore_muon", *ITERATE), 0.004),
     "GaLore Muon, residual": Method(("galore_muon", *ITERATE, *FIRA), 0.004),
     "Q-GaLore": Method(("q_galore_adamw8bit_per_layer", *ITERATE, *INT8), 0.002),
-    "Q-GaLore, lean": Method(("q_galore_adamw8bit_per_layer", *ITERATE, *INT8, *LEAN), 0.002),
+    "Q-GaLore, lean": Method(
+        ("q_galore_adamw8bit_per_layer", *ITERATE, *INT8, *INT8_EMBEDDING, "--proj_type", "auto"), 0.002
+    ),
     "Q-GaLore, residual": Method(("q_galore_adamw8bit", *ITERATE, *INT8, *FIRA), 0.002),
     "Q-GaLore, averaged bases, residual": Method(("q_galore_adamw8bit", *ITERATE, *INT8, *AVERAGED, *FIRA), 0.002),
-    "the same, INT8 embedding and head": Method(
-        ("q_galore_adamw8bit", *ITERATE, *INT8, *AVERAGED, *FIRA, "--embedding_weight_bits", "8"), 0.002
+    "Q-GaLore, averaged bases, residual, INT8 embedding": Method(
+        ("q_galore_adamw8bit", *ITERATE, *INT8, *AVERAGED, *FIRA, *INT8_EMBEDDING), 0.002
     ),
     "Q-GaLore Muon": Method(("q_galore_muon8bit_per_layer", *ITERATE, *INT8), 0.004),
     "Q-GaLore Muon, residual": Method(("q_galore_muon8bit", *ITERATE, *INT8, *FIRA), 0.004),
@@ -93,7 +95,8 @@ def _without(*left_out: str) -> tuple[str, ...]:
 
 def _factor(*more: str, of: tuple[str, ...] = METHODS[RECOMMENDED].flags) -> Method:
     """The recommended method with other flags, of which the last counts."""
-    return Method((*of, *more), METHODS[RECOMMENDED].matrix_lr, (0.95,))
+    recommended = METHODS[RECOMMENDED]
+    return Method((*of, *more), recommended.matrix_lr, recommended.beta2[:1])
 
 
 FACTORS: dict[str, Method] = {  # what it is that pays: the recommended method with one thing changed

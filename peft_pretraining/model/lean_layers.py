@@ -180,4 +180,4 @@ def _swiglu_gradients(gate: Tensor, up: Tensor, dh: Tensor, *, h_over_dh: bool =
 
 def _values(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """What a weight stands for, to be multiplied."""
-    return weight.stored().read(dtype) if isinstance(weight, QuantizedWeight) else weight
+    return weight.dequantize(dtype) if isinstance(weight, QuantizedWeight) else weight

@@ -72,7 +72,7 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
 def _places(targets: Tensor, words: slice) -> tuple[Tensor, Tensor]:
     """Where among these words the target of each row is, and whether it is there. Both (rows, 1)"""
-    inside = (targets >= words.start) & (targets < words.stop) & (targets != IGNORED)
+    inside = (targets >= words.start) & (targets < words.stop)  # IGNORED is below all words
     return (targets - words.start).clamp(0, words.stop - words.start - 1).unsqueeze(1), inside.unsqueeze(1)
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qgalore.factored import weight_gradient
+from qgalore.factored import takes_product, weight_gradient
 from qgalore.storage import int8_products
 from qgalore.storage.stored import Stored
 
@@ -26,24 +26,21 @@ class Dequantize(torch.autograd.Function):
 
 
 class Linear(torch.autograd.Function):
-    """The three products at the top of quantized_weight.py. Saves x and the weight as it is, in codes.
-
-    factored: whether dW may be a FactoredGradient.
-    """
+    """The three products at the top of quantized_weight.py. Saves x and the weight as it is, in codes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Any, bias: Tensor | None, factored: bool = False) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        ctx.factored = factored
+        ctx.factored = takes_product(weight)
         if not _in_int8(x, weight):
             return F.linear(x, weight._decode(weight.dtype), bias)
         y = int8_products.output(x.flatten(0, -2), **weight.stored().parts).unflatten(0, x.shape[:-1])
         return y if bias is None else y.add_(bias)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
-        needs_dx, _, needs_db, _ = ctx.needs_input_grad
+        needs_dx, _, needs_db = ctx.needs_input_grad
         rows = dy.reshape(-1, dy.shape[-1])  # (tokens, out)
         columns = None if x is None else x.reshape(-1, x.shape[-1]).to(dy.dtype)  # (tokens, in)
         dx, dW = None, None
@@ -56,7 +53,7 @@ class Linear(torch.autograd.Function):
             dx = dy @ weight._decode(dy.dtype) if needs_dx else None
             if columns is not None:
                 dW = weight_gradient(rows, columns, factored=ctx.factored)
-        return dx, dW, rows.sum(0) if needs_db else None, None
+        return dx, dW, rows.sum(0) if needs_db else None
 
 
 class Embed(torch.autograd.Function):

@@ -239,7 +239,7 @@ def _code() -> str:
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if isinstance(weight, QuantizedWeight):
-        return Linear.apply(input, weight, bias, factored.takes_product(weight))
+        return Linear.apply(input, weight, bias)
     with torch._C.DisableTorchFunctionSubclass():
         return F.linear(input, weight, bias)
 
