@@ -117,6 +117,7 @@ FACTORS: dict[str, Method] = {  # what it is that pays: the recommended method w
     "float weights": _factor(of=_without(*WEIGHTS)),
     "weights rounded to nearest": _factor(of=_without("--stochastic_round")),
     "4-bit weights": _factor("--weight_bits", "4"),
+    "INT8 embedding and head": _factor(*INT8_EMBEDDING),
     "float bases": _factor(of=_without("--proj_quant")),
     "32-bit moments": _factor("--cos_threshold", "0.6", of=("galore_adamw", *_without("q_galore_adamw8bit"))),
     "4-bit moments": _factor("--moments_bits", "4"),

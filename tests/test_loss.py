@@ -13,6 +13,7 @@ from peft_pretraining.model.loss import head_loss_sum, rows_per_chunk, token_los
 from qgalore import LowRankOptimizer
 from qgalore.per_layer import PerLayerUpdates
 from qgalore.storage import chunks
+from qgalore.storage.quantized_weight import QuantizedWeight
 
 ROWS, HIDDEN, VOCAB = 50, 12, 37
 
@@ -60,6 +61,20 @@ def test_by_words_it_is_the_same(elements, monkeypatch):
     (0.37 * loss).backward()
     for ours, theirs in ((loss, expected), (h.grad, d_h), (weight.grad, d_weight)):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("elements", [64 * ROWS, 10**6])
+def test_a_quantized_head_is_decoded_by_words(elements, monkeypatch):
+    """The same loss and gradients as of its values, which never exist whole."""
+    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", elements)
+    h, weight, targets = operands(torch.float32, vocab=150)
+    quantized = QuantizedWeight.from_float(weight.detach()).requires_grad_()
+    values = quantized.dequantize().detach().requires_grad_()
+    expected = torch.autograd.grad(0.37 * head_loss_sum(h, values, targets, by_words=True), (h, values))
+    monkeypatch.setattr(QuantizedWeight, "_decode", None)
+    loss = head_loss_sum(h, quantized, targets, by_words=True)
+    found = torch.autograd.grad(0.37 * loss, (h, quantized))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("by_words", [False, True])

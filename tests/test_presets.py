@@ -17,8 +17,7 @@ PERPLEXITY = {  # Zhang et al. 2024, table 1, on C4
     "galore": {"60m": 34.88, "130m": 25.36, "350m": 18.95, "1b": 15.64, "7b": None},
     "q_galore": {"60m": 34.88, "130m": 25.53, "350m": 19.79, "1b": 16.25, "7b": None},
     "osd": {"60m": None, "7b": None},
-    "recommended": {"9m": None, "20m": None, "60m": None, "130m": None, "350m": None, "1b": None, "7b": None},
-}
+} | {kind: dict.fromkeys(("9m", "20m", "60m", "130m", "350m", "1b", "7b")) for kind in ("recommended", "lean", "fast")}
 
 
 def test_every_recipe_is_there():
@@ -27,24 +26,40 @@ def test_every_recipe_is_there():
         assert {size: load_preset(f"{method}_{size}").perplexity for size in sizes} == sizes
 
 
+def settings_of(flags) -> dict:
+    """What the flags of a row of arena.py, or of compare.py, set; the optimizer is the first of them."""
+    args = parse_args(["--optimizer", *flags, "--model_config", "x.json", "--batch_size", "1"])
+    return {name: getattr(args, name) for name in ("optimizer", *(f[2:] for f in flags if f.startswith("--")))}
+
+
 @pytest.mark.parametrize("size", PERPLEXITY["recommended"])
 def test_what_is_recommended_is_what_was_measured(size):
-    """The settings of a row of compare.py, or of arena.py; but at 7B the residual would keep 13 GB of gradients."""
+    """The settings of a row of arena.py, or of compare.py; but at 7B whole gradients would take 13 GB."""
     args = parse_args(["--preset", f"recommended_{size}"])
-    optimizer, flags, _ = METHODS[RECOMMENDED]
-    if size == "20m":
-        row = arena.METHODS[arena.RECOMMENDED]
-        (optimizer, *flags), rates = row.flags, (args.lr * args.matrix_lr_ratio, args.beta2)
-        assert rates == (row.matrix_lr, row.beta2[0])
-    expected = parse_args([*flags, "--optimizer", optimizer, "--model_config", "x.json", "--batch_size", "1"])
-    given = {flag.removeprefix("--") for flag in flags if flag.startswith("--")}
-    if size == "7b":
-        assert args.optimizer == f"{optimizer}_per_layer" and args.residual == "none"
-        given.remove("residual")
+    row = arena.METHODS[arena.RECOMMENDED]
+    if size == "9m":
+        optimizer, flags, _ = METHODS[RECOMMENDED]
+        expected = settings_of([optimizer, *flags])
     else:
-        assert args.optimizer == optimizer
-    assert {name: getattr(args, name) for name in given} == {name: getattr(expected, name) for name in given}
+        expected = settings_of(row.flags) | {"embedding_weight_bits": None if size == "7b" else 8}
+    if size == "20m":
+        assert (args.lr * args.matrix_lr_ratio, args.beta2) == (row.matrix_lr, row.beta2[0])
+    if size == "7b":
+        expected |= {"optimizer": f"{expected['optimizer']}_per_layer", "residual": "none", "subspace": "iterate"}
+    assert {name: getattr(args, name) for name in expected} == expected
     assert (load_preset(f"recommended_{size}").measured is not None) == (size in ("9m", "20m"))
+
+
+@pytest.mark.parametrize("size", PERPLEXITY["recommended"])
+@pytest.mark.parametrize("kind, row", [("lean", "Q-GaLore, lean"), ("fast", "Q-GaLore")])
+def test_variants_are_rows_of_the_arena_too(kind, row, size):
+    """At the rates of what is recommended, whose training they share."""
+    recommended, args = (parse_args(["--preset", f"{name}_{size}"]) for name in ("recommended", kind))
+    expected = settings_of(arena.METHODS[row].flags)
+    assert {name: getattr(args, name) for name in expected} == expected
+    same = ("model_config", "lr", "matrix_lr_ratio", "galore_scale", "beta2", "rank", "num_training_steps")
+    assert all(getattr(args, name) == getattr(recommended, name) for name in same)
+    assert args.compile == (kind == "fast")
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -58,7 +73,7 @@ def test_a_preset_is_a_run_that_can_be_meant(name):
     assert args.warmup_steps == args.num_training_steps // 10
     assert not args.ignored, "it sets nothing that has no effect"
     assert {type(preset.flags[flag]) for flag in preset.flags if defaults()[flag] is False} <= {bool}
-    own = name.startswith("recommended")
+    own = name.startswith(("recommended", "lean", "fast"))
     assert preset.source == "docs/results.md" if own else "arXiv" in preset.source
 
 
@@ -73,9 +88,18 @@ def test_a_preset_works_from_any_folder(tmp_path, monkeypatch):
     assert parse_args(["--preset", "galore_60m"]).model_config == str(ROOT / "configs" / "llama_60m.json")
 
 
+def test_a_preset_may_extend_another(tmp_path, monkeypatch):
+    """Its flags win; all others are those of the other."""
+    described = {"about": "a run", "source": "docs/results.md", "perplexity": None}
+    (tmp_path / "base.json").write_text(json.dumps(described | {"flags": {"lr": 0.5, "rank": 7}}))
+    (tmp_path / "own.json").write_text(json.dumps(described | {"extends": "base", "flags": {"rank": 8}}))
+    monkeypatch.setattr("peft_pretraining.cli.presets.FOLDER", tmp_path)
+    assert load_preset("own").flags == {"lr": 0.5, "rank": 8} and load_preset("base").flags == {"lr": 0.5, "rank": 7}
+
+
 def test_an_unknown_preset_lists_the_known_ones():
     message = flags_refusal("--preset", "galore_60")
-    assert message.startswith("unknown --preset 'galore_60'. Did you mean galore_60m? Known: galore_130m, ")
+    assert message.startswith("unknown --preset 'galore_60'. Did you mean galore_60m? Known: fast_130m, ")
 
 
 def test_a_preset_with_an_unknown_flag_is_refused(tmp_path, monkeypatch):
@@ -90,7 +114,7 @@ def test_the_page_lists_every_preset_with_its_figure():
     rows = re.findall(
         r"^\| `(\w+)` \| .* \| ([\d.]+|-) \|$", (ROOT / "docs" / "presets.md").read_text(), flags=re.MULTILINE
     )
-    assert {name: figure for name, figure in rows if name in preset_names()} == {
-        name: "-" if load_preset(name).perplexity is None else f"{load_preset(name).perplexity:g}"
-        for name in preset_names()
+    described = [name for name in preset_names() if not name.startswith(("lean", "fast"))]
+    assert {name: figure for name, figure in rows if name in described} == {
+        name: "-" if load_preset(name).perplexity is None else f"{load_preset(name).perplexity:g}" for name in described
     }

@@ -1,4 +1,7 @@
-"""Recipes as data: configs/presets/NAME.json, whose flags hold wherever the command line says nothing."""
+"""Recipes as data: configs/presets/NAME.json, whose flags hold wherever the command line says nothing.
+
+A file may name another preset that it `extends`; its flags are then that one's, with its own in their place.
+"""
 
 import difflib
 from dataclasses import dataclass
@@ -20,7 +23,8 @@ class Preset:
     about: what it is.
     source: where it is published or measured.
     perplexity: the published perplexity on C4; None if nothing is published.
-    flags: the value of each flag by its name, as after parsing; paths are relative to the repository.
+    flags: the value of each flag by its name, as after parsing; paths are relative to the repository. None is the
+        flag's default, where a preset that is extended has another value.
     measured: what we found with it, in words.
     expected: the perplexity of our own run after so many updates, by their number, and the digest of its validation
         documents, see training/expectation.py.
@@ -35,7 +39,8 @@ class Preset:
 
     def describe(self) -> str:
         """In one line."""
-        shown = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in self.flags.items())
+        given = {name: value for name, value in self.flags.items() if value is not None}
+        shown = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in given.items())
         published = "" if self.perplexity is None else f", perplexity {self.perplexity:g} (published)"
         measured = "" if self.measured is None else f" ({self.measured})"
         return f"{self.about}{published}{measured}: {shown}"
@@ -54,7 +59,11 @@ def load_preset(name: str) -> Preset:
         hint = f"Did you mean {close[0]}? " if close else ""
         raise UserError(f"unknown --preset '{name}'. {hint}Known: {', '.join(names)}.")
     path = FOLDER / f"{name}.json"
-    preset = Preset(**read_json(path))
+    content = read_json(path)
+    base = content.pop("extends", None)
+    if base is not None:
+        content["flags"] = load_preset(base).flags | content["flags"]
+    preset = Preset(**content)
     if unknown := sorted(preset.flags.keys() - defaults().keys()):
         raise UserError(f"{path}: there is no flag --{unknown[0]}.")
     return preset

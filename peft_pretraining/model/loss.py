@@ -83,10 +83,7 @@ def loss_of_whole(
     family = family_of(model.config)
     body = family.part("body", model)
     hidden = body(input_ids=input_ids, use_cache=False, **packed).last_hidden_state  # (B, L, hidden)
-    weight = family.part("head", model).weight
-    if isinstance(weight, QuantizedWeight):
-        weight = weight.dequantize()  # for this call
-    return head_loss_sum(hidden.flatten(0, 1), weight, targets.flatten())
+    return head_loss_sum(hidden.flatten(0, 1), family.part("head", model).weight, targets.flatten())
 
 
 def block_mask(positions: Tensor) -> Tensor:
@@ -137,7 +134,7 @@ def head_loss_sum(
     """The summed cross-entropy of softmax(hidden @ weight.T), chunk by chunk; differentiable once.
 
     hidden: (rows, hidden).
-    weight: (vocab, hidden), in the dtype of `hidden`.
+    weight: (vocab, hidden), in the dtype of `hidden`; one that is quantized has its values for this call.
     targets: (rows,) int64, or IGNORED.
     chunk_rows: rows whose logits exist at once, by default as many as CHUNK_ELEMENTS allows.
     by_words: whether chunks are of words instead, where gradients are wanted; None for what suits device and sizes.
@@ -147,8 +144,13 @@ def head_loss_sum(
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         if _suits_words(hidden, weight) if by_words is None else by_words:
             return HeadLossByWords.apply(hidden, weight, targets, CHUNK_ELEMENTS)
+        weight = _values(weight)
         return _HeadLoss.apply(hidden, weight, targets, chunk_rows)
-    return _head_loss(hidden, weight, targets, chunk_rows, gradients=None)
+    return _head_loss(hidden, _values(weight), targets, chunk_rows, gradients=None)
+
+
+def _values(weight: Tensor) -> Tensor:
+    return weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
 
 
 def _suits_words(hidden: Tensor, weight: Tensor) -> bool:

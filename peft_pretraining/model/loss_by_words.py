@@ -6,6 +6,8 @@ summed. The softmax needs all words, so the logits are made twice: once for its 
 That is one product more, of four, and 2 bytes in place of 4 for each element of dW: for a vocabulary of 128,000 and
 4096 columns 1 GB at the peak of training.
 
+A quantized head is decoded by chunks, too.
+
 On a GPU the product costs no more than the reading and writing that it replaces. On a CPU it does; loss.py chooses.
 """
 
@@ -18,12 +20,13 @@ from torch.autograd.function import once_differentiable
 
 from peft_pretraining.batch import IGNORED
 from qgalore.storage.chunks import row_chunks
+from qgalore.storage.quantized_weight import open_weight
 
 
 class HeadLossByWords(torch.autograd.Function):
     """The summed cross-entropy of softmax(hidden @ weight.T), in float32 or wider; differentiable once.
 
-    hidden: (rows, hidden); weight: (vocab, hidden), in the same dtype; targets: (rows,) int64, or IGNORED.
+    hidden: (rows, hidden); weight: (vocab, hidden), in the same dtype or quantized; targets: (rows,) int64, or IGNORED.
     elements: logits that exist at once.
     """
 
@@ -41,13 +44,13 @@ class HeadLossByWords(torch.autograd.Function):
         hidden, weight, targets, normalizer, finite = ctx.saved_tensors
         # Whoever sums gradients over the ranks must learn of a loss that is not finite.
         factor = torch.where(finite, d_loss, torch.nan) * _counted(targets)  # (rows, 1)
-        d_hidden, d_weight = torch.zeros_like(hidden, dtype=normalizer.dtype), torch.empty_like(weight)
-        for words in _chunks(hidden, weight, elements=ctx.elements):
-            dz = _logits(hidden, weight[words]).sub_(normalizer).exp_().mul_(factor)
+        d_hidden, d_weight = torch.zeros_like(hidden, dtype=normalizer.dtype), hidden.new_empty(weight.shape)
+        for words, values in _chunks(hidden, weight, elements=ctx.elements):
+            dz = _logits(hidden, values).sub_(normalizer).exp_().mul_(factor)
             place, inside = _places(targets, words)
             dz = dz.scatter_add_(1, place, -factor * inside).to(hidden.dtype)
             torch.mm(dz.T, hidden, out=d_weight[words])
-            d_hidden += dz @ weight[words]
+            d_hidden += dz @ values
         return d_hidden.to(hidden.dtype), d_weight, None, None
 
 
@@ -56,8 +59,8 @@ def _sums(hidden: Tensor, weight: Tensor, targets: Tensor, *, elements: int) -> 
     wide = torch.promote_types(hidden.dtype, torch.float32)
     highest = torch.full((len(hidden), 1), -torch.inf, dtype=wide, device=hidden.device)
     total, chosen = torch.zeros_like(highest), torch.zeros_like(highest)
-    for words in _chunks(hidden, weight, elements=elements):
-        z = _logits(hidden, weight[words])
+    for words, values in _chunks(hidden, weight, elements=elements):
+        z = _logits(hidden, values)
         place, inside = _places(targets, words)
         chosen += torch.where(inside, z.gather(1, place), 0.0)
         before, highest = highest, torch.maximum(highest, z.amax(1, keepdim=True))
@@ -80,6 +83,8 @@ def _counted(targets: Tensor) -> Tensor:
     return (targets != IGNORED).unsqueeze(1)  # (rows, 1)
 
 
-def _chunks(hidden: Tensor, weight: Tensor, *, elements: int) -> Iterator[slice]:
-    """Ranges of words: a multiple of 64, for the tensor cores."""
-    return row_chunks(len(weight), len(hidden), device=hidden.device, multiple=64, elements=elements)
+def _chunks(hidden: Tensor, weight: Tensor, *, elements: int) -> Iterator[tuple[slice, Tensor]]:
+    """Ranges of words with their rows of the weight: a multiple of 64, for the tensor cores."""
+    stored = open_weight(weight)
+    for words in row_chunks(len(weight), len(hidden), device=hidden.device, multiple=64, elements=elements):
+        yield words, stored.rows(words).read(hidden.dtype)
