@@ -95,8 +95,8 @@ class Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         needs_dx, needs_dw, needs_db = ctx.needs_input_grad
-        rows = dy.flatten(0, -2)  # (tokens, m)
-        dW = weight_gradient(rows, x.flatten(0, -2), factored=ctx.factored) if needs_dw else None
+        rows = dy.reshape(-1, dy.shape[-1])  # (tokens, m)
+        dW = weight_gradient(rows, x.reshape(-1, x.shape[-1]), factored=ctx.factored) if needs_dw else None
         return dy @ weight if needs_dx else None, dW, rows.sum(0) if needs_db else None
 
 

@@ -13,6 +13,7 @@ before the first micro-batch, so they need no sums in full.
 Schedules, refreshes and bias corrections count updates, never micro-batches.
 """
 
+import weakref
 from collections.abc import Iterable
 
 import torch
@@ -60,11 +61,12 @@ class PerLayerUpdates:
         self._exchange = optimizer.sync.exchange(optimizer.updates, inside=True)
         self._early: Exchange | None = None  # of gradients that first bases are made of, in the first micro-batch
         self._waiting: dict[Tensor, Tensor] = {}  # gradients of the first micro-batch that wait for their bases
-        for group in optimizer.param_groups:
-            group["clip"] = clip
         release(optimizer.updates)
         optimizer.flush, optimizer.driven = self._flush, set(optimizer.updates)
-        self._hooks = [p.register_post_accumulate_grad_hook(self._on_gradient) for p in optimizer.updates]
+        self.clip = clip
+        self._set_clip(optimizer)
+        self._hooks = [p.register_post_accumulate_grad_hook(_Hook(self)) for p in optimizer.updates]
+        self._hooks.append(optimizer.register_load_state_dict_post_hook(self._set_clip))
         for p in optimizer.updates:
             p.takes_product = self.takes_products  # type: ignore[attr-defined]  # see factored.py
 
@@ -75,6 +77,12 @@ class PerLayerUpdates:
             raise RuntimeError(
                 f"{len(late)} parameters have seen {late[0]} of {self.accumulation} micro-batches: finish() ends an "
                 "update, after its last backward"
+            )
+        unseen = sum(p.grad is not None for p in self._seen)
+        if unseen:
+            raise RuntimeError(
+                f"{unseen} parameters have gradients that no hook has seen. model.to() replaces quantized weights, and "
+                "their hooks are lost: move and convert the model first, then make the optimizer"
             )
         if not self._flushed:
             self._flush()
@@ -88,6 +96,13 @@ class PerLayerUpdates:
             hook.remove()
         for p in self.optimizer.updates:
             p.takes_product = False  # type: ignore[attr-defined]
+        self.clip = 0.0
+        self._set_clip(self.optimizer)
+
+    def _set_clip(self, optimizer: torch.optim.Optimizer) -> None:
+        """Also after a state was loaded, whose groups have the limit of another run."""
+        for group in optimizer.param_groups:
+            group["clip"] = self.clip
 
     def _flush(self) -> None:
         """Applies what has been summed, and counts micro-batches from the beginning."""
@@ -169,6 +184,19 @@ class PerLayerUpdates:
         return part if self.accumulation == 1 else part.to(self.dtype or p.dtype)
 
 
+class _Hook:
+    """Calls the PerLayerUpdates, which its optimizer keeps alive. A parameter must not: no garbage collector would see
+    that a parameter, its hook and the optimizer's state keep each other."""
+
+    def __init__(self, owner: PerLayerUpdates) -> None:
+        self.owner = weakref.ref(owner)
+
+    def __call__(self, p: Tensor) -> None:
+        owner = self.owner()
+        if owner is not None:
+            owner._on_gradient(p)
+
+
 def release(parameters: Iterable[Tensor]) -> None:
     """Removes every PerLayerUpdates that drives one of the parameters, of an earlier optimizer for example."""
     for updates in {owner for p in parameters for owner in _drivers(p)}:
@@ -182,5 +210,5 @@ def uses_up_gradient(p: Tensor) -> bool:
 
 def _drivers(p: Tensor) -> list[PerLayerUpdates]:
     hooks = (getattr(p, "_post_accumulate_grad_hooks", None) or {}).values()
-    owners = [getattr(hook, "__self__", None) for hook in hooks]
-    return [owner for owner in owners if isinstance(owner, PerLayerUpdates)]
+    owners = [hook.owner() for hook in hooks if isinstance(hook, _Hook)]
+    return [owner for owner in owners if owner is not None]

@@ -1,5 +1,7 @@
 """Gradients that stay products: what the updates make of them, and what everyone else sees."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -157,3 +159,21 @@ def test_an_update_takes_fewer_multiplications(monkeypatch):
         found.append(counter.get_total_flops())
     saved = TOKENS * WIDTH * OUT + RANK * WIDTH * OUT - TOKENS * RANK * (WIDTH + OUT)
     assert found[1] - found[0] == 2 * saved
+
+
+def test_a_single_row_without_a_dimension_of_tokens():
+    module, x = layer(), input_of(5)[0, 0].requires_grad_()
+    expected = torch.autograd.grad(nn.functional.linear(x, module.weight, module.bias).sum(), (x, module.weight))
+    found = torch.autograd.grad(module(x).sum(), (x, module.weight))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_copy_of_a_driven_weight_has_an_ordinary_gradient():
+    """Nobody uses up the gradient of a copy inside backward."""
+    module = layer(bits=8, dtype=torch.float32)
+    updates = listening(module)
+    copied = copy.deepcopy(module)
+    copied(input_of(6, torch.float32)).sum().backward()
+    assert type(copied.weight.grad) is Tensor and takes_product(module.weight)
+    updates.remove()

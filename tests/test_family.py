@@ -6,12 +6,13 @@ import pytest
 import torch
 from support.command_line import refusal
 from support.runs import losses
-from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import torchrun_main
 from peft_pretraining.export.__main__ import export
-from peft_pretraining.model.build import meta_model
+from peft_pretraining.model.build import build_model, meta_model
 from peft_pretraining.model.config import read_config
+from peft_pretraining.model.loss import token_loss_sum
 from qgalore.param_groups import split_parameters
 
 
@@ -50,3 +51,20 @@ def test_what_has_no_row_is_refused(tiny, tmp_path, capsys):
     path.write_text(json.dumps(json.loads(tiny.config.read_text()) | {"model_type": "mistral"}))
     message = refusal(tiny.flags(tmp_path / "run", model_config=path), capsys)
     assert "mistral" in message and "llama" in message and "qwen3" in message
+
+
+@pytest.mark.parametrize("full_layers", [0, 1, 2])
+def test_packed_sequences_keep_the_window(full_layers):
+    """One document with its positions has the loss that it has without; two have the sum of theirs."""
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    window = dict(use_sliding_window=True, sliding_window=4, max_window_layers=full_layers)
+    config = Qwen3Config(**sizes, **window, num_key_value_heads=2, head_dim=16)
+    model = build_model(config, device="cpu", dtype=torch.float32, seed=0)
+    ids = torch.randint(0, 64, (1, 24), generator=torch.Generator().manual_seed(0))
+    first, second = ids[:, :10], ids[:, 10:]
+    whole = token_loss_sum(model, ids, ids)
+    torch.testing.assert_close(token_loss_sum(model, ids, ids, torch.arange(24).unsqueeze(0)), whole)
+    places = torch.cat((torch.arange(10), torch.arange(14))).unsqueeze(0)
+    parts = token_loss_sum(model, first, first) + token_loss_sum(model, second, second)
+    torch.testing.assert_close(token_loss_sum(model, ids, ids, places), parts)
+    assert not torch.isclose(whole, parts)

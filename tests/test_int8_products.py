@@ -102,6 +102,21 @@ def test_large_products_are_made_in_chunks(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(products(), whole, strict=True))
 
 
+@pytest.mark.parametrize("rows", [40, 48, 56, 4096])
+def test_no_chunk_is_too_short_for_the_hardware(rows, monkeypatch):
+    """17 rows are the fewest: a last chunk of 8 or 16 is made with the one before."""
+    monkeypatch.setattr(int8_products, "GPU_ELEMENTS", 16 * IN)
+    chunks = int8_products._chunks(torch.empty(rows, IN))
+    assert [row for chunk in chunks for row in range(chunk.start, chunk.stop)] == list(range(rows))
+    assert len(chunks) > 1 and chunks[-1].stop - chunks[-1].start >= int8_products._MIN_ROWS
+
+
+def test_sums_over_many_tokens_do_not_overflow():
+    """127 * 127 * 140,000 is above 2**31."""
+    ones = torch.ones(140_000, 24)
+    torch.testing.assert_close(int8_products.weight_gradient(ones, ones), torch.full((24, 24), 140_000.0))
+
+
 def test_a_row_that_is_not_finite_stays_not_finite():
     x = torch.randn(TOKENS, IN)
     x[3, 5], x[4, 6] = float("nan"), float("inf")

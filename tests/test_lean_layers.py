@@ -137,3 +137,37 @@ def test_it_can_be_copied():
     other.model.norm.weight.data.fill_(2.0)
     assert not torch.equal(loss_and_gradients(other)[0], loss_and_gradients(ours)[0])
     assert type(ours.model.norm).__name__ == "LlamaRMSNorm"
+
+
+@pytest.mark.parametrize("where", ["gate_proj", "up_proj", "down_proj", "everywhere"])
+def test_what_hooks_have_seen_stays_as_it_was(where):
+    """Gradients are not written over activations that somebody else may have kept, and every call is seen."""
+    ours, theirs = pair("llama", torch.float32)
+    found = []
+    for model in (ours, theirs):
+        kept = []
+
+        def keep(module, given, output, kept=kept):
+            if isinstance(module, torch.nn.Linear):
+                kept.append(output.detach())
+
+        if where == "everywhere":
+            hook = torch.nn.modules.module.register_module_forward_hook(keep)
+        else:
+            hook = getattr(model.model.layers[1].mlp, where).register_forward_hook(keep)
+        loss_and_gradients(model)
+        hook.remove()
+        found.append(kept)
+    assert len(found[0]) == len(found[1]) > 0
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_under_autocast_layers_are_transformers_own():
+    ours, theirs = pair("llama", torch.float32)
+    found = []
+    for model in (ours, theirs):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            ids = torch.arange(24).unsqueeze(0)
+            model(input_ids=ids, labels=ids).loss.backward()
+        found.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

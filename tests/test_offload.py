@@ -32,6 +32,15 @@ def test_gradients_are_those_of_plain_layers():
     assert all(torch.equal(a, b) for a, b in zip(gradients(model, recompute), expected, strict=True))
 
 
+def test_what_a_layer_drops_is_dropped_again():
+    """And torch's own generator goes on as if layers had run once."""
+    model, found = nn.ModuleList(nn.Sequential(layer, nn.Dropout(0.5)) for layer in layers()), []
+    for wrap in (lambda layer, hidden: layer(hidden), recompute):
+        torch.manual_seed(3)
+        found.append([*gradients(copy.deepcopy(model), wrap), torch.rand(4)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_a_second_backward_is_refused():
     hidden = recompute(layers()[0], torch.randn(4, 8, requires_grad=True))
     hidden.sum().backward(retain_graph=True)

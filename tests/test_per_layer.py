@@ -1,16 +1,20 @@
 """Updates inside backward against the optimizer that steps after it."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 from support.gradients import largest_difference
 from support.models import Model, batches, loss_of
+from torch import nn
 
 from qgalore.factory import Settings, create_optimizer
 from qgalore.optimizer import LowRankOptimizer
 from qgalore.param_groups import split_parameters
 from qgalore.per_layer import PerLayerUpdates
+from qgalore.storage.quantized_weight import QuantizedWeight
 from qgalore.sync import GradSync
 from qgalore.whole_model import WholeModelUpdates
 
@@ -185,3 +189,34 @@ def test_another_optimizer_takes_a_models_parameters_over():
     second.finish()
     assert not first.optimizer.state and first.optimizer.flush is None
     assert all(state["step"] == 1 for state in second.optimizer.state.values())
+
+
+def test_a_loaded_state_does_not_bring_its_limit_of_norms():
+    """The limit is that of this run, and ends with the PerLayerUpdates."""
+    saved = PerLayerUpdates(optimizer_of(Model()), clip=1.0).optimizer.state_dict()
+    updates = PerLayerUpdates(optimizer_of(Model()), clip=0.5)
+    updates.optimizer.load_state_dict(saved)
+    assert {group["clip"] for group in updates.optimizer.param_groups} == {0.5}
+    updates.remove()
+    assert {group["clip"] for group in updates.optimizer.param_groups} == {0.0}
+    updates.optimizer.load_state_dict(saved)
+    assert {group["clip"] for group in updates.optimizer.param_groups} == {1.0}, "as any option of a group"
+
+
+def test_a_model_is_freed_with_its_optimizer():
+    model = Model()
+    updates = per_layer(model, batches(1))
+    left = [weakref.ref(thing) for thing in (next(model.parameters()), updates, updates.optimizer)]
+    del model, updates
+    gc.collect()
+    assert not any(ref() is not None for ref in left)
+
+
+def test_hooks_that_a_conversion_has_lost_are_noticed():
+    model = nn.Sequential(nn.Linear(32, 32, bias=False))
+    model[0].weight = nn.Parameter(QuantizedWeight.from_float(model[0].weight.detach()))
+    updates = PerLayerUpdates(LowRankOptimizer([{"params": list(model.parameters()), "rank": 4}]))
+    model.to(torch.bfloat16)
+    model(torch.ones(2, 32, dtype=torch.bfloat16)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"1 parameters have gradients .* then make the optimizer"):
+        updates.finish()

@@ -1,6 +1,10 @@
+import warnings
+
 import pytest
 import torch
+from torch import nn
 
+from qgalore.optimizer import LowRankOptimizer
 from qgalore.subspace.bases import orthonormalize
 from qgalore.subspace.projector import SIDE_TYPES, Projector, Turn, projection_sides
 from qgalore.subspace.schedule import RefreshSchedule
@@ -175,3 +179,22 @@ def test_random_bases_follow_from_the_seed_and_the_count_alone(dtype, bits):
         seen.append(P)
     assert torch.equal(seen[2], seen[3]) and (seen[2].mT @ seen[4]).square().sum() / 8 < 0.4
     assert ours["refreshes"] == 3 and "failed_refreshes" not in theirs
+
+
+@pytest.mark.parametrize("gap", [1, 5, 50])
+def test_a_first_update_that_was_undone_leaves_nothing_to_go_on_from(gap):
+    """The first good gradient gets the basis that it would have had: not one on the way there from a random one."""
+    draw = torch.Generator().manual_seed(0)
+    G, found = torch.randn(40, 24, generator=draw), []
+    for bad in (False, True):
+        p = nn.Parameter(torch.zeros(40, 24))
+        optimizer = LowRankOptimizer([{"params": [p], "rank": 4, "update_proj_gap": gap}])
+        gradients = [torch.full_like(G, torch.nan), G] if bad else [G]
+        for gradient in gradients:
+            p.grad = gradient.clone()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                optimizer.step()
+        found.append(optimizer.state[p])
+    side = "left" if "left" in found[0] else "right"
+    assert torch.equal(found[0][side], found[1][side])

@@ -360,3 +360,38 @@ def test_compile_caches_tell_weights_apart():
         nn.Parameter(weight),
     ]
     assert len({key, *(other._stable_hash_for_caching() for other in others)}) == 9
+
+
+@BITS
+@pytest.mark.parametrize("index", [3, (slice(None), 0), (2, 5), torch.tensor([1, 6]), slice(0, 2)], ids=str)
+def test_items_can_be_set_while_the_weight_is_frozen(index, bits):
+    """Rows, columns and elements, of which there is no view: a write to decoded values would be lost."""
+    weight = nn.Parameter(from_float(torch.randn(8, 64), bits=bits), requires_grad=False)
+    expected = weight.float()
+    expected[index] = 0.25
+    weight[index] = 0.25
+    steps = weight.scale.repeat_interleave(64 // weight.scale.shape[1], dim=1)
+    assert ((weight.float() - expected).abs() <= 0.501 * steps).all()
+    trained = nn.Parameter(from_float(torch.randn(8, 64), bits=bits))
+    with torch.no_grad(), pytest.raises(ValueError, match=r"quantized weights .* weight\.write\(values, seed="):
+        trained[index] = 0.25
+
+
+@BITS
+def test_a_gradient_can_be_differentiated(bits):
+    """A penalty on the gradient of the input reaches the weight."""
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    found = []
+    quantized = from_float(torch.randn(8, 64), bits=bits)
+    for weight in (quantized.requires_grad_(), quantized.detach().dequantize().requires_grad_()):
+        (dx,) = torch.autograd.grad(F.linear(x, weight).tanh().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(dx.square().sum(), weight)[0])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("padding_idx", [-1, -3, 2])
+def test_padding_is_counted_from_the_end_as_torch_does(padding_idx):
+    weight, ids = from_float(torch.randn(8, 64)).requires_grad_(), torch.arange(8)
+    plain = weight.detach().dequantize().requires_grad_()
+    found = [torch.autograd.grad(F.embedding(ids, w, padding_idx=padding_idx).sum(), w)[0] for w in (weight, plain)]
+    assert torch.equal(*found) and not found[0][padding_idx].any()

@@ -6,7 +6,7 @@ and the input of the down-projection. All four are cheap to compute again, so he
 gradients are written out, in fewer steps than automatic ones take and, in bfloat16, with fewer roundings. Those of the
 MLP are written over what it kept, so backward runs once.
 
-Compiled layers are left alone: their compiler decides what is kept.
+Compiled layers are left alone: their compiler decides what is kept. So are MLPs with hooks, and layers under autocast.
 """
 
 from functools import cache
@@ -48,7 +48,7 @@ class _Norm(nn.Module):
     variance_epsilon: float
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
+        if not _ours():
             return super().forward(hidden_states)
         return RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
 
@@ -59,9 +59,9 @@ class _Mlp(nn.Module):
     down_proj: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return super().forward(x)
         down = self.down_proj
+        if not _ours() or any(map(_is_watched, (self.gate_proj, self.up_proj, down))):
+            return super().forward(x)
         if torch.is_grad_enabled() and isinstance(down, _Linear) and down.is_plain():
             return swiglu_linear(self.gate_proj(x), self.up_proj(x), down.weight)
         return down(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
@@ -69,14 +69,28 @@ class _Mlp(nn.Module):
 
 class _Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling() and type(self.weight) is nn.Parameter and takes_product(self.weight):
+        if _ours() and type(self.weight) is nn.Parameter and takes_product(self.weight):
             return Linear.apply(x, self.weight, self.bias)
         return super().forward(x)
 
     def is_plain(self) -> bool:
-        """Whether a call is x W^T and nothing else: without a bias, hooks and INT8 products."""
-        hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
-        return self.bias is None and not hooks and getattr(self.weight, "products", None) is None
+        """Whether a call that nobody watches is x W^T and nothing else: without a bias and INT8 products."""
+        return self.bias is None and getattr(self.weight, "products", None) is None
+
+
+def _ours() -> bool:
+    """Whether a forward pass goes our way: not compiled, and in the dtype of the weights."""
+    return not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"))
+
+
+_HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether somebody else may see what goes through a module, and keep it: by hooks, or by a forward of their own."""
+    everywhere = vars(nn.modules.module)
+    watching = any(getattr(module, f"_{name}") or everywhere.get(f"_global_{name}") for name in _HOOKS)
+    return watching or "forward" in vars(module)
 
 
 class RMSNorm(torch.autograd.Function):

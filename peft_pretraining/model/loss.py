@@ -42,7 +42,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from peft_pretraining.batch import IGNORED, Batch
 from peft_pretraining.model.family import family_of
@@ -79,11 +79,25 @@ def loss_of_whole(
 ) -> Tensor:
     """token_loss_sum of a model whose weights are at hand."""
     # No attention mask where a sequence is one text: without one SDPA takes its causal kernel.
-    packed = {} if positions is None else {"position_ids": positions, "attention_mask": block_mask(positions)}
+    packed = {} if positions is None else {"position_ids": positions, "attention_mask": masks(positions, model.config)}
     family = family_of(model.config)
     body = family.part("body", model)
     hidden = body(input_ids=input_ids, use_cache=False, **packed).last_hidden_state  # (B, L, hidden)
     return head_loss_sum(hidden.flatten(0, 1), family.part("head", model).weight, targets.flatten())
+
+
+def masks(positions: Tensor, config: PreTrainedConfig) -> Tensor | dict[str, Tensor]:
+    """block_mask as transformers' models take it: of those with layers that see a window only, by the kind of layer.
+
+    They pass a mask on as it is, so the window must be in it.
+    """
+    mask, window = block_mask(positions), getattr(config, "sliding_window", None)
+    if window is None:
+        return mask
+    place = torch.arange(positions.shape[1], device=positions.device)
+    near = mask & (place[:, None] - place < window)
+    kinds = getattr(config, "layer_types", None)
+    return near if kinds is None else {"full_attention": mask, "sliding_attention": near}
 
 
 def block_mask(positions: Tensor) -> Tensor:

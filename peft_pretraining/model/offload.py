@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers import PreTrainedModel
 
 
@@ -26,7 +27,8 @@ def offload_inputs(model: PreTrainedModel) -> None:
 def recompute(run: Callable[..., Tensor], hidden: Tensor, *others: Any) -> Tensor:
     """run(hidden, *others), of which only `hidden` is kept for the backward pass, in host memory.
 
-    run: a layer. Gradients reach its parameters and `hidden`, not the others. It must do the same when it runs again.
+    run: a layer. Gradients reach its parameters and `hidden`, not the others. It must do the same when it runs again;
+        what it draws from torch's generators is the same.
     hidden: (B, L, hidden); it must require a gradient.
     """
     return _Recompute.apply(run, hidden, others)
@@ -37,6 +39,7 @@ class _Recompute(torch.autograd.Function):
     def forward(ctx: Any, run: Callable[..., Tensor], hidden: Tensor, others: tuple[Any, ...]) -> Tensor:
         ctx.run, ctx.others, ctx.device = run, others, hidden.device
         ctx.waiting = _to_host(hidden)
+        ctx.drawn = torch.get_rng_state(), *get_device_states(hidden)
         return run(hidden, *others)
 
     @staticmethod
@@ -45,7 +48,10 @@ class _Recompute(torch.autograd.Function):
         if ctx.waiting is None:
             raise RuntimeError("a backward pass a second time: the inputs of the layers were given up the first time")
         hidden, ctx.waiting = ctx.waiting.to(ctx.device, non_blocking=True).requires_grad_(), None
-        with torch.enable_grad():
+        state, devices, states = ctx.drawn
+        with torch.enable_grad(), torch.random.fork_rng(devices, device_type=ctx.device.type):
+            torch.set_rng_state(state)
+            set_device_states(devices, states, device_type=ctx.device.type)
             output = ctx.run(hidden, *ctx.others)
         torch.autograd.backward(output, gradient)
         return None, hidden.grad, None

@@ -19,6 +19,7 @@ from qgalore.storage.chunks import GPU_ELEMENTS, row_chunks
 PRODUCTS = ("forward", "all")  # which products: y alone, or all three
 _MIN_ROWS = 17  # what torch._int_mm asks for on a GPU, on every device so that results do not depend on it
 _MULTIPLE = 8
+_MAX_TOKENS = 1 << 17  # in an int32 sum: 127 * 127 * 2**17 is just below 2**31
 
 
 def check_device(device: torch.device) -> None:
@@ -33,7 +34,7 @@ def check_device(device: torch.device) -> None:
 
 def fits(tokens: int, shape: torch.Size) -> bool:
     """Whether the hardware takes these sizes. shape: of the weight. Otherwise the products are floating ones."""
-    return tokens >= _MIN_ROWS and not any(size % _MULTIPLE for size in (tokens, *shape))
+    return min(tokens, shape[0]) >= _MIN_ROWS and not any(size % _MULTIPLE for size in (tokens, *shape))
 
 
 def output(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -69,7 +70,9 @@ def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     xq, x_step = quantize_rows(x.mT)
     dW = dy.new_empty(len(dyq), len(xq))
     for rows in _chunks(dW):
-        dW[rows] = torch._int_mm(dyq[rows], xq.mT).to(dy_step.dtype).mul_(dy_step[rows]).mul_(x_step.mT)
+        factors = zip(dyq[rows].split(_MAX_TOKENS, dim=1), xq.mT.split(_MAX_TOKENS), strict=True)
+        total = torch.stack([torch._int_mm(a, b).to(dy_step.dtype) for a, b in factors]).sum(0)
+        dW[rows] = total.mul_(dy_step[rows]).mul_(x_step.mT)
     return dW
 
 
@@ -90,5 +93,9 @@ def _signed(codes: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _chunks(product: Tensor) -> list[slice]:
-    """Ranges of rows in which a product's sums, twice the size of its bfloat16 result, are made."""
-    return list(row_chunks(*product.shape, device=product.device, multiple=_MIN_ROWS - 1, elements=GPU_ELEMENTS))
+    """Ranges of rows in which a product's sums, twice the size of its bfloat16 result, are made. None is too short."""
+    chunks = list(row_chunks(*product.shape, device=product.device, multiple=_MIN_ROWS - 1, elements=GPU_ELEMENTS))
+    if len(chunks) > 1 and chunks[-1].stop - chunks[-1].start < _MIN_ROWS:
+        last = chunks.pop()
+        chunks[-1] = slice(chunks[-1].start, last.stop)
+    return chunks

@@ -44,13 +44,15 @@ class Linear(torch.autograd.Function):
         rows = dy.reshape(-1, dy.shape[-1])  # (tokens, out)
         columns = None if x is None else x.reshape(-1, x.shape[-1]).to(dy.dtype)  # (tokens, in)
         dx, dW = None, None
-        if weight.products == "all" and _in_int8(dy, weight):
+        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # whether this is differentiated, too
+        if weight.products == "all" and _in_int8(dy, weight) and not again:
             if needs_dx:
                 dx = int8_products.input_gradient(rows, **weight.stored().parts).unflatten(0, dy.shape[:-1])
             if columns is not None:
                 dW = int8_products.weight_gradient(rows, columns)
         else:
-            dx = dy @ weight._decode(dy.dtype) if needs_dx else None
+            if needs_dx:
+                dx = dy @ (weight.dequantize(dy.dtype) if again else weight._decode(dy.dtype))
             if columns is not None:
                 dW = weight_gradient(rows, columns, factored=ctx.factored)
         return dx, dW, rows.sum(0) if needs_db else None

@@ -39,17 +39,13 @@ from qgalore.storage.affine import Affine, Simulated, check_finite
 from qgalore.storage.quantized_ops import Dequantize, Embed, Linear
 from qgalore.storage.rounding import Seed
 from qgalore.storage.stored import Stored
+from qgalore.storage.weight_writes import NO_SEED, set_data, set_item
 
 aten = torch.ops.aten
 
 _Settings = tuple[Affine, torch.dtype, str | None, bool]  # codec, dtype, products, takes_product
 
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
-_NO_DATA = "the .data of quantized weights cannot be replaced. Convert models by model.to(dtype), not by model.float()."
-_NO_SEED = (
-    "{} would write into quantized weights without a seed to round with, and lose small updates. Compute the new "
-    "values in float32 and store them by weight.write(values, seed=...)."
-)
 
 
 class QuantizedWeight(Tensor):
@@ -113,6 +109,12 @@ class QuantizedWeight(Tensor):
             check_finite(codec.magnitudes(parts), name=cls.__name__)
         codec = kind(codec.bits, codec.group_size, stochastic)
         return cls(Stored(codec, parts, values.shape), dtype=dtype or values.dtype, products=products)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedWeight":
+        """A copy whose gradient nobody uses up inside backward: hooks are not copied."""
+        copied = super().__deepcopy__(memo)
+        copied.takes_product = False
+        return copied
 
     def stored(self) -> Stored:
         """Its plain tensors with their codec. After a write there, increment the version of this tensor: a backward
@@ -209,7 +211,9 @@ class QuantizedWeight(Tensor):
         if func is F.embedding:
             return _embedding(*args, **kwargs)
         if func == _SET_DATA:
-            return _set_data(*args)
+            return set_data(*args)
+        if func is Tensor.__setitem__ and isinstance(args[0], QuantizedWeight):
+            return set_item(*args)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -246,9 +250,9 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, **others: Any) -> Tensor:
     """Others of its arguments, which transformers leaves alone, see the dequantized values."""
-    usual = not any(others.get(name) for name in ("max_norm", "scale_grad_by_freq", "sparse"))
+    usual = others.get("max_norm") is None and not any(others.get(name) for name in ("scale_grad_by_freq", "sparse"))
     if isinstance(weight, QuantizedWeight) and usual:
-        return Embed.apply(input, weight, -1 if padding_idx is None else padding_idx)
+        return Embed.apply(input, weight, -1 if padding_idx is None else padding_idx % weight.shape[0])
     with torch._C.DisableTorchFunctionSubclass():
         return F.embedding(input, weight, padding_idx, **others)
 
@@ -258,14 +262,6 @@ def _check_products(products: str, *, bits: int, whole_rows: bool, simulation: b
         raise ValueError(f"INT8 products are for {' or '.join(int8_products.PRODUCTS)}, not for {products}")
     if bits != 8 or not whole_rows or simulation:
         raise ValueError("INT8 products need 8-bit weights with one group a row (a group size of -1), not simulated")
-
-
-def _set_data(weight: QuantizedWeight, values: Tensor) -> None:
-    """`weight.data = values`, which does nothing where the values are its own after arithmetic in place."""
-    if weight.requires_grad or values.dtype != weight.dtype or values.shape != weight.shape:
-        raise ValueError(_NO_DATA)
-    with torch.no_grad():
-        weight.copy_(values)
 
 
 def _clone(func: Any, weight: QuantizedWeight, **kwargs: Any) -> QuantizedWeight:
@@ -319,11 +315,11 @@ def _on_values(func: Any, *args: Any, **kwargs: Any) -> Any:
     written = [given.get(a.name) for a in declared if a.alias_info is not None and a.alias_info.is_write]
     targets = [tensor for tensor in tree_leaves(written) if isinstance(tensor, QuantizedWeight)]
     if any(target.requires_grad or target.trained for target in targets):
-        raise ValueError(_NO_SEED.format(func))
+        raise ValueError(NO_SEED.format(func))
     if targets:
         target, *others = args
         if target is not targets[0] or len(targets) > 1:
-            raise ValueError(_NO_SEED.format(func))
+            raise ValueError(NO_SEED.format(func))
         return target.copy_(func(target._decode(torch.float32), *others, **kwargs))
     args, kwargs = tree_map_only(QuantizedWeight, lambda weight: weight._decode(weight.dtype), (args, kwargs))
     return func(*args, **kwargs)

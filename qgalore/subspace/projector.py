@@ -232,7 +232,8 @@ class Projector:
     ) -> Tensor | None:
         """Replaces one basis. Returns P_new^T P_old (r, r), or None if it is the first one or stays."""
         bases = self.open(state)
-        old = self._as_used(bases[side]) if side in bases else None
+        # A basis that no refresh counts is the random one of a first update that was undone: nothing to go on from.
+        old = self._as_used(bases[side]) if side in bases and "refreshes" in state else None
         draw = mix_seed(self.seed, side == "left", state.get("refreshes", 0))
         G = G if side == "left" else G.mT
         share = self.schedule.share(state)
