@@ -232,6 +232,8 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     for name, least in (("shots", 0), ("limit", 1), ("batch_size", 1), ("max_length", 1)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least {least}.")
+    if args.output is not None and (args.output.is_dir() or not args.output.parent.is_dir()):
+        raise UserError(f"--output {args.output}: must be a file in a folder that exists.")
     return args
 
 

@@ -178,3 +178,9 @@ def test_resume_auto_needs_a_folder_to_look_into():
 def test_the_page_of_all_flags_is_fresh():
     """docs/flags.md is what `python -m peft_pretraining.cli.flags` prints."""
     assert (ROOT / "docs" / "flags.md").read_text() == reference_page()
+
+
+@pytest.mark.parametrize("flag", ["continue_from", "validation", "save_dir", "tokenizer"])
+def test_an_empty_path_is_a_slip(flag):
+    """As by --continue_from "$FORGOTTEN", which must not begin a new run."""
+    assert flags_refusal(f"--{flag}", "") == f"--{flag} is empty: give it a value, or leave it out."

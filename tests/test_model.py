@@ -82,12 +82,22 @@ def test_a_saved_config_is_read_back(tmp_path):
         ({"num_attention_heads": 32}, "odd head size"),
         ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads 3"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps"),
+        ({"rope_theta": 0}, "rope_theta must be a number above 0"),
+        ({"attention_dropout": 1.5}, "attention_dropout must be below 1, not 1.5"),
+        ({"model_type": ["llama"]}, "model_type is .*llama.*, but only"),
     ],
 )
 def test_sizes_that_cannot_be_built(tmp_path, change, said):
     with pytest.raises(UserError, match=said) as caught:
         read_config(write(tmp_path, REFERENCE | change))
     assert "llama.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("asked", [{"output_attentions": True}, {"output_hidden_states": True}, {"return_dict": False}])
+def test_what_a_model_must_return_is_not_read_from_its_file(tmp_path, asked):
+    """One of them ended a run when its model was saved, one in its first update."""
+    config = read_config(write(tmp_path, REFERENCE | asked))
+    assert config.return_dict and not config.output_attentions and not config.output_hidden_states
 
 
 @pytest.mark.parametrize("name", SIZES)

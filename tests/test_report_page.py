@@ -219,6 +219,7 @@ def test_what_cannot_be_drawn_is_one_line(tmp_path, capsys, monkeypatch):
     assert "no line of a run's record" in refused(tmp_path / "foreign")
     assert "Make it, or give another -o" in refused(run, "-o", tmp_path / "none" / "a.html")
     assert "is a folder" in refused(run, "-o", tmp_path)
+    assert "is the record of a run" in refused(run, "-o", run / "metrics.jsonl")
     assert "RUN" in refused()
     monkeypatch.setattr("peft_pretraining.report.__main__.find_spec", lambda name: None)
     assert "pip install matplotlib" in refused(run)

@@ -165,6 +165,37 @@ def test_a_folder_with_checkpoints_is_not_begun_anew(tiny, tmp_path, capsys):
     assert losses(tmp_path) == before
 
 
+@pytest.mark.parametrize("resume", [None, "auto"])
+def test_a_folder_whose_checkpoints_are_all_damaged_is_not_begun_anew(tiny, tmp_path, capsys, resume):
+    """It would write over weights of which perhaps nothing but a manifest is missing."""
+    run(tiny, tmp_path, save_every=3)
+    for folder in tmp_path.glob("checkpoint-*"):
+        (folder / "manifest.json").unlink()
+    message = refusal(tiny.flags(tmp_path, resume=resume), capsys)
+    assert "all are damaged: checkpoint-00000003, checkpoint-00000006. Move them away" in message
+
+
+def test_a_run_does_not_go_on_beyond_its_end(tiny, tmp_path, capsys):
+    run(tiny, tmp_path / "one")
+    fewer = dict(num_training_steps=5, warmup_steps=1, allow_changed="num_training_steps,warmup_steps")
+    flags = tiny.flags(tmp_path / "two", continue_from=tmp_path / "one", **fewer)
+    assert "is of update 6, and --num_training_steps is 5: that is over" in refusal(flags, capsys)
+
+
+@pytest.mark.parametrize(
+    "changed", [dict(rank=4), dict(proj_bits=8), dict(proj_type="right"), dict(optimizer="galore_adamw8bit")], ids=str
+)
+def test_a_change_that_is_allowed_but_does_not_fit_the_state_is_one_line(tiny, tmp_path, capsys, changed):
+    flags = dict(optimizer="galore_adamw", rank=8, proj_quant=True, proj_bits=4)
+    run(tiny, tmp_path / "one", **flags)
+    there = dict(continue_from=tmp_path / "one", allow_changed=next(iter(changed))) | flags | changed
+    if "optimizer" in changed:  # moments of 32 bits are read, whatever new ones have
+        run(tiny, tmp_path / "two", **there)
+        return
+    message = refusal(tiny.flags(tmp_path / "two", **there), capsys)
+    assert "does not fit: its state of model.layers.0." in message
+
+
 @pytest.mark.parametrize(
     "changed", [dict(lr=0.02), dict(rank=4), dict(optimizer="galore_adamw8bit"), dict(seed=1), dict(max_length=16)]
 )

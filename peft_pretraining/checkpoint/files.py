@@ -64,10 +64,10 @@ def update_of(folder: Path) -> int | None:
 
 def complete_checkpoints(save_dir: Path) -> list[Path]:
     """The folders of all complete checkpoints, oldest first: the manifest is there and the files have their sizes."""
-    return [folder for folder in _candidates(save_dir) if is_complete(folder)]
+    return [folder for folder in checkpoint_folders(save_dir) if is_complete(folder)]
 
 
-def _candidates(save_dir: Path) -> list[Path]:
+def checkpoint_folders(save_dir: Path) -> list[Path]:
     """Folders with a checkpoint's name, by update. One that was moved aside counts if no other has its name."""
     found: dict[int, Path] = {}
     for path in sorted(save_dir.glob("*checkpoint-*")):  # hidden names come first
@@ -86,7 +86,7 @@ def is_complete(folder: Path) -> bool:
 
 def newest_sound(save_dir: Path) -> Checkpoint | None:
     """The newest checkpoint whose files all have their checksums, or None. Warns of each newer one that is damaged."""
-    for folder in reversed(_candidates(save_dir)):
+    for folder in reversed(checkpoint_folders(save_dir)):
         try:
             return Checkpoint.open(folder).verify()
         except UserError as error:

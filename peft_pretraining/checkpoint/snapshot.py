@@ -27,6 +27,7 @@ from peft_pretraining.checkpoint.shared_file import SharedFile, rows_of, rows_to
 from peft_pretraining.checkpoint.tensor_file import TensorFile
 from peft_pretraining.distributed import World
 from peft_pretraining.errors import UserError
+from qgalore.loaded_state import misfit
 from qgalore.master_weights import MasterWeights
 from qgalore.optimizer import LowRankOptimizer
 from qgalore.sharding import as_dtensor, local, shard_of
@@ -212,6 +213,13 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint, 
         _compare(checkpoint, "state of other parameters", saved=sorted(unknown), here=[])
         states = _read_states(file, scalars, parameters, own=isinstance(optimizer, LowRankOptimizer))
         optimizer.state.update(states)
+    if isinstance(optimizer, LowRankOptimizer):
+        for p, update in optimizer.updates.items():
+            if told := misfit(update):
+                raise UserError(
+                    f"{checkpoint.folder} does not fit: its state of {names[p]} has {told}. Resume with the flags that "
+                    "the checkpoint was made with."
+                )
 
 
 def _read_states(

@@ -13,6 +13,7 @@ from peft_pretraining.checkpoint.files import (
     CONFIG,
     TOKENIZER,
     Checkpoint,
+    checkpoint_folders,
     complete_checkpoints,
     find_checkpoint,
     newest_sound,
@@ -56,7 +57,7 @@ def choose_start(args: argparse.Namespace, *, config: PreTrainedConfig, may_chan
         return StartingPoint()
     checkpoint = newest_sound(Path(args.save_dir)) if args.resume else None
     if checkpoint is None and args.continue_from:
-        if is_transformers_folder(args.continue_from):
+        if is_transformers_folder(args.continue_from) and not complete_checkpoints(Path(args.continue_from)):
             _refuse_a_taken_folder(args.save_dir)
             return StartingPoint(weights=Path(args.continue_from))
         checkpoint = Checkpoint.open(find_checkpoint(Path(args.continue_from))).verify()
@@ -64,6 +65,11 @@ def choose_start(args: argparse.Namespace, *, config: PreTrainedConfig, may_chan
         _refuse_a_taken_folder(args.save_dir)
     if checkpoint is not None:
         check_unchanged(checkpoint, args, config=config, may_change=may_change)
+        if checkpoint.update > args.num_training_steps:
+            raise UserError(
+                f"{checkpoint.folder} is of update {checkpoint.update}, and --num_training_steps is "
+                f"{args.num_training_steps}: that is over. Give more, or go on from an earlier checkpoint."
+            )
     return StartingPoint(checkpoint=checkpoint)
 
 
@@ -74,10 +80,17 @@ def same_folder(folder: Path, save_dir: str | Path | None) -> bool:
 
 def _refuse_a_taken_folder(save_dir: str | None) -> None:
     """A run that begins in the folder of another would delete its checkpoints, one after the other."""
-    if save_dir and complete_checkpoints(Path(save_dir)):
+    if not save_dir:
+        return
+    if complete_checkpoints(Path(save_dir)):
         raise UserError(
             f"--save_dir {save_dir} holds checkpoints of an earlier run. Go on with it by --resume auto, or choose "
             "another folder."
+        )
+    if damaged := checkpoint_folders(Path(save_dir)):
+        raise UserError(
+            f"--save_dir {save_dir} holds checkpoints of an earlier run, and all are damaged: "
+            f"{', '.join(folder.name for folder in damaged)}. Move them away, or choose another folder."
         )
 
 

@@ -30,6 +30,7 @@ from peft_pretraining.schedules import check_schedule
 from qgalore.factory import find_recipe
 from qgalore.options import Settings, declared
 
+PATHS = ("model_config", "dataset", "validation", "tokenizer", "continue_from", "save_dir")
 LENGTHS = ("num_training_steps", "max_train_tokens", "num_train_epochs")  # how long a run is, said in three ways
 
 
@@ -197,10 +198,13 @@ def schedule_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_ranges(args: argparse.Namespace) -> None:
-    """Refuses what no option may be."""
+    """Refuses what no option may be: out of range, or empty, as by --continue_from "$FORGOTTEN"."""
     for name, each in FLAGS.items():
         if problem := each.option.problem(getattr(args, name)):
             raise UserError(f"--{name} {getattr(args, name)}: {problem}.")
+    for name in PATHS:
+        if getattr(args, name, None) == "":
+            raise UserError(f"--{name} is empty: give it a value, or leave it out.")
 
 
 def _complete_optimizer(args: argparse.Namespace, given: argparse.Namespace) -> None:

@@ -244,6 +244,7 @@ def _column(text_field: str | None, names: list[str]) -> tuple[Any, ...]:
 def _cells(column: Any, inner: Sequence[str]) -> list[Any]:
     """Text as bytes, so that one cell of bad UTF-8 spoils only itself; other kinds as they are. Null is no text."""
     import pyarrow
+    import pyarrow.compute
 
     for name in inner:
         column = pyarrow.compute.struct_field(column, name)

@@ -75,6 +75,8 @@ def open_folder(
     """Where the run begins, and its folder, see RunFolder."""
     folder = RunFolder(args.save_dir, named=args.name, owned=world.is_main, cleanup=cleanup)
     start = choose_start(args, config=config, may_change=CHANGEABLE)
+    if start.weights is not None and args.save_dir and start.weights.resolve() == Path(args.save_dir).resolve():
+        raise UserError(f"--output_dir {args.save_dir} is the folder of the model to begin with. Choose another one.")
     now = examples.fingerprint()
     check_data({"train": now.pop("train")}, start=start, args=args)
     check_validation(now, start=start)

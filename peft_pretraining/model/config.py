@@ -19,6 +19,7 @@ from peft_pretraining.model.family import DEFAULT, FAMILIES, Family
 NUMBERS = ("rms_norm_eps", "initializer_range", "rope_theta", "attention_dropout")
 SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 FOREIGN = ("quantization_config", "auto_map")  # of weights and code that are not used
+OUTPUTS = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}  # what a model must return
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
@@ -33,7 +34,7 @@ def read_config(path: str | Path) -> PreTrainedConfig:
     """
     path = Path(path)
     fields = read_json(path)
-    if (kind := fields.get("model_type", DEFAULT)) not in FAMILIES:
+    if (kind := str(fields.get("model_type", DEFAULT))) not in FAMILIES:
         known = " and ".join(map(repr, FAMILIES))
         raise UserError(f"{path}: model_type is {kind!r}, but only {known} can be trained here.")
     family = FAMILIES[kind]
@@ -47,6 +48,9 @@ def read_config(path: str | Path) -> PreTrainedConfig:
     for name in FOREIGN:
         if fields.pop(name, None) is not None:
             logger.warning(f"{path}: {name} is left out; the model is trained from its shape alone")
+    for name, value in OUTPUTS.items():
+        if fields.pop(name, value) != value:
+            logger.warning(f"{path}: {name} is left out; models are trained with {json.dumps(value)}")
     fields["architectures"] = [family.model.__name__]
     for name in ("model_type", "dtype", "torch_dtype", "transformers_version"):
         fields.pop(name, None)
@@ -95,6 +99,10 @@ def _check_numbers(path: Path, fields: dict[str, Any]) -> None:
             isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf
         ):
             raise UserError(f"{path}: {name} must be a number, 0 or more, not {json.dumps(value)}.")
+    if fields.get("rope_theta") == 0:
+        raise UserError(f"{path}: rope_theta must be a number above 0, not 0.")
+    if (dropped := fields.get("attention_dropout") or 0) >= 1:
+        raise UserError(f"{path}: attention_dropout must be below 1, not {json.dumps(dropped)}.")
     for name in SWITCHES:
         if fields.get(name) not in (None, True, False):
             raise UserError(f"{path}: {name} must be true or false, not {json.dumps(fields[name])}.")

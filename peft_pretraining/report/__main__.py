@@ -29,6 +29,8 @@ def _write(runs: list[Path], out: Path) -> None:
         raise UserError(f"{out.parent}: there is no such folder. Make it, or give another -o FILE.")
     if out.is_dir():
         raise UserError(f"{out} is a folder. Give -o the name of a file, such as {out / 'report.html'}.")
+    if out.resolve() in [(run / "metrics.jsonl" if run.is_dir() else run).resolve() for run in runs]:
+        raise UserError(f"{out} is the record of a run. Give -o another name, such as {out.parent / 'report.html'}.")
     from peft_pretraining.report.page import write_report
 
     try:

@@ -39,7 +39,7 @@ def loop(run: Run) -> None:
     first_update = LongWait("first update, with compilation" if args.compile else "first update")
     while True:
         state = run.state
-        last = state.update == args.num_training_steps
+        last = state.update >= args.num_training_steps
         if args.check_replicas and args.parallel == "ddp" and due(state, args.check_replicas):
             check_replicas(run.model, run.updates.optimizer, world=run.world, update=state.update)
         if (last or due(state, args.eval_every)) and state.evaluated != state.update and not run.stopping:

@@ -174,6 +174,11 @@ def updates_of_epochs(args: argparse.Namespace, *, config: PreTrainedConfig) -> 
     logger.info(
         f"an epoch has {found.dialogues:,} dialogues in {found.sequences:,.0f} sequences, {found.filled:.0%} full"
     )
+    if not found.sequences:
+        raise UserError(
+            f"{source.name}: none of {found.dialogues:,} dialogues has an answer within --max_length "
+            f"{args.max_length}. Give a longer one."
+        )
     return max(1, round(args.num_train_epochs * found.sequences / args.total_batch_size))
 
 
