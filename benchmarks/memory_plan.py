@@ -24,7 +24,7 @@ import torch
 from benchmarks.support import allocated_at_most, machine, print_table, save_lines
 from peft_pretraining.cli.args import parse_args
 from peft_pretraining.errors import UserError
-from peft_pretraining.model.dtypes import DTYPES
+from peft_pretraining.model.dtypes import known_dtype
 from peft_pretraining.training.memory_plan import MemoryPlan, plan_memory
 
 
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     began = time.perf_counter()
     try:
         args = parse_args([*flags, "--dataset", "pydocs"])
-        dtype = DTYPES[args.dtype or "bfloat16"]
+        dtype = known_dtype(args.dtype or "bfloat16")
         rows = check(args, dtype) if own.check else rows_of(plan_memory(args, dtype=dtype))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import errno
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -28,9 +29,22 @@ def command_status(main: Callable[[], object]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if (told := unusable_path(error)) is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     return 0
+
+
+def unusable_path(error: OSError) -> str | None:
+    """One line if a path cannot be what it was given for, whatever is tried with it; None for any other error."""
+    if error.filename is None or error.errno not in (errno.EACCES, errno.ENAMETOOLONG):
+        return None
+    advice = "shorter name" if error.errno == errno.ENAMETOOLONG else "path that this user may use"
+    return f"{str(error.filename)[:200]}: {error.strerror}. Give a {advice}."
 
 
 class Parser(argparse.ArgumentParser):

@@ -12,7 +12,7 @@ from peft_pretraining.cli.args import parse_args
 from peft_pretraining.errors import Parser, UserError
 from peft_pretraining.model.build import meta_model
 from peft_pretraining.model.config import read_config
-from peft_pretraining.model.dtypes import DTYPES
+from peft_pretraining.model.dtypes import known_dtype
 from peft_pretraining.training.memory_fit import CONTEXT, RESERVE, gigabytes
 from peft_pretraining.training.memory_plan import plan_memory
 from peft_pretraining.training.memory_report import by_kind, cards_for
@@ -64,6 +64,7 @@ def _completed(own: argparse.Namespace, flags: list[str]) -> argparse.Namespace:
     batch = [] if {"--batch_size", "--preset"} & set(flags) else ["--batch_size", str(BATCH_SIZE)]
     data = ["--dataset", "pydocs", "--dry_run"]  # no data is read
     args = parse_args(["--model_config", own.config, *batch, *flags, *data], world_size=own.ranks)
+    known_dtype(args.dtype or "bfloat16")
     check_sharding(args, model=meta_model(read_config(own.config)), ranks=own.ranks)
     return args
 
@@ -71,7 +72,7 @@ def _completed(own: argparse.Namespace, flags: list[str]) -> argparse.Namespace:
 def _one(own: argparse.Namespace, flags: list[str]) -> Iterator[str]:
     """The plan of one command line, kind by kind."""
     args = _completed(own, flags)
-    plan = plan_memory(args, dtype=DTYPES[args.dtype or "bfloat16"], ranks=own.ranks)
+    plan = plan_memory(args, dtype=known_dtype(args.dtype or "bfloat16"), ranks=own.ranks)
     yield _heading(own, args)
     yield format_table(by_kind(plan), numbers=True)
     cards = ", ".join(map(str, cards_for(plan.peak.bytes)))
@@ -96,7 +97,7 @@ def _all(own: argparse.Namespace, flags: list[str]) -> Iterator[str]:
     yield _heading(own, next(iter(possible.values())))
     yield _line({name: name for name in WIDTHS})
     for name, args in possible.items():
-        plan = plan_memory(args, dtype=DTYPES[args.dtype or "bfloat16"], ranks=own.ranks)
+        plan = plan_memory(args, dtype=known_dtype(args.dtype or "bfloat16"), ranks=own.ranks)
         held, peak = plan.held, plan.peak
         cards = ", ".join(map(str, cards_for(peak.bytes)))
         cells: dict[str, Any] = {name: round(peak.kinds.get(name, 0) / 1e6) for name in WIDTHS}

@@ -78,7 +78,7 @@ class PerLayerUpdates:
                 f"{len(late)} parameters have seen {late[0]} of {self.accumulation} micro-batches: finish() ends an "
                 "update, after its last backward"
             )
-        unseen = sum(p.grad is not None for p in self._seen)
+        unseen = sum(p.grad is not None and not seen for p, seen in self._seen.items())
         if unseen:
             raise RuntimeError(
                 f"{unseen} parameters have gradients that no hook has seen. model.to() replaces quantized weights, and "

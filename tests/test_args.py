@@ -170,6 +170,11 @@ def test_names_follow_from_the_rest():
     assert parse("--optimizer", "adamw").name == "llama_9m-adamw"
 
 
+def test_flags_that_may_change_are_named_with_blanks_or_without():
+    assert parse("--allow_changed", "lr, seed").allow_changed == "lr,seed"
+    assert flags_refusal("--allow_changed", "lr, sed").startswith("--allow_changed sed: there is no flag")
+
+
 def test_resume_auto_needs_a_folder_to_look_into():
     assert "--resume auto needs --save_dir" in flags_refusal("--resume", "auto")
     assert parse("--resume", "auto", "--save_dir", "runs/x").resume == "auto"

@@ -57,6 +57,12 @@ def test_a_file_says_what_a_command_line_does(tmp_path, text):
     assert args | {"config": None} == vars(parse(*flags.split(), "--seed", 10_000))
 
 
+def test_a_group_of_comments_says_nothing(tmp_path):
+    (tmp_path / "c.yaml").write_text("galore:\n  # rank: 4\nlr: 0.5\n")
+    args = parse("--config", tmp_path / "c.yaml")
+    assert args.lr == 0.5 and args.rank == parse().rank
+
+
 def test_an_empty_file_says_nothing(tmp_path):
     assert vars(from_file(tmp_path / "c.yaml", "# nothing\n")) | {"config": None} == vars(parse())
 

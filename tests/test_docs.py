@@ -111,7 +111,7 @@ def test_a_gradient_takes_the_road_of_the_page(driven):
     counts = re.search(r"it is (\d+) functions in (\d+) files", ARCHITECTURE)
     assert [int(count) for count in counts.groups()] == [len(told), len({path for path, _ in told})]
     if not driven:
-        told[0] = ("qgalore/optimizer.py", "LowRankOptimizer.step")
+        told[:2] = [("qgalore/optimizer.py", "LowRankOptimizer.step")]
         walk = walk[walk.index(told[0]) :]
     assert walk == told
 

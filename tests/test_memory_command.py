@@ -76,6 +76,7 @@ def test_one_method_is_shown_by_kind_and_on_each_of_several_gpus(config, capsys)
         (["configs/llama_9m.json", "--ranks", "0"], "--ranks 0: must be at least 1"),
         (["configs/llama_9m.json", "--fit", "16GB"], "torchrun_main.py --dry_run"),
         (["configs/llama_9m.json", "--rnak", "8"], "--rank"),
+        (["configs/llama_9m.json", "--dtype", "float16"], "unknown --dtype 'float16'"),
         ([], "config"),
     ],
 )

@@ -175,6 +175,20 @@ def test_a_folder_whose_checkpoints_are_all_damaged_is_not_begun_anew(tiny, tmp_
     assert "all are damaged: checkpoint-00000003, checkpoint-00000006. Move them away" in message
 
 
+def test_a_checkpoint_that_was_moved_aside_is_not_before_all_others(tiny, tmp_path):
+    """A hidden name comes before others as text; what is later is told by the update."""
+    run(tiny, tmp_path, save_every=2)
+    moved = checkpoint(tmp_path, 6).rename(tmp_path / ".checkpoint-00000006.replaced")
+    more = dict(num_training_steps=8, warmup_steps=1, allow_changed="num_training_steps,warmup_steps")
+    run(tiny, tmp_path, continue_from=moved, save_every=2, **more)
+    assert not list(tmp_path.glob("abandoned-*")) and checkpoint(tmp_path, 4).is_dir()
+
+
+def test_a_name_that_no_disk_takes_is_one_line(tiny, tmp_path, capsys):
+    message = refusal(tiny.flags(tmp_path / ("x" * 300)), capsys)
+    assert "File name too long. Give a shorter name." in message
+
+
 def test_a_run_does_not_go_on_beyond_its_end(tiny, tmp_path, capsys):
     run(tiny, tmp_path / "one")
     fewer = dict(num_training_steps=5, warmup_steps=1, allow_changed="num_training_steps,warmup_steps")

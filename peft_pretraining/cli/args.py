@@ -186,9 +186,11 @@ def _evaluates(given: argparse.Namespace) -> bool:
 def _check_recovery(args: argparse.Namespace) -> None:
     if args.resume and not args.save_dir:
         raise UserError("--resume auto needs --save_dir DIR: the folder that it looks into.")
-    for name in (args.allow_changed or "").split(","):
+    names = [name.strip() for name in (args.allow_changed or "").split(",")]
+    for name in names:
         if name and name not in defaults():
             raise UserError(f"--allow_changed {name}: there is no flag of that name. See --help.")
+    args.allow_changed = args.allow_changed and ",".join(names)
 
 
 def schedule_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -56,8 +56,11 @@ def _entries(path: Path) -> Iterator[tuple[yaml.Node, yaml.Node, str | None]]:
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{path}: lines of the form `name: value` are needed.")
     for key, value in root.value:
-        if isinstance(key, yaml.ScalarNode) and isinstance(value, yaml.MappingNode) and key.value in GROUPS:
-            yield from ((inner, inner_value, key.value) for inner, inner_value in value.value)
+        group = key.value if isinstance(key, yaml.ScalarNode) and key.value in GROUPS else None
+        if group and isinstance(value, yaml.MappingNode):
+            yield from ((inner, inner_value, group) for inner, inner_value in value.value)
+        elif group and value.tag == "tag:yaml.org,2002:null":
+            continue  # all its lines are comments
         else:
             yield key, value, None
 

@@ -21,6 +21,13 @@ def native_bfloat16(device: torch.device | str) -> bool:
     return any(getattr(torch.cpu, probe, bool)() for probe in probes)
 
 
+def known_dtype(name: str) -> torch.dtype:
+    """The dtype of that name. Raises UserError for an unknown one."""
+    if name not in DTYPES:
+        raise UserError(f"unknown --dtype {name!r}. Known: {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
 def resolve_dtype(name: str | None, device: torch.device | str) -> torch.dtype:
     """The dtype of weights and activations: what --dtype names, by default the fastest that `device` has natively.
 
@@ -29,9 +36,7 @@ def resolve_dtype(name: str | None, device: torch.device | str) -> torch.dtype:
     native = native_bfloat16(device)
     if name is None:
         return torch.bfloat16 if native else torch.float32
-    if name not in DTYPES:
-        raise UserError(f"unknown --dtype {name!r}. Known: {', '.join(DTYPES)}.")
-    dtype = DTYPES[name]
+    dtype = known_dtype(name)
     if dtype == torch.bfloat16 and not native:
         raise UserError(
             f"--dtype {name}: this {torch.device(device).type} has no bfloat16 arithmetic. Use --dtype float32."

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from loguru import logger
 
-from peft_pretraining.errors import UserError
+from peft_pretraining.errors import UserError, unusable_path
 from peft_pretraining.failure import report_failure, tell_torchrun
 from peft_pretraining.training.interruption import BY_HAND, Interrupted
 
@@ -32,5 +32,10 @@ def exit_status(main: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         return BY_HAND
     except Exception as error:
-        return report_failure(error)
+        told = unusable_path(error) if isinstance(error, OSError) else None
+        if told is None:
+            return report_failure(error)
+        print(f"error: {told}", file=sys.stderr)
+        tell_torchrun(f"error: {told}")
+        return 2
     return 0

@@ -7,7 +7,7 @@ from pathlib import Path
 from loguru import logger
 from torch import Tensor
 
-from peft_pretraining.checkpoint.files import Checkpoint, complete_checkpoints
+from peft_pretraining.checkpoint.files import Checkpoint, complete_checkpoints, update_of
 from peft_pretraining.checkpoint.snapshot import restore_model, restore_optimizer, restore_rng, take_snapshot
 from peft_pretraining.checkpoint.start import StartingPoint, same_folder
 from peft_pretraining.checkpoint.weights import load_initial_weights, open_checkpoint
@@ -139,16 +139,16 @@ def _go_on(run: Run, checkpoint: Checkpoint) -> None:
     saved, folder = checkpoint.state, checkpoint.folder
     run.state = State.from_json(saved["state"])
     if same_folder(folder.parent, run.save_dir):
-        _set_aside(run, later_than=folder)
+        _set_aside(run, later_than=checkpoint)
     run.record.event("resume", update=run.state.update, checkpoint=str(folder))
     logger.info(f"going on from {folder}, after update {run.state.update}")
     if saved["processes"] != run.world.size:
         logger.info(f"the checkpoint is of {saved['processes']} processes, this run of {run.world.size}")
 
 
-def _set_aside(run: Run, *, later_than: Path) -> None:
+def _set_aside(run: Run, *, later_than: Checkpoint) -> None:
     """Renames later checkpoints in the run's folder: `--resume auto` must not find what this run does not build on."""
-    later = [other for other in complete_checkpoints(run.save_dir) if other.name > later_than.name]
+    later = [other for other in complete_checkpoints(run.save_dir) if (update_of(other) or 0) > later_than.update]
     for other in later if run.writer is not None else []:
         aside = other.with_name(f"abandoned-{time.strftime('%Y%m%d-%H%M%S')}-{other.name}")
         other.rename(aside)
@@ -178,6 +178,6 @@ def give_up(run: Run, message: str, *, advice: str) -> UserError:
     save(run)
     checkpoint = last_checkpoint(run)
     kept = f"The last good checkpoint is {checkpoint}." if checkpoint else "There is no checkpoint yet."
-    error = UserError(f"{message}. {kept} {advice}")
+    error = UserError(f"{message.removesuffix('.')}. {kept} {advice}".rstrip())
     error.on_one_rank = False
     return error
