@@ -1,5 +1,6 @@
 """`python -m peft_pretraining.run_glue`: every task, model and method, and a run that goes on, on files made here."""
 
+import argparse
 import json
 import os
 import shlex
@@ -8,6 +9,7 @@ import signal
 import pytest
 import torch
 from support.classifiers import make_classifier, make_rows, write_rows, write_task
+from support.command_line import message_of
 from support.runs import ROOT, record, shell, torchrun
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -15,6 +17,7 @@ from peft_pretraining.glue import args as glue_args
 from peft_pretraining.glue import data as glue_data
 from peft_pretraining.glue.__main__ import command_line
 from peft_pretraining.glue.batches import Encoded
+from peft_pretraining.glue.data import load_examples
 from peft_pretraining.glue.evaluate import Judge, evaluate
 from peft_pretraining.glue.methods import METHODS, chosen_layers
 from peft_pretraining.glue.tasks import TASKS
@@ -400,6 +403,37 @@ def test_scores_are_by_the_tasks_order_whatever_the_models_is(tmp_path, place):
         scores[name] = results(tmp_path / f"out {name}")
     assert scores["other"]["eval_f1"] == scores["glue"]["eval_f1"]
     assert scores["other"]["eval_accuracy"] == scores["glue"]["eval_accuracy"]
+
+
+@pytest.mark.parametrize(
+    "labels, names, number",
+    [
+        ([True, False, True], ("False", "True"), 1),
+        ([3, 1, 3], ("1", "3"), 1),
+        (["+1", "-1", "+1"], ("-1", "1"), 1),
+        (["+-5", "x", "+-5"], ("+-5", "x"), 0),
+        ([0.5, 2, 0.5], (), 0.5),
+    ],
+    ids=str,
+)
+def test_what_labels_of_ones_own_files_are(labels, names, number, tmp_path):
+    """Classes by their names, of which JSON's true and false are two, or values."""
+    for split in ("train", "validation"):
+        rows = [{"sentence": f"text {place}", "label": label} for place, label in enumerate(labels)]
+        (tmp_path / f"{split}.json").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    given = {f"{split}_file": str(tmp_path / f"{split}.json") for split in ("train", "validation")}
+    found = load_examples(argparse.Namespace(task_name=None, validation_mismatched_file=None, **given))
+    assert found.task.labels == names and found.train[0].label == number
+
+
+@pytest.mark.parametrize("label", [None, float("inf"), float("nan")])
+def test_a_label_that_is_none_is_named_with_its_row(label, tmp_path):
+    for split in ("train", "validation"):
+        rows = [{"sentence": "a", "label": 0.5}, {"sentence": "b", "label": 1.5 if split == "train" else label}]
+        (tmp_path / f"{split}.json").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    given = {f"{split}_file": str(tmp_path / f"{split}.json") for split in ("train", "validation")}
+    args = argparse.Namespace(task_name=None, validation_mismatched_file=None, **given)
+    assert "row 2 of the validation data has the label" in message_of(lambda: load_examples(args))
 
 
 BAD = [

@@ -2,6 +2,8 @@
 
 import argparse
 import hashlib
+import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,19 +109,24 @@ def _guess(rows: dict[str, list[Row]]) -> GlueTask:
     columns = pair if set(pair) <= set(others) else tuple(others[:2])
     if LABEL not in first or not columns:
         raise UserError(f"a training file needs a column `{LABEL}` and one with text; there are: {', '.join(first)}.")
-    values = [row.get(LABEL) for row in rows["train"]]
-    if all(_as_number(value) is not None for value in values) and not all(map(_is_whole, values)):
+    values = [row[LABEL] for row in rows["train"] if row.get(LABEL) is not None]
+    if values and all(_as_number(value) is not None for value in values) and not all(map(_is_whole, values)):
         return GlueTask(columns, (), ("pearson", "spearmanr"))
-    numbers = all(map(_is_whole, values))
+    numbers = bool(values) and all(map(_is_whole, values))
     labels = sorted({str(int(str(value))) if numbers else str(value) for value in values}, key=int if numbers else None)
     return GlueTask(columns, tuple(labels), ("accuracy",))
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) or (isinstance(value, str) and value.strip().lstrip("+-").isdecimal())
+    """Whether it is a whole number, or the text of one. JSON's true and false are names of classes."""
+    if isinstance(value, str):
+        return re.fullmatch(r"\s*[+-]?\d+\s*", value) is not None
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _as_number(value: Any) -> float | None:
+    if isinstance(value, bool):
+        return None
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -140,7 +147,7 @@ def _read_examples(rows: Sequence[Row], task: GlueTask, *, name: str) -> Iterabl
         value = row.get(LABEL)
         label = _as_number(value) if not task.labels else _class_number(value, numbers)
         texts = tuple(row.get(column) for column in task.columns)
-        if label is None or label != label:
+        if label is None or not math.isfinite(label):
             known = ", ".join(task.labels) or "numbers"
             raise UserError(f"row {place} of the {name} data has the label {value!r}; the task has {known}.")
         if any(not isinstance(text, str) for text in texts):
@@ -150,7 +157,11 @@ def _read_examples(rows: Sequence[Row], task: GlueTask, *, name: str) -> Iterabl
 
 def _class_number(value: Any, numbers: dict[str, int]) -> int | None:
     """The number of a label, which is given by its name or its number; None if the task has no such label."""
+    if value is None:
+        return None
     text = str(value).strip()
+    if text not in numbers and _is_whole(text):
+        text = str(int(text))  # +1 and 01 are 1
     if text in numbers:
         return numbers[text]
     return int(text) if text.isdecimal() and int(text) < len(numbers) else None
