@@ -64,7 +64,7 @@ def _completed(own: argparse.Namespace, flags: list[str]) -> argparse.Namespace:
     batch = [] if {"--batch_size", "--preset"} & set(flags) else ["--batch_size", str(BATCH_SIZE)]
     data = ["--dataset", "pydocs", "--dry_run"]  # no data is read
     args = parse_args(["--model_config", own.config, *batch, *flags, *data], world_size=own.ranks)
-    known_dtype(args.dtype or "bfloat16")
+    known_dtype(args.dtype or "bfloat16")  # before anything is printed
     check_sharding(args, model=meta_model(read_config(own.config)), ranks=own.ranks)
     return args
 

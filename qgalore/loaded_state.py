@@ -3,7 +3,7 @@
 from typing import Any
 
 from qgalore.rules.moments import open_moments
-from qgalore.storage.stored import Stored
+from qgalore.storage.stored import Stored, part_key
 from qgalore.update import ParameterUpdate
 
 
@@ -47,5 +47,5 @@ def _parts(name: str, stored: Stored) -> str | None:
     for part, (shape, _) in stored.codec.spec(stored.shape).items():
         have = stored.parts[part].shape
         if have != shape:
-            return f"{name} {part} {tuple(have)}, not {tuple(shape)}".replace("  ", " ")
+            return f"{part_key(name, part)} {tuple(have)}, not {tuple(shape)}"
     return None

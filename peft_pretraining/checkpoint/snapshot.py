@@ -190,9 +190,12 @@ def _compare(checkpoint: Checkpoint, what: str, *, saved: Any, here: Any) -> Non
         return
     if isinstance(saved, list):
         saved, here = ([n for n in a if n not in b][:3] or "no others" for a, b in ((saved, here), (here, saved)))
-    raise UserError(
-        f"{checkpoint.folder} does not fit: {what} saved as {saved or 'unquantized'}, here {here or 'unquantized'}. "
-        "Resume with the flags that the checkpoint was made with."
+    raise _does_not_fit(checkpoint, f"{what} saved as {saved or 'unquantized'}, here {here or 'unquantized'}")
+
+
+def _does_not_fit(checkpoint: Checkpoint, told: str) -> UserError:
+    return UserError(
+        f"{checkpoint.folder} does not fit: {told}. Resume with the flags that the checkpoint was made with."
     )
 
 
@@ -216,10 +219,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint, 
     if isinstance(optimizer, LowRankOptimizer):
         for p, update in optimizer.updates.items():
             if told := misfit(update):
-                raise UserError(
-                    f"{checkpoint.folder} does not fit: its state of {names[p]} has {told}. Resume with the flags that "
-                    "the checkpoint was made with."
-                )
+                raise _does_not_fit(checkpoint, f"its state of {names[p]} has {told}")
 
 
 def _read_states(

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from peft_pretraining.model.family import family_of
 from qgalore.factored import Linear, takes_product, weight_gradient
 from qgalore.storage.chunks import row_chunks
-from qgalore.storage.quantized_weight import QuantizedWeight
+from qgalore.storage.quantized_weight import values_of
 
 
 def keep_little(model: PreTrainedModel) -> None:
@@ -157,7 +157,7 @@ class _Kept(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         gate, up, weight = ctx.saved_tensors
-        dh = dy @ _values(weight, dy.dtype)
+        dh = dy @ values_of(weight, dy.dtype)
         d_gate, d_up = _swiglu_gradients(gate, up, dh, h_over_dh=True)
         if not ctx.needs_input_grad[2]:
             return d_gate, d_up, None
@@ -169,7 +169,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, kept: Tensor, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(F.silu(gate).mul_(up), _values(weight, gate.dtype))
+        return F.linear(F.silu(gate).mul_(up), values_of(weight, gate.dtype))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
@@ -190,8 +190,3 @@ def _swiglu_gradients(gate: Tensor, up: Tensor, dh: Tensor, *, h_over_dh: bool =
             torch.mul(activated, u[rows], out=d[rows])
         u[rows], g[rows] = d_up, torch.ops.aten.silu_backward(d_activated, g[rows])
     return gate, up
-
-
-def _values(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a weight stands for, to be multiplied."""
-    return weight.dequantize(dtype) if isinstance(weight, QuantizedWeight) else weight

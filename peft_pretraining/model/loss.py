@@ -49,7 +49,7 @@ from peft_pretraining.model.family import family_of
 from peft_pretraining.model.loss_by_words import HeadLossByWords
 from qgalore.per_layer import uses_up_gradient
 from qgalore.storage.chunks import on_cpu, row_chunks
-from qgalore.storage.quantized_weight import QuantizedWeight
+from qgalore.storage.quantized_weight import values_of
 
 PRODUCT_ELEMENTS = 1 << 22  # of dW, made at once before they are added
 Gradients = tuple[Tensor, Tensor | None]  # dH, and dW where the head is trained
@@ -87,9 +87,10 @@ def loss_of_whole(
 
 
 def masks(positions: Tensor, config: PreTrainedConfig) -> Tensor | dict[str, Tensor]:
-    """block_mask as transformers' models take it: of those with layers that see a window only, by the kind of layer.
+    """block_mask as transformers' models take it. They pass a mask on as it is, so a sliding window must be in it.
 
-    They pass a mask on as it is, so the window must be in it.
+    positions: (B, L) int64, see block_mask.
+    Returns (B, 1, L, L) bool; by the kind of layer, where the configuration names kinds.
     """
     mask, window = block_mask(positions), getattr(config, "sliding_window", None)
     if window is None:
@@ -158,13 +159,9 @@ def head_loss_sum(
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         if _suits_words(hidden, weight) if by_words is None else by_words:
             return HeadLossByWords.apply(hidden, weight, targets, CHUNK_ELEMENTS)
-        weight = _values(weight)
+        weight = values_of(weight)
         return _HeadLoss.apply(hidden, weight, targets, chunk_rows)
-    return _head_loss(hidden, _values(weight), targets, chunk_rows, gradients=None)
-
-
-def _values(weight: Tensor) -> Tensor:
-    return weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
+    return _head_loss(hidden, values_of(weight), targets, chunk_rows, gradients=None)
 
 
 def _suits_words(hidden: Tensor, weight: Tensor) -> bool:

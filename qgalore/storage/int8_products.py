@@ -11,6 +11,8 @@ is corrected by z times the row sums of the other factor, which is exact.
 The sums are int32. What comes of rounding x and dy: docs/results.md, "INT8 products".
 """
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -71,7 +73,7 @@ def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     dW = dy.new_empty(len(dyq), len(xq))
     for rows in _chunks(dW):
         factors = zip(dyq[rows].split(_MAX_TOKENS, dim=1), xq.mT.split(_MAX_TOKENS), strict=True)
-        total = torch.stack([torch._int_mm(a, b).to(dy_step.dtype) for a, b in factors]).sum(0)
+        total = reduce(Tensor.add_, (torch._int_mm(a, b).to(dy_step.dtype) for a, b in factors))
         dW[rows] = total.mul_(dy_step[rows]).mul_(x_step.mT)
     return dW
 

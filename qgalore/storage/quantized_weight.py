@@ -224,6 +224,11 @@ class QuantizedWeight(Tensor):
         return _on_values(func, *args, **kwargs) if result is NotImplemented else result
 
 
+def values_of(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """What a weight (m, n) stands for, to be multiplied. dtype: of a quantized one's values; None for its own."""
+    return weight.dequantize(dtype) if isinstance(weight, QuantizedWeight) else weight
+
+
 def open_weight(p: Tensor) -> Stored:
     """A parameter as a stored tensor; of a sharded one, the rows of this rank.
 
